@@ -1,0 +1,5 @@
+"""Megatron models that read and write several modalities."""
+
+from megatron_mimo.launch import initialize, shutdown
+
+__all__ = ["initialize", "shutdown"]

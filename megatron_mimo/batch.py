@@ -1,0 +1,103 @@
+"""Everything about a batch that can be refused before the first collective."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+_INTEGERS = (torch.int64, torch.int32)
+
+
+def check_token_tensors(
+    input_ids: Tensor,
+    position_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+    loss_mask: Tensor | None,
+) -> None:
+    """Refuse token tensors that do not belong together.
+
+    Args:
+        input_ids: `[B, S]` int64 or int32, global sequence.
+        position_ids: `[B, S]`, or `[k, B, S]` for rotary embeddings with k sections.
+        attention_mask: `[B or 1, ..., S]`, as the language model takes it.
+        labels, loss_mask: `[B, S]`.
+
+    Raises:
+        TypeError: not a tensor, or ids that are no integers.
+        ValueError: an empty batch, or shapes that differ from `input_ids`'.
+    """
+    given = {"input_ids": input_ids}
+    optional = {
+        "position_ids": position_ids,
+        "attention_mask": attention_mask,
+        "labels": labels,
+        "loss_mask": loss_mask,
+    }
+    given.update((name, value) for name, value in optional.items() if value is not None)
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if input_ids.dtype not in _INTEGERS:
+        raise TypeError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids must be [B, S], got {list(input_ids.shape)}")
+    if input_ids.numel() == 0:
+        raise ValueError(f"empty batch: input_ids has shape {list(input_ids.shape)}")
+    batch_size, length = input_ids.shape
+    for name in ("labels", "loss_mask"):
+        if name in given:
+            _check_shape(name, given[name], given[name].shape == input_ids.shape, input_ids)
+    if position_ids is not None:
+        fits = position_ids.dim() in (2, 3) and position_ids.shape[-2:] == input_ids.shape
+        _check_shape("position_ids", position_ids, fits, input_ids)
+    if attention_mask is not None:
+        shape = attention_mask.shape
+        fits = len(shape) >= 2 and shape[0] in (1, batch_size) and shape[-1] == length
+        _check_shape("attention_mask", attention_mask, fits, input_ids)
+
+
+def check_modalities(name: str, given: Mapping[str, object] | None, known: Mapping) -> None:
+    """Refuse `modality_inputs` or `modality_targets` for a modality that the model lacks.
+
+    Raises:
+        TypeError: not a mapping.
+        ValueError: an unknown modality.
+    """
+    if given is None:
+        return
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{name} must map modality names, got {type(given).__name__}")
+    for modality in given:
+        if modality not in known:
+            raise ValueError(
+                f"{name} has modality {modality!r}, but the model's modalities are {sorted(known)}"
+            )
+
+
+def _check_shape(name: str, value: Tensor, fits: bool, input_ids: Tensor) -> None:
+    if not fits:
+        raise ValueError(
+            f"{name} has shape {list(value.shape)}, which does not fit input_ids "
+            f"{list(input_ids.shape)} ([B, S])"
+        )
+
+
+def default_positions(input_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Positions `[B, S]` int64 that count from 0, anew in each packed sequence.
+
+    Args:
+        input_ids: `[B, S]`.
+        cu_seqlens: `[sequences + 1]` boundaries of packed sequences, B = 1.
+
+    Example:
+        >>> default_positions(torch.zeros(1, 5, dtype=torch.long), torch.tensor([0, 3, 5]))
+        tensor([[0, 1, 2, 0, 1]])
+    """
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    if cu_seqlens is not None:
+        sequence = torch.searchsorted(cu_seqlens.to(positions), positions, right=True) - 1
+        positions = positions - cu_seqlens.to(positions)[sequence]
+    return positions.expand_as(input_ids)

@@ -1,0 +1,59 @@
+"""The language model: built from its spec, run once, its last hidden states kept on the way."""
+
+from __future__ import annotations
+
+import inspect
+
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor
+
+from megatron_mimo.build import build, constructor_parameters
+
+# GPTModel wants a number even where positions are rotary and nothing has that length. This is
+# what Megatron's own multimodal model assumes for a spec without it.
+DEFAULT_MAX_SEQUENCE_LENGTH = 4096
+
+
+def build_language_model(
+    spec: ModuleSpec, *, pre_process: bool, post_process: bool, vp_stage: int | None, pg_collection
+) -> MegatronModule:
+    """The language model's part on this pipeline stage.
+
+    Args:
+        spec: of `GPTModel`, `HybridModel` or a model with their interface. Its own params win
+            over the stage's. `max_sequence_length`, if left out, is 4096.
+        pre_process, post_process: whether this stage is the first, the last.
+        vp_stage: index of the virtual pipeline stage.
+        pg_collection: process groups; None for Megatron's global ones.
+    """
+    offered = {"pre_process": pre_process, "post_process": post_process, "vp_stage": vp_stage}
+    if pg_collection is not None:
+        offered["pg_collection"] = pg_collection
+    length = constructor_parameters(spec).get("max_sequence_length")
+    if length is not None and length.default is inspect.Parameter.empty:
+        offered["max_sequence_length"] = DEFAULT_MAX_SEQUENCE_LENGTH
+    return build(spec, offered)
+
+
+class HiddenStateTap:
+    """Keeps the final norm's output of each forward pass until it is taken.
+
+    The decoders read the very states that the logits come from, so the language model runs once.
+    A forward hook on its transformer stack serves every model class alike.
+
+    Args:
+        language_model: a model whose transformer stack is `decoder`, on the last pipeline stage.
+    """
+
+    def __init__(self, language_model: MegatronModule) -> None:
+        self._hidden: Tensor | None = None
+        language_model.decoder.register_forward_hook(self._keep)
+
+    def _keep(self, module, inputs, output) -> None:
+        self._hidden = output[0] if isinstance(output, tuple) else output
+
+    def take(self) -> Tensor:
+        """`[S_local, B, H]` of the last forward pass, rank-local; the tap lets go of it."""
+        hidden, self._hidden = self._hidden, None
+        return hidden

@@ -1,0 +1,476 @@
+"""MimoModel: batch -> place -> encode -> exchange -> align -> language model -> route -> decode."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from itertools import chain
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, get_module
+from torch import Tensor, nn
+
+from megatron_mimo.align import align, align_by_token_positions
+from megatron_mimo.batch import check_modalities, check_token_tensors, default_positions
+from megatron_mimo.checkpoint import sharded_state_dict
+from megatron_mimo.config import MimoModelConfig, generation_table
+from megatron_mimo.idle import with_zero_gradients
+from megatron_mimo.language import HiddenStateTap, build_language_model
+from megatron_mimo.output import MimoOutput, ModalityOutput
+from megatron_mimo.placement import Placement, build_placement
+from megatron_mimo.route import route
+from megatron_mimo.sharding import SequenceShard, sequence_shard
+from megatron_mimo.submodules import ModalitySubmodules
+
+logger = logging.getLogger(__name__)
+
+Nested = Mapping[str, Mapping[str, Mapping[str, Tensor]]]
+
+
+class MimoModel(MegatronModule):
+    """A Megatron language model that reads and writes several modalities.
+
+    Encoders, input projections and alignment live on the first pipeline stage, output projections
+    and decoders on the last. Under tensor and context parallelism every rank is given the whole
+    batch of its data-parallel rank and keeps its own part.
+
+    Args:
+        config: the model's parts and token ids.
+        modality_submodules: specs that replace or join those of `config`.
+        pre_process, post_process: whether this is the first, the last pipeline stage.
+        vp_stage: index of the virtual pipeline stage.
+        pg_collection: process groups; None for Megatron's global ones.
+
+    Raises:
+        TypeError: a modality's spec is not of a `ModalitySubmodules`.
+        ValueError: parts that do not fit together.
+    """
+
+    def __init__(
+        self,
+        config: MimoModelConfig,
+        modality_submodules: Mapping[str, ModuleSpec] | None = None,
+        *,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+        pg_collection=None,
+    ) -> None:
+        config = config.with_submodules(modality_submodules or {})
+        super().__init__(config.language_model.params["config"])
+        self.mimo_config = config
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.language_model = build_language_model(
+            config.language_model,
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+            pg_collection=pg_collection,
+        )
+        self.pg_collection = self.language_model.pg_collection
+        self.modality_submodules = nn.ModuleDict(
+            {
+                modality: self._build_submodules(modality, spec, pg_collection)
+                for modality, spec in config.modality_submodules.items()
+            }
+        )
+        generates = post_process and bool(config.generation_token_ids)
+        self._tap = HiddenStateTap(self.language_model) if generates else None
+        self._language_keywords = inspect.signature(self.language_model.forward).parameters.keys()
+        logger.info("MimoModel: %s", self.extra_repr())
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        modality_inputs: Nested | None = None,
+        modality_targets: Nested | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        placement: Placement | None = None,
+        inference_context=None,
+    ) -> tuple[Tensor | MimoOutput, Tensor | None]:
+        """Language output and modality outputs of one microbatch, and this rank's loss mask.
+
+        Args:
+            input_ids: `[B, S]` int64, the whole sequence; so are the next four.
+            position_ids: `[B, S]`; None counts from 0 (within each packed sequence).
+            attention_mask: as the language model takes it; None for its own causal mask. A mask
+                replaces the causal one of attention without TransformerEngine.
+            labels: `[B, S]` next-token ids. With them the language model returns per-token loss.
+            loss_mask: `[B, S]`, returned cut to this context-parallel rank.
+            modality_inputs: modality -> encoder -> its keyword inputs.
+            modality_targets: modality -> decoder -> its keyword targets, for training.
+            packed_seq_params: boundaries of packed sequences (`qkv_format="thd"`, B = 1).
+            placement: `self.place(input_ids)` made ahead, e.g. by the collator on the CPU.
+            inference_context: passed to the language model.
+
+        Returns:
+            `(outputs, loss_mask)`. `outputs` is what the language model returns if the
+            configuration has no generation tokens or this is not the last pipeline stage,
+            a `MimoOutput` otherwise.
+
+        Raises:
+            TypeError, ValueError: a bad batch, on every rank that sees it, before its first
+                collective; for device tensors counts are checked without waiting for them, and
+                a mismatch is raised at the latest one step later.
+        """
+        check_token_tensors(input_ids, position_ids, attention_mask, labels, loss_mask)
+        modality_inputs, modality_targets = self._check_batch(modality_inputs, modality_targets)
+        shard = self.shard(input_ids, packed_seq_params)
+        self._check_context_parallel(attention_mask, inference_context)
+        if placement is None:
+            placement = self.place(input_ids, packed_seq_params)
+        if position_ids is None:
+            position_ids = default_positions(input_ids, _boundaries(packed_seq_params))
+
+        targets = self.prepare(modality_targets)
+        decoder_input = None
+        if self.pre_process:
+            rows = self.encode(modality_inputs, targets, placement)
+            rows = self.exchange(rows)
+            decoder_input = self.align(input_ids, position_ids, rows, placement, shard)
+            decoder_input = with_zero_gradients(
+                decoder_input, self._idle_encoding_parameters(modality_inputs, rows)
+            )
+        labels, loss_mask = _cut(shard, labels), _cut(shard, loss_mask)
+        language = self.run_language_model(
+            decoder_input, position_ids, attention_mask, labels, loss_mask,
+            packed_seq_params, inference_context,
+        )
+        if self._tap is None:
+            return language, loss_mask
+        hidden = self.route(self._tap.take(), targets, placement, shard)
+        modalities = self.decode_losses(hidden, targets)
+        language = with_zero_gradients(language, self._idle_decoding_parameters(targets))
+        return MimoOutput(language, modalities), loss_mask
+
+    # The stages, in the order of the flow --------------------------------------------------
+
+    def place(self, input_ids: Tensor, packed_seq_params: PackedSeqParams | None = None) -> Placement:
+        """Which row fills each position of `input_ids` `[B, S]`, and which positions generate."""
+        return build_placement(
+            input_ids,
+            self.mimo_config.reading_tables,
+            self.mimo_config.generation_token_ids,
+            cu_seqlens=_boundaries(packed_seq_params),
+            validate="now" if input_ids.device.type == "cpu" else "deferred",
+        )
+
+    def shard(self, input_ids: Tensor, packed_seq_params: PackedSeqParams | None = None) -> SequenceShard:
+        """Which positions of the sequence are this rank's."""
+        groups = self.pg_collection
+        splits = self.config.sequence_parallel
+        return sequence_shard(
+            input_ids.shape[1],
+            cp_rank=groups.cp.rank(),
+            cp_size=groups.cp.size(),
+            tp_rank=groups.tp.rank() if splits else 0,
+            tp_size=groups.tp.size() if splits else 1,
+            cu_seqlens=_boundaries(packed_seq_params),
+            device=input_ids.device,
+        )
+
+    def prepare(self, targets: Nested) -> Nested:
+        """Targets completed with this microbatch's random draws."""
+        return {
+            modality: self.modality_submodules[modality].prepare(target, stream=modality)
+            for modality, target in targets.items()
+        }
+
+    def encode(self, inputs: Nested, targets: Nested, placement: Placement) -> dict[str, Tensor]:
+        """Rows `[N, H]` by table: encoded inputs, and what decoders feed their generation tokens."""
+        feeds = self._fed_generation_tokens(inputs, targets, placement)
+        for table in placement.names:
+            if table not in inputs and table not in feeds:
+                placement.check_rows(table, 0)
+        rows = {
+            modality: submodule.encode(inputs[modality])
+            for modality, submodule in self.modality_submodules.items()
+            if modality in inputs
+        }
+        for table, (modality, count) in feeds.items():
+            submodule = self.modality_submodules[modality]
+            rows[table] = submodule.generation_rows(targets.get(modality), count)
+        for table, table_rows in rows.items():
+            placement.check_rows(table, table_rows.shape[0])
+        return rows
+
+    def exchange(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The rows that this rank's part of the language model needs.
+
+        Identity: encoders and language model are laid out alike. Layouts that differ move rows here.
+        """
+        return rows
+
+    def align(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        rows: Mapping[str, Tensor],
+        placement: Placement,
+        shard: SequenceShard,
+    ) -> Tensor:
+        """Text and modality rows at their positions, `[S_local, B, H]`, this rank's only."""
+        return align(
+            self.language_model.embedding, input_ids, position_ids, rows, placement, shard,
+            tp_group=self.pg_collection.tp, sequence_parallel=self.config.sequence_parallel,
+        )
+
+    def run_language_model(
+        self,
+        decoder_input: Tensor | None,
+        position_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        loss_mask: Tensor | None,
+        packed_seq_params: PackedSeqParams | None,
+        inference_context,
+    ) -> Tensor:
+        """What the language model returns: hidden states, logits or per-token loss."""
+        known = {"loss_mask": loss_mask} if "loss_mask" in self._language_keywords else {}
+        return self.language_model(
+            input_ids=None,  # decoder_input stands in for the lookup
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            decoder_input=decoder_input,
+            labels=labels,
+            packed_seq_params=packed_seq_params,
+            inference_context=inference_context,
+            **known,
+        )
+
+    def route(
+        self, hidden: Tensor, targets: Nested, placement: Placement, shard: SequenceShard
+    ) -> dict[str, Tensor]:
+        """Hidden states `[N, H]` at every modality's generation tokens, where their count is known."""
+        groups, context_group = self._row_groups()
+        rows = {}
+        for modality in self.mimo_config.generation_token_ids:
+            count = self._generation_count(modality, targets, placement)
+            if count is not None:
+                rule = self.modality_submodules[modality].position_rule
+                positions = placement.generation_positions(modality, count, rule)
+                rows[modality] = route(hidden, positions, shard, groups, context_group)
+        return rows
+
+    def decode_losses(
+        self, hidden: Mapping[str, Tensor], targets: Nested
+    ) -> dict[str, ModalityOutput]:
+        """Each output modality's hidden states and, with targets, its loss terms."""
+        context = self.pg_collection.cp
+        return {
+            modality: ModalityOutput(
+                hidden.get(modality),
+                self.modality_submodules[modality].loss(
+                    hidden[modality], targets[modality], share=(context.rank(), context.size())
+                )
+                if modality in targets
+                else {},
+            )
+            for modality in self.mimo_config.generation_token_ids
+        }
+
+    def decode(
+        self, outputs: MimoOutput, options: Mapping[str, Mapping[str, Mapping]] | None = None
+    ) -> dict[str, dict[str, Tensor]]:
+        """Images, waveforms, ... that the decoders make of an output's hidden states.
+
+        Args:
+            outputs: from `forward`.
+            options: modality -> decoder -> keyword options of its `sample`. Modalities and
+                decoders that are left out sample with their defaults.
+
+        Returns:
+            Modality -> decoder -> its samples, of modalities with generation tokens.
+        """
+        options = options or {}
+        check_modalities("options", options, outputs.modalities)
+        return {
+            modality: {
+                name: self.modality_submodules[modality].decode(
+                    output.hidden, name, options.get(modality, {}).get(name)
+                )
+                for name in self.modality_submodules[modality].decoders
+            }
+            for modality, output in outputs.modalities.items()
+            if output.hidden is not None and output.hidden.shape[0]
+        }
+
+    def align_embeddings_by_token_positions(
+        self,
+        modality_embeddings: Mapping[str, Tensor],
+        input_ids: Tensor,
+        special_token_ids: Mapping[str, int],
+    ) -> Tensor:
+        """Embeddings at their tokens' positions, `[S, B, H]`, the whole sequence.
+
+        Args:
+            modality_embeddings: modality -> `[N, H]`; `"text"` holds the rows of all positions
+                without a special token.
+            input_ids: `[B, S]`.
+            special_token_ids: modality -> token id.
+
+        Raises:
+            ValueError: a modality without a token id, or counts that differ.
+        """
+        return align_by_token_positions(modality_embeddings, input_ids, special_token_ids)
+
+    # What Megatron asks of a model ---------------------------------------------------------
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Hidden states `[S_local, B, H]` from the previous pipeline stage."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    @property
+    def share_embeddings_and_output_weights(self) -> bool:
+        """Whether the language model ties its output layer to its embedding."""
+        return self.language_model.share_embeddings_and_output_weights
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The tied weight on the first and last pipeline stage."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None) -> dict:
+        """Checkpoint form of all parameters, as `megatron.core.dist_checkpointing` takes it."""
+        return sharded_state_dict(self, prefix, sharded_offsets, metadata)
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weight of each modality's loss terms, 1 where the configuration names none."""
+        weights = self.mimo_config.modality_loss_weights
+        return {name: weights.get(name, 1.0) for name in self.mimo_config.modality_submodules}
+
+    def extra_repr(self) -> str:
+        """One line: tokens, stage and sharding."""
+        return (
+            f"special_token_ids={dict(self.mimo_config.special_token_ids)}, "
+            f"generation_token_ids={dict(self.mimo_config.generation_token_ids)}, "
+            f"pre_process={self.pre_process}, post_process={self.post_process}"
+        )
+
+    # Below: what the stages need ------------------------------------------------------------
+
+    def _build_submodules(self, modality: str, spec: ModuleSpec, pg_collection) -> ModalitySubmodules:
+        kind = get_module(spec)
+        if not (isinstance(kind, type) and issubclass(kind, ModalitySubmodules)):
+            raise TypeError(
+                f"modality_submodules[{modality!r}] must be the spec of a ModalitySubmodules, "
+                f"got {kind}"
+            )
+        submodule = kind.from_spec(
+            spec,
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            pg_collection=pg_collection,
+        )
+        submodule.check_widths(modality, self.config.hidden_size)
+        return submodule
+
+    def _check_batch(
+        self, inputs: Nested | None, targets: Nested | None
+    ) -> tuple[Nested, Nested]:
+        """Inputs and targets of the modalities that have any, refused if no module takes them."""
+        check_modalities("modality_inputs", inputs, self.modality_submodules)
+        check_modalities("modality_targets", targets, self.modality_submodules)
+        inputs = {name: value for name, value in (inputs or {}).items() if value}
+        targets = {name: value for name, value in (targets or {}).items() if value}
+        for modality in targets:
+            if modality not in self.mimo_config.generation_token_ids:
+                raise ValueError(
+                    f"modality_targets has {modality!r}, but generation_token_ids has "
+                    f"{sorted(self.mimo_config.generation_token_ids)}: no hidden state is decoded "
+                    "for it. Configure its generation token and a decoder, or drop the targets."
+                )
+        for modality, submodule in self.modality_submodules.items():
+            if self.pre_process and modality in inputs:
+                submodule.check_inputs(modality, inputs[modality])
+            if self.post_process and modality in targets:
+                submodule.check_targets(modality, targets[modality])
+        return inputs, targets
+
+    def _check_context_parallel(self, attention_mask, inference_context) -> None:
+        if self.pg_collection.cp.size() == 1:
+            return
+        if attention_mask is not None:
+            raise ValueError(
+                "attention_mask must be None under context parallelism: attention there works on "
+                "shards of the sequence. Mask by a causal attn_mask_type or by packed_seq_params."
+            )
+        if inference_context is not None:
+            raise ValueError("inference_context must be None under context parallelism")
+
+    def _fed_generation_tokens(
+        self, inputs: Nested, targets: Nested, placement: Placement
+    ) -> dict[str, tuple[str, int]]:
+        """Tables that a generation input fills in this batch: table -> (modality, rows)."""
+        feeds = {}
+        for modality, submodule in self.modality_submodules.items():
+            if submodule.generation_input is None:
+                continue
+            table = generation_table(modality)
+            if table not in placement.names:  # reading and generating share one token
+                table = modality
+            count = self._generation_count(modality, targets, placement)
+            if count and table not in inputs:
+                feeds[table] = (modality, count)
+        return feeds
+
+    def _generation_count(
+        self, modality: str, targets: Nested, placement: Placement
+    ) -> int | None:
+        """Generation tokens of the batch as the host knows them, checked against the targets."""
+        known = placement.generation_count(modality)
+        if modality in targets:
+            submodule = self.modality_submodules[modality]
+            for count in submodule.count_target_rows(targets[modality]).values():
+                placement.check_generation(modality, count)
+                known = count
+        elif known is None and not self.training:
+            known = int(placement.generation_total(modality))  # inference waits for the device here
+        elif known is None:
+            placement.check_generation(modality, 0)
+        return known
+
+    def _row_groups(self):
+        """Groups whose ranks own different rows, and the one whose ranks decode different rows."""
+        groups = []
+        if self.config.sequence_parallel and self.pg_collection.tp.size() > 1:
+            groups.append(self.pg_collection.tp)
+        context_group = self.pg_collection.cp if self.pg_collection.cp.size() > 1 else None
+        if context_group is not None:
+            groups.append(context_group)
+        return tuple(groups), context_group
+
+    def _idle_encoding_parameters(self, inputs: Nested, rows: Mapping[str, Tensor]):
+        for modality, submodule in self.modality_submodules.items():
+            yield from submodule.idle_encoding_parameters(inputs.get(modality))
+            fed = generation_table(modality) in rows or (modality in rows and modality not in inputs)
+            if submodule.generation_input is not None and not fed:
+                yield from submodule.generation_input.parameters()
+
+    def _idle_decoding_parameters(self, targets: Nested):
+        return chain.from_iterable(
+            submodule.idle_decoding_parameters(targets.get(modality))
+            for modality, submodule in self.modality_submodules.items()
+        )
+
+
+def _cut(shard: SequenceShard, tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else shard.cut(tensor)
+
+
+def _boundaries(packed_seq_params: PackedSeqParams | None) -> Tensor | None:
+    """Padded boundaries `[sequences + 1]` of packed sequences, None where nothing is packed."""
+    if packed_seq_params is None or packed_seq_params.qkv_format != "thd":
+        return None
+    if packed_seq_params.cu_seqlens_q_padded is not None:
+        return packed_seq_params.cu_seqlens_q_padded
+    return packed_seq_params.cu_seqlens_q

@@ -1,0 +1,506 @@
+"""One modality's encoders, projections and decoders, and what connects them to the language model."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from typing import ClassVar, Literal, Self
+
+import torch
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor, nn
+
+from megatron_mimo.assemble import frames_to_waveforms, patches_to_images
+from megatron_mimo.build import build
+from megatron_mimo.checkpoint import sharded_state_dict
+from megatron_mimo.decoders.base import Decoder
+from megatron_mimo.decoders.inputs import GenerationInput
+from megatron_mimo.losses import LossTerm
+from megatron_mimo.widths import input_width, output_width
+
+Inputs = Mapping[str, Mapping[str, Tensor]]
+
+
+class ModalitySubmodules(ABC, nn.Module):
+    """Everything between one modality's raw data and the language model's hidden width.
+
+    Reading: `encode` runs each encoder that has inputs, flattens its output to rows, projects
+    them to the language model's width and returns `[N, H]`. Writing: `loss` and `decode` take
+    the `[N, H]` hidden states at the modality's generation tokens through an output projection
+    to the decoders. Override `encode` or `decode` for anything special.
+
+    Args:
+        encoders: name -> module called with its keyword inputs. It returns `[B, s, h]`,
+            `[n, h]`, or a tuple or mapping whose first element is one of these.
+        decoders: name -> `Decoder`. All read by one position rule.
+        input_projections: none, one for all encoders (their widths are equal), or one per
+            encoder in the order of `encoders`.
+        output_projections: none, one for all decoders, or one per decoder in their order.
+        generation_input: what the language model sees at the generation tokens; None for the
+            token's own embedding.
+        combine: how rows of several encoders follow each other. `"concatenate"`: all of the
+            first, then all of the second. `"interleave"`: item by item (both return
+            `[n, s, h]` with equal n), for encoders that see the same images.
+
+    Raises:
+        ValueError: projections that match neither one nor each of their encoders or decoders,
+            widths that do not fit together, or decoders with different position rules.
+
+    Example:
+        >>> images = VisionModalitySubmodules(encoders={"flatten": nn.Flatten(2)})
+        >>> images.encode({"flatten": {"input": torch.zeros(2, 4, 3, 3)}}).shape
+        torch.Size([8, 9])
+    """
+
+    #: What users call an input -> what encoders of this modality may call it instead.
+    input_aliases: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(
+        self,
+        encoders: Mapping[str, nn.Module] | None = None,
+        decoders: Mapping[str, Decoder] | None = None,
+        input_projections: Sequence[nn.Module] | None = None,
+        output_projections: Sequence[nn.Module] | None = None,
+        generation_input: GenerationInput | None = None,
+        combine: Literal["concatenate", "interleave"] = "concatenate",
+    ) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleDict(encoders or {})
+        self.decoders = nn.ModuleDict(decoders or {})
+        self.input_projections = nn.ModuleList(input_projections or [])
+        self.output_projections = nn.ModuleList(output_projections or [])
+        self.generation_input = generation_input
+        if combine not in ("concatenate", "interleave"):
+            raise ValueError(f"combine must be 'concatenate' or 'interleave', got {combine!r}")
+        self.combine = combine
+        _check_count("input_projections", self.input_projections, "encoders", self.encoders)
+        _check_count("output_projections", self.output_projections, "decoders", self.decoders)
+        self._check_inner_widths()
+        self._accepted = {name: _keyword_names(module) for name, module in self.encoders.items()}
+
+    @classmethod
+    def from_spec(
+        cls,
+        spec: ModuleSpec,
+        *,
+        pre_process: bool = True,
+        post_process: bool = True,
+        pg_collection=None,
+    ) -> Self:
+        """The submodules that one pipeline stage needs.
+
+        Args:
+            spec: `params` go to the constructor, `submodules` name what to build.
+            pre_process: build encoders, input projections and the generation input.
+            post_process: build output projections and decoders.
+            pg_collection: given to every module whose constructor takes it.
+        """
+        parts = spec.submodules or {}
+        offered = {} if pg_collection is None else {"pg_collection": pg_collection}
+
+        def built(key: str, wanted: bool):
+            specs = parts.get(key) if wanted else None
+            if isinstance(specs, Mapping):
+                return {name: build(item, offered) for name, item in specs.items()}
+            return [build(item, offered) for item in specs or ()]
+
+        feed = parts.get("generation_input") if pre_process else None
+        return cls(
+            encoders=built("encoders", pre_process) or None,
+            decoders=built("decoders", post_process) or None,
+            input_projections=built("input_projections", pre_process),
+            output_projections=built("output_projections", post_process),
+            **({} if feed is None else {"generation_input": build(feed, offered)}),
+            **(spec.params or {}),
+        )
+
+    # Reading ------------------------------------------------------------------------------
+
+    def encode(self, inputs: Inputs) -> Tensor:
+        """Projected rows `[N, H]` of this modality, rank-local to the data-parallel rank.
+
+        Args:
+            inputs: encoder name -> its keyword inputs; encoders that are not named are skipped.
+        """
+        projections = self._per_module(self.input_projections, self.encoders)
+        outputs = {}
+        for name, encoder in self.encoders.items():
+            if name in inputs:
+                rows = _rows(name, encoder(**self._keywords(name, inputs[name])))
+                if len(self.input_projections) > 1:
+                    rows = _projected(projections[name](rows))
+                outputs[name] = rows
+        combined = self.combine_rows(outputs)
+        if len(self.input_projections) == 1:
+            combined = _projected(self.input_projections[0](combined))
+        return combined.flatten(0, -2)
+
+    def combine_rows(self, outputs: Mapping[str, Tensor]) -> Tensor:
+        """One `[N, h]` or `[n, s, h]` from the outputs of several encoders, in their order."""
+        if len(outputs) == 1:
+            return next(iter(outputs.values()))
+        if self.combine == "concatenate":
+            flat = {name: rows.flatten(0, -2) for name, rows in outputs.items()}
+            _check_equal("width", {name: rows.shape[-1] for name, rows in flat.items()})
+            return torch.cat(list(flat.values()))
+        for name, rows in outputs.items():
+            if rows.dim() != 3:
+                raise ValueError(
+                    f"encoder {name!r} returned {list(rows.shape)}; combine='interleave' needs "
+                    "[n, s, h] from every encoder"
+                )
+        _check_equal("item count", {name: rows.shape[0] for name, rows in outputs.items()})
+        _check_equal("width", {name: rows.shape[-1] for name, rows in outputs.items()})
+        return torch.cat(list(outputs.values()), dim=1)
+
+    def check_inputs(self, modality: str, inputs: Inputs) -> None:
+        """Refuse inputs that no encoder of this modality takes.
+
+        Raises:
+            TypeError: inputs that are not mappings, or a keyword that the encoder lacks.
+            ValueError: an unknown encoder.
+        """
+        _check_nested(f"modality_inputs[{modality!r}]", inputs, "encoder name -> its inputs")
+        if self._encode_is_overridden:  # which gives its inputs their own meaning
+            return
+        for name, keywords in inputs.items():
+            if name not in self.encoders:
+                raise ValueError(
+                    f"modality_inputs[{modality!r}] has inputs for encoder {name!r}, but the "
+                    f"modality's encoders are {sorted(self.encoders)}"
+                )
+            where = f"modality_inputs[{modality!r}][{name!r}]"
+            _check_nested(where, keywords, "keyword -> value")
+            accepted = self._accepted[name]
+            for keyword in self._keywords(name, keywords) if accepted is not None else ():
+                if keyword not in accepted:
+                    raise TypeError(
+                        f"{where} has keyword {keyword!r}; "
+                        f"{type(self.encoders[name]).__name__} takes {sorted(accepted)}"
+                    )
+
+    # Writing ------------------------------------------------------------------------------
+
+    def prepare(self, targets: Inputs, stream: str = "") -> dict[str, Mapping[str, Tensor]]:
+        """Targets completed with this microbatch's random draws, by decoder.
+
+        Args:
+            targets: decoder name -> its keyword targets.
+            stream: prefix of the random stream, the modality's name.
+        """
+        prepared = {}
+        for name, target in targets.items():
+            takes = self.decoders[name] if name in self.decoders else self.generation_input
+            prepared[name] = target if takes is None else takes.prepare(target, f"{stream}/{name}")
+        return prepared
+
+    def count_target_rows(self, targets: Inputs) -> dict[str, int]:
+        """Generation tokens that each decoder's targets stand for, read from shapes."""
+        counts = {}
+        for name, target in targets.items():
+            takes = self.decoders[name] if name in self.decoders else self.generation_input
+            if takes is not None:
+                counts[name] = takes.num_rows(target)
+        return counts
+
+    def generation_rows(self, targets: Inputs | None, num_rows: int) -> Tensor:
+        """Rows `[num_rows, H]` that the language model sees at the generation tokens."""
+        target = None if not targets else self.generation_input.pick(targets)
+        return _projected(self.generation_input(target, num_rows))
+
+    def loss(
+        self, hidden: Tensor, targets: Inputs, share: tuple[int, int] = (0, 1)
+    ) -> dict[str, LossTerm]:
+        """Loss term of every decoder that has targets.
+
+        Args:
+            hidden: `[N, H]`, all rows of the data-parallel rank's microbatch.
+            targets: decoder name -> its prepared keyword targets, for all `N` rows.
+            share: (rank, size) in the context-parallel group; each rank decodes its contiguous
+                share of the items, and the terms add up over the group.
+        """
+        terms = {}
+        for name, target in targets.items():
+            decoder = self.decoders[name]
+            start, stop = _share_of(hidden.shape[0] // decoder.rows_per_item, *share)
+            if share[1] > 1:
+                target = decoder.share(target, start, stop)
+            mine = hidden[start * decoder.rows_per_item : stop * decoder.rows_per_item]
+            terms[name] = decoder.loss(self._output_rows(name, mine), target)
+        return terms
+
+    def decode(
+        self,
+        hidden: Tensor,
+        decoder: str | None = None,
+        options: Mapping[str, object] | None = None,
+    ) -> Tensor:
+        """A decoder's output for `hidden`, e.g. images or waveforms.
+
+        Args:
+            hidden: `[N, H]` hidden states at the generation tokens.
+            decoder: which one; may be left out where there is only one.
+            options: keyword options of the decoder's `sample`, e.g. steps or a temperature.
+
+        Raises:
+            ValueError: no such decoder, or several and none named.
+        """
+        if decoder is None and len(self.decoders) == 1:
+            decoder = next(iter(self.decoders))
+        if decoder not in self.decoders:
+            raise ValueError(
+                f"decoder {decoder!r} is not one of {sorted(self.decoders)}; name one of them"
+            )
+        samples = self.decoders[decoder].sample(
+            self._output_rows(decoder, hidden), **(options or {})
+        )
+        return self.assemble(samples)
+
+    def assemble(self, samples: Tensor) -> Tensor:
+        """The modality's own form of what a decoder sampled. Here: as it is."""
+        return samples
+
+    def check_targets(self, modality: str, targets: Inputs) -> None:
+        """Refuse targets that no decoder of this modality takes (decoders are on the last stage).
+
+        Raises:
+            TypeError: targets that are not mappings.
+            ValueError: an unknown decoder.
+        """
+        _check_nested(f"modality_targets[{modality!r}]", targets, "decoder name -> its targets")
+        for name, target in targets.items():
+            if name not in self.decoders:
+                raise ValueError(
+                    f"modality_targets[{modality!r}] has targets for decoder {name!r}, but the "
+                    f"modality's decoders are {sorted(self.decoders)}"
+                )
+            _check_nested(f"modality_targets[{modality!r}][{name!r}]", target, "keyword -> value")
+
+    @property
+    def position_rule(self) -> str:
+        """Which hidden states the decoders read: "own" or "predecessor"."""
+        return next((decoder.position_rule for decoder in self.decoders.values()), "own")
+
+    # Bookkeeping --------------------------------------------------------------------------
+
+    def idle_encoding_parameters(self, inputs: Inputs | None) -> Iterator[nn.Parameter]:
+        """Parameters of the reading half that `encode(inputs)` leaves without a gradient.
+
+        A subclass that overrides `encode` may use its modules in ways unknown here: then all of
+        them are handed in, which adds zero to the gradients that there are.
+        """
+        inputs = inputs or {}
+        whole = not inputs or self._encode_is_overridden
+        projections = self._per_module(self.input_projections, self.encoders)
+        writing = (self.decoders, self.output_projections, self.generation_input)
+        if whole:
+            kept = {id(p) for part in writing if part is not None for p in part.parameters()}
+            return (p for p in self.parameters() if id(p) not in kept)
+        idle = [name for name in self.encoders if name not in inputs]
+        parts = [self.encoders[name] for name in idle]
+        if len(self.input_projections) > 1:
+            parts += [projections[name] for name in idle]
+        return chain.from_iterable(part.parameters() for part in parts)
+
+    def idle_decoding_parameters(self, targets: Inputs | None) -> Iterator[nn.Parameter]:
+        """Parameters of decoders and output projections that `loss(hidden, targets)` leaves out."""
+        targets = targets or {}
+        idle = [name for name in self.decoders if name not in targets]
+        parts = [self.decoders[name] for name in idle]
+        if not targets:
+            parts += list(self.output_projections)
+        elif len(self.output_projections) > 1:
+            projections = self._per_module(self.output_projections, self.decoders)
+            parts += [projections[name] for name in idle]
+        return chain.from_iterable(part.parameters() for part in parts)
+
+    def check_widths(self, modality: str, hidden_size: int) -> None:
+        """Refuse projections whose known widths do not fit the language model's.
+
+        Raises:
+            ValueError: naming the modality, the projection and both widths.
+        """
+        readers = self.input_projections or list(self.encoders.values())
+        for index, module in enumerate(readers):
+            self._check_width(
+                modality, "input_projections", index, "output", output_width(module), hidden_size
+            )
+        for index, module in enumerate(self.output_projections):
+            self._check_width(
+                modality, "output_projections", index, "input", input_width(module), hidden_size
+            )
+        if not self.output_projections:
+            for name, decoder in self.decoders.items():
+                if decoder.width != hidden_size:
+                    raise ValueError(
+                        f"modality {modality!r}: decoder {name!r} takes width {decoder.width}, "
+                        f"the language model gives {hidden_size}; add an output projection"
+                    )
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None) -> dict:
+        """Checkpoint form of all parameters, as `megatron.core.dist_checkpointing` takes it."""
+        return sharded_state_dict(self, prefix, sharded_offsets, metadata)
+
+    def _check_width(self, modality, key, index, side, found, hidden_size) -> None:
+        if found is None or found == hidden_size:
+            return
+        what = f"{key}[{index}]" if getattr(self, key) else f"encoder {list(self.encoders)[index]!r}"
+        raise ValueError(
+            f"modality {modality!r}: {what} has {side} width {found}, the language model's hidden "
+            f"size is {hidden_size}. Make them equal or add a projection."
+        )
+
+    def _check_inner_widths(self) -> None:
+        """Encoder -> input projection, and output projection -> decoder."""
+        inputs = self._per_module(self.input_projections, self.encoders)
+        for name, projection in inputs.items():
+            _check_fit(
+                f"encoder {name!r}", output_width(self.encoders[name]),
+                "its input projection", input_width(projection),
+            )
+        outputs = self._per_module(self.output_projections, self.decoders)
+        for name, projection in outputs.items():
+            _check_fit(
+                "the output projection", output_width(projection),
+                f"decoder {name!r}", self.decoders[name].width,
+            )
+        rules = {name: decoder.position_rule for name, decoder in self.decoders.items()}
+        if len(set(rules.values())) > 1:
+            raise ValueError(
+                f"decoders of one modality must read the same positions, got {rules}. "
+                "Give them one position_rule or put them in two modalities."
+            )
+
+    @property
+    def _encode_is_overridden(self) -> bool:
+        return type(self).encode is not ModalitySubmodules.encode
+
+    @staticmethod
+    def _per_module(projections: nn.ModuleList, modules: nn.ModuleDict) -> dict[str, nn.Module]:
+        if len(projections) == 1:
+            return dict.fromkeys(modules, projections[0])
+        return dict(zip(modules, projections))
+
+    def _output_rows(self, decoder: str, hidden: Tensor) -> Tensor:
+        projection = self._per_module(self.output_projections, self.decoders).get(decoder)
+        return hidden if projection is None else _projected(projection(hidden))
+
+    def _keywords(self, encoder: str, keywords: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        accepted = self._accepted[encoder]
+        if accepted is None:
+            return dict(keywords)
+        return {
+            key if key in accepted else self.input_aliases.get(key, key): value
+            for key, value in keywords.items()
+        }
+
+
+class VisionModalitySubmodules(ModalitySubmodules):
+    """Images: inputs may be called `pixel_values` or `images` whatever the encoder calls them.
+
+    Args:
+        image_shape: `(channels, height, width)` of decoded images. With it, `[N, D]` samples
+            (one flattened square patch a row, `(channel, y, x)` within it, patches row by row)
+            come back as `[n, channels, height, width]`. Samples that are images pass unchanged.
+    """
+
+    input_aliases = {"pixel_values": "x", "images": "x"}
+
+    def __init__(self, *args, image_shape: tuple[int, int, int] | None = None, **named) -> None:
+        super().__init__(*args, **named)
+        self.image_shape = image_shape
+
+    def assemble(self, samples: Tensor) -> Tensor:
+        """Images `[n, C, height, width]` from patch rows `[N, D]`."""
+        if self.image_shape is None or samples.dim() != 2:
+            return samples
+        return patches_to_images(samples, self.image_shape)
+
+
+class AudioModalitySubmodules(ModalitySubmodules):
+    """Audio: inputs may be called `input_features` whatever the encoder calls them.
+
+    Args:
+        frames_per_clip: with it, `[N, D]` samples (one frame of D waveform samples a row) come
+            back as `[n, frames_per_clip * D]`. Other samples pass unchanged.
+    """
+
+    input_aliases = {"input_features": "x", "waveforms": "x"}
+
+    def __init__(self, *args, frames_per_clip: int | None = None, **named) -> None:
+        super().__init__(*args, **named)
+        self.frames_per_clip = frames_per_clip
+
+    def assemble(self, samples: Tensor) -> Tensor:
+        """Waveforms `[n, frames_per_clip * D]` from frame rows `[N, D]`."""
+        if self.frames_per_clip is None or samples.dim() != 2:
+            return samples
+        return frames_to_waveforms(samples, self.frames_per_clip)
+
+
+def _rows(encoder: str, output: object) -> Tensor:
+    """The `[n, s, h]` or `[n, h]` tensor in an encoder's output."""
+    rows = output
+    if isinstance(rows, Mapping):
+        rows = tuple(rows.values())
+    if isinstance(rows, tuple):
+        rows = rows[0] if rows else None
+    if not isinstance(rows, Tensor):
+        raise TypeError(
+            f"encoder {encoder!r} returned {type(output).__name__}; expected a tensor, or a tuple "
+            "or mapping whose first element is one"
+        )
+    if rows.dim() not in (2, 3):
+        raise ValueError(
+            f"encoder {encoder!r} returned shape {list(rows.shape)}; expected [B, s, h] or [n, h]"
+        )
+    return rows
+
+
+def _projected(output: Tensor | tuple[Tensor, nn.Parameter | None]) -> Tensor:
+    """Output of a projection; Megatron's linear layers may leave adding their bias to the caller."""
+    if not isinstance(output, tuple):
+        return output
+    rows, bias = output
+    return rows if bias is None else rows + bias
+
+
+def _share_of(items: int, rank: int, size: int) -> tuple[int, int]:
+    """[start, stop) of a rank's contiguous share; shares differ by at most one item."""
+    return items * rank // size, items * (rank + 1) // size
+
+
+def _keyword_names(module: nn.Module) -> frozenset[str] | None:
+    """Keywords that a module's forward takes, None for any."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return frozenset(parameter.name for parameter in parameters)
+
+
+def _check_nested(where: str, value: object, form: str) -> None:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{where} must map {form}, got {type(value).__name__}")
+
+
+def _check_count(key: str, projections: nn.ModuleList, of: str, modules: nn.ModuleDict) -> None:
+    if modules and len(projections) not in (0, 1, len(modules)):
+        raise ValueError(
+            f"{len(projections)} {key} for {len(modules)} {of} {sorted(modules)}; "
+            f"give none, one for all, or one for each"
+        )
+
+
+def _check_equal(what: str, found: Mapping[str, int]) -> None:
+    if len(set(found.values())) > 1:
+        raise ValueError(
+            f"encoders of one modality differ in {what}: {dict(found)}. One input projection for "
+            "all needs equal widths; give one per encoder otherwise."
+        )
+
+
+def _check_fit(giver: str, given: int | None, taker: str, taken: int | None) -> None:
+    if given is not None and taken is not None and given != taken:
+        raise ValueError(f"{giver} gives width {given}, but {taker} takes width {taken}")
