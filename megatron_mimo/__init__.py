@@ -1,5 +1,50 @@
-"""Megatron models that read and write several modalities."""
+"""Megatron models that read and write several modalities.
 
-from megatron_mimo.launch import initialize, shutdown
+Names are imported at first use, so that integer-only parts never wait for Megatron-Core.
+"""
 
-__all__ = ["initialize", "shutdown"]
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_mimo.config import MimoModelConfig
+    from megatron_mimo.launch import initialize, shutdown
+    from megatron_mimo.losses import LossTerm, global_counts, total_loss
+    from megatron_mimo.model import MimoModel
+    from megatron_mimo.output import MimoOutput, ModalityOutput, loss_terms
+    from megatron_mimo.placement import Placement, build_placement
+    from megatron_mimo.submodules import (
+        AudioModalitySubmodules,
+        ModalitySubmodules,
+        VisionModalitySubmodules,
+    )
+
+_HOMES = {
+    "AudioModalitySubmodules": "submodules",
+    "LossTerm": "losses",
+    "MimoModel": "model",
+    "MimoModelConfig": "config",
+    "MimoOutput": "output",
+    "ModalityOutput": "output",
+    "ModalitySubmodules": "submodules",
+    "Placement": "placement",
+    "VisionModalitySubmodules": "submodules",
+    "build_placement": "placement",
+    "global_counts": "losses",
+    "initialize": "launch",
+    "loss_terms": "output",
+    "shutdown": "launch",
+    "total_loss": "losses",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
