@@ -1,0 +1,88 @@
+"""Checks on values that live on the device, reported without stopping the host for them.
+
+A check compares something on the device (how many special tokens a batch holds) with something on the host
+(how many embeddings arrived). Reading the device value would make the host wait for everything queued before
+it. Here the value travels to pinned memory on its own, and the comparison happens when it is there: at once if
+it already is, otherwise when the next step begins, which is late enough for the device to have passed it.
+
+Nothing here is optional: a check that was handed over is compared before the next batch is aligned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+
+
+class Arrival:
+    """A device tensor's copy on its way to the host.
+
+    Args:
+        values: any shape and dtype, on any device. On the CPU it has arrived from the start.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._event = None
+        if values.is_cuda:
+            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._host.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(values.device))
+        else:
+            self._host = values
+
+    def here(self) -> bool:
+        """Whether the values can be read without waiting."""
+        if self._event is not None and self._event.query():
+            self._event = None
+        return self._event is None
+
+    def wait(self) -> Tensor:
+        """The values on the host, after waiting for them where they are still on their way."""
+        if self._event is not None:
+            self._event.synchronize()
+            self._event = None
+        return self._host
+
+
+_waiting: dict[Hashable, tuple[Arrival, Callable[[Tensor], None]]] = {}
+
+
+def check(arrival: Arrival, verify: Callable[[Tensor], None], key: Hashable) -> None:
+    """Runs `verify(values)` now if the values are here, otherwise when the next step asks.
+
+    Args:
+        arrival: the values to look at.
+        verify: raises `ValueError` if they are wrong.
+        key: names the check; the same check handed over twice waits once.
+
+    Raises:
+        ValueError: from `verify`.
+    """
+    if arrival.here():
+        verify(arrival.wait())
+    else:
+        _waiting[id(arrival), key] = (arrival, verify)
+
+
+def report(current: Arrival | None = None, only: Arrival | None = None) -> None:
+    """Finishes the checks that earlier steps left, waiting for their values if need be.
+
+    The wait is no stall: an earlier step's values left the device before that step's own work, so the device
+    still has that work to do when the host resumes.
+
+    Args:
+        current: leave this arrival's checks waiting; it belongs to the step that is being queued now.
+        only: look at no other arrival's checks.
+
+    Raises:
+        ValueError: for the first check that fails; the others stay and report at the next call.
+    """
+    for name in list(_waiting):
+        arrival, verify = _waiting[name]
+        if arrival is current or (only is not None and arrival is not only):
+            continue
+        del _waiting[name]
+        verify(arrival.wait())

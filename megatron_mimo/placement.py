@@ -1,0 +1,485 @@
+"""Token ids -> for every position which row fills it, and for every modality which positions it reads or writes.
+
+Integers only: no embedding is touched here, and nothing from Megatron-Core is imported. A collator builds the
+placement on the CPU, in a worker, and sends it along with the batch; a model handed bare token ids builds it on
+their device without waiting for that device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_mimo import deferred
+from megatron_mimo.kernels import kernels_for
+
+TEXT = -1  # the source of a position that no reading table fills
+
+
+@dataclass(frozen=True)
+class TokenList:
+    """Where one special or generation token stands in the batch.
+
+    Attributes:
+        token_id: the token; None for the table of all positions without a special token.
+        index: its row in `Placement.counts_table`.
+        start, capacity: its stretch of `Placement.positions`.
+    """
+
+    token_id: int | None
+    index: int
+    start: int
+    capacity: int
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """What fills each position of one batch. Build it with `build_placement`.
+
+    Attributes:
+        names: the reading tables, in the order of the codes in `source`.
+        source: int32 [B, S]; -1 for text, otherwise the index in `names` of the table that fills the position.
+        row: int32 [B, S]; the row of that table. Rows are numbered in the order of the flattened batch, sample 0
+            first. 0 for text.
+        positions: int32 [P]; for each row of each table, and for each generation token, its flat position
+            `b * S + s`. -1 where a stretch is longer than its count.
+        counts_table: int64 [tables + generation tokens + 1, B]; tokens per sample. The last line counts the text
+            tokens outside the vocabulary.
+        reading, generation: each table's and each generation token's stretch of `positions`.
+        cu_seqlens: int [sequences + 1], the padded boundaries of packed sequences, or None.
+        vocabulary_size: the text ids were checked against this size; None if they were not.
+        host: what is known on the host, None for a placement whose counts stay on the device.
+    """
+
+    names: tuple[str, ...]
+    source: Tensor
+    row: Tensor
+    positions: Tensor
+    counts_table: Tensor
+    reading: Mapping[str, TokenList]
+    generation: Mapping[str, TokenList]
+    cu_seqlens: Tensor | None
+    vocabulary_size: int | None
+    host: HostFacts | None
+    arrival: deferred.Arrival | None
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.source.shape[0]
+
+    @property
+    def sequence_length(self) -> int:
+        """S, the global length."""
+        return self.source.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors live."""
+        return self.source.device
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Placement:
+        """The same placement on another device; what the host knows stays known."""
+        return self._moved(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Placement:
+        """The same placement in pinned memory; a `DataLoader(pin_memory=True)` calls this."""
+        return self._moved(Tensor.pin_memory)
+
+    def _moved(self, move) -> Placement:
+        tensors = ("source", "row", "positions", "counts_table", "cu_seqlens")
+        moved = {name: None if (x := getattr(self, name)) is None else move(x) for name in tensors}
+        return replace(self, **moved)
+
+    # Counts and spans
+
+    def counts(self, name: str) -> Tensor:
+        """int64 [B], on `device`: how many positions of each sample the reading table fills."""
+        return self.counts_table[self._reading(name).index]
+
+    def count_on_host(self, name: str) -> int | None:
+        """How many rows the reading table needs; None if only the device knows."""
+        return self._known_total(self._reading(name))
+
+    def generation_count(self, name: str) -> int | None:
+        """How many generation tokens the modality has in the batch; None if only the device knows."""
+        return self._known_total(self._generating(name))
+
+    def generation_total(self, name: str) -> Tensor:
+        """int64 [], on `device`: how many generation tokens the modality has in the batch."""
+        return self.counts_table[self._generating(name).index].sum()
+
+    def spans(self, name: str) -> Tensor:
+        """int64 [number of spans, 3] on the CPU: sample, first position and end of each run of the table's token.
+
+        Raises:
+            ValueError: if the placement was built on the device, which the host would have to wait for.
+
+        Example:
+            >>> ids = torch.tensor([[7, 9, 9, 7], [9, 7, 7, 9]])
+            >>> build_placement(ids, {"images": 9}).spans("images")
+            tensor([[0, 1, 3],
+                    [1, 0, 1],
+                    [1, 3, 4]])
+        """
+        listing = self._reading(name)
+        if self.host is None:
+            raise ValueError(
+                f"the spans of {name!r} are not known on the host: this placement was built on {self.device} "
+                "without waiting for it. Build it on the CPU, in the collator."
+            )
+        return self.host.spans(listing, self.sequence_length)
+
+    # Checks
+
+    def check_rows(self, name: str, n_rows: int, rows_per_item: Sequence[int] | None = None) -> None:
+        """Holds the number of embeddings against the number of special tokens.
+
+        Now if the host knows the counts, otherwise once they have arrived: at the latest when the next step
+        begins, as the same error.
+
+        Args:
+            name: the reading table.
+            n_rows: N, the rows that arrived for it.
+            rows_per_item: how many rows each image or clip gave, in order; where known, the error names the
+                right sample and a shift between two samples is found too.
+
+        Raises:
+            ValueError: naming the modality, the sample and both counts.
+        """
+        listing = self._reading(name)
+        items = None if rows_per_item is None else tuple(rows_per_item)
+        if items is not None and sum(items) != n_rows:
+            raise ValueError(
+                f"{name}: rows_per_item adds up to {sum(items)}, but there are {n_rows} embeddings. It should "
+                "hold the number of embeddings of each item."
+            )
+        if self.host is not None:
+            if items is not None or self.host.totals[listing.index] != n_rows:
+                spans = None if items is None else self.host.spans(listing, self.sequence_length)
+                _verify_rows(name, "special", self.host.counts[listing.index], n_rows, items, spans)
+            return
+        deferred.check(
+            self.arrival,
+            lambda counts: _verify_rows(name, "special", counts[listing.index].tolist(), n_rows, items),
+            (name, "special", n_rows, items),
+        )
+
+    def check_generation(self, name: str, n_rows: int) -> None:
+        """Holds the number of target rows against the number of generation tokens, as `check_rows` does.
+
+        Raises:
+            ValueError: naming the modality, the sample and both counts.
+        """
+        listing = self._generating(name)
+        if self.host is not None:
+            _verify_rows(name, "generation", self.host.counts[listing.index], n_rows)
+            return
+        deferred.check(
+            self.arrival,
+            lambda counts: _verify_rows(name, "generation", counts[listing.index].tolist(), n_rows),
+            (name, "generation", n_rows),
+        )
+
+    def raise_deferred(self) -> None:
+        """Finishes every check of this placement that still waits for the device, and waits for it.
+
+        Raises:
+            ValueError: for the first check that fails.
+        """
+        if self.arrival is not None:
+            deferred.report(only=self.arrival)
+
+    # Generation
+
+    def generation_positions(
+        self, name: str, n: int | None = None, rule: Literal["own", "predecessor"] = "own"
+    ) -> Tensor:
+        """Flat positions of the hidden states that the modality's decoders read.
+
+        Args:
+            name: a modality with a generation token.
+            n: how many there are; may be left out where the host knows. On the device it comes from the targets:
+                tokens beyond it are dropped and missing ones read position 0 until `check_generation` reports.
+            rule: "own" reads at the token, "predecessor" one position before it, as next-token prediction does.
+
+        Returns:
+            int64 [n] on `device`, `b * S + s` in the order of the flattened batch.
+
+        Raises:
+            ValueError: if `n` is missing, or if a predecessor would lie before its sample or packed sequence
+                (deferred on the device).
+        """
+        if rule not in ("own", "predecessor"):
+            raise ValueError(f"{name}: unknown position rule {rule!r}; expected 'own' or 'predecessor'.")
+        listing = self._generating(name)
+        known = self._known_total(listing)
+        if n is None and known is None:
+            raise ValueError(
+                f"{name}: the number of generation tokens is not known on the host, because this placement was "
+                f"built on {self.device}. Pass n, the number of target rows."
+            )
+        if n is None:
+            n = known
+        found = min(n, listing.capacity)
+        positions = self.positions[listing.start : listing.start + found].long().clamp_(min=0)
+        if found < n:
+            positions = torch.cat([positions, positions.new_zeros(n - found)])
+        if rule == "own":
+            return positions
+        self._check_predecessors(name, listing, found)
+        return (positions - 1).clamp_(min=0)
+
+    def _check_predecessors(self, name: str, listing: TokenList, found: int) -> None:
+        """Raises, deferred on the device, if one of the first `found` generation tokens has no predecessor."""
+        positions = self.positions[listing.start : listing.start + found].long()
+        offset = positions.remainder(self.sequence_length)
+        if self.cu_seqlens is not None:
+            bounds = self.cu_seqlens.to(positions.device, torch.int64)
+            last = bounds.numel() - 2
+            offset = offset - bounds[(torch.searchsorted(bounds, offset, right=True) - 1).clamp(0, last)]
+        first = torch.where((offset == 0) & (positions >= 0), positions, -1)
+
+        def verify(values: Tensor) -> None:
+            for position in values[values >= 0].tolist():
+                sample, at = divmod(position, self.sequence_length)
+                raise ValueError(
+                    f"{name}: the generation token at position {at} of sample {sample} opens its sequence, so it "
+                    "has no predecessor to read. Put a token before it (a begin-of-image token, say), or use a "
+                    "decoder whose position rule is 'own'."
+                )
+
+        deferred.check(deferred.Arrival(first), verify, (name, "predecessor"))
+
+    # Lookups
+
+    def _reading(self, name: str) -> TokenList:
+        if name not in self.reading:
+            raise ValueError(f"no reading table {name!r} in this placement; it has {sorted(self.reading)}.")
+        return self.reading[name]
+
+    def _generating(self, name: str) -> TokenList:
+        if name not in self.generation:
+            raise ValueError(
+                f"no generation token for {name!r} in this placement; it has {sorted(self.generation)}."
+            )
+        return self.generation[name]
+
+    def _known_total(self, listing: TokenList) -> int | None:
+        return None if self.host is None else self.host.totals[listing.index]
+
+
+@dataclass(frozen=True, eq=False)
+class HostFacts:
+    """What the host knows of a placement without asking the device.
+
+    Attributes:
+        counts: tokens per sample, for each line of `Placement.counts_table`.
+        positions: `Placement.positions` on the CPU.
+    """
+
+    counts: list[list[int]]
+    positions: Tensor
+
+    @cached_property
+    def totals(self) -> list[int]:
+        """Tokens in the batch, for each line of `Placement.counts_table`."""
+        return [sum(line) for line in self.counts]
+
+    def spans(self, listing: TokenList, sequence_length: int) -> Tensor:
+        """int64 [number of spans, 3]: sample, first position, end."""
+        count = self.totals[listing.index]
+        flat = self.positions[listing.start : listing.start + count].long()
+        sample = flat.div(sequence_length, rounding_mode="floor")
+        opens = torch.ones(count, dtype=torch.bool)
+        opens[1:] = (flat[1:] != flat[:-1] + 1) | (sample[1:] != sample[:-1])
+        closes = torch.ones(count, dtype=torch.bool)
+        closes[:-1] = opens[1:]
+        base = sample[opens] * sequence_length
+        return torch.stack([sample[opens], flat[opens] - base, flat[closes] + 1 - base], dim=1)
+
+
+def build_placement(
+    input_ids: Tensor,
+    special_token_ids: Mapping[str, int],
+    generation_token_ids: Mapping[str, int] = MappingProxyType({}),
+    *,
+    cu_seqlens: Tensor | None = None,
+    vocabulary_size: int | None = None,
+    text_table: str | None = None,
+    validate: Literal["now", "deferred"] | None = None,
+) -> Placement:
+    """The placement of one batch.
+
+    Args:
+        input_ids: int64 or int32 [B, S], global; any device.
+        special_token_ids: reading table -> the token whose positions its rows fill. Negative ids and ids outside
+            the vocabulary are fine.
+        generation_token_ids: modality -> the token at which hidden states come out; may equal its special token.
+        cu_seqlens: int [sequences + 1], padded boundaries of packed sequences; B is then 1.
+        vocabulary_size: V. Given, text ids outside [0, V) are reported here; left out, `align` looks for them.
+        text_table: makes a table of this name of all positions without a special token.
+        validate: "now" waits for the device to have the counts on the host; "deferred" never waits, and a
+            mismatch is reported at the latest when the next step begins. Default: "now" on the CPU, "deferred"
+            elsewhere.
+
+    Returns:
+        The `Placement`, on the device of `input_ids`.
+
+    Raises:
+        TypeError: for ids that are no integers.
+        ValueError: for an empty batch, two tables with one token, or a text id outside the vocabulary; and for a
+            deferred check of an earlier batch.
+
+    Example:
+        >>> placement = build_placement(torch.tensor([[7, -200, -200, 8]]), {"images": -200})
+        >>> placement.source, placement.row
+        (tensor([[-1,  0,  0, -1]], dtype=torch.int32), tensor([[0, 0, 1, 0]], dtype=torch.int32))
+        >>> placement.check_rows("images", 3)
+        Traceback (most recent call last):
+        ValueError: images: sample 0 has 2 special tokens but 3 embeddings (batch: 2 special tokens, 3 embeddings). Give each special token one embedding.
+    """
+    deferred.report()
+    _check_ids(input_ids, special_token_ids, generation_token_ids, text_table, cu_seqlens)
+    if validate not in ("now", "deferred", None):
+        raise ValueError(f"validate should be 'now' or 'deferred', found {validate!r}.")
+    if validate is None:
+        validate = "now" if input_ids.device.type == "cpu" else "deferred"
+    reading_ids = tuple(special_token_ids.values())
+    generation_ids = tuple(generation_token_ids.values())
+    source, row, positions, starts, counts = kernels_for(input_ids.device).plan(
+        input_ids, reading_ids, generation_ids, text_is_table=text_table is not None, vocabulary_size=vocabulary_size
+    )
+    names = (*special_token_ids, *(() if text_table is None else (text_table,)))
+    ids = (*reading_ids, *(() if text_table is None else (None,)), *generation_ids)
+    listings = [
+        TokenList(token_id, index, starts[index], starts[index + 1] - starts[index])
+        for index, token_id in enumerate(ids)
+    ]
+    placement = Placement(
+        names=names,
+        source=source,
+        row=row,
+        positions=positions,
+        counts_table=counts,
+        reading=dict(zip(names, listings[: len(names)], strict=True)),
+        generation=dict(zip(generation_token_ids, listings[len(names) :], strict=True)),
+        cu_seqlens=cu_seqlens,
+        vocabulary_size=vocabulary_size,
+        host=HostFacts(counts.tolist(), positions.cpu()) if validate == "now" else None,
+        arrival=deferred.Arrival(counts) if validate == "deferred" else None,
+    )
+    if vocabulary_size is not None:
+        _check_vocabulary(placement)
+    return placement
+
+
+def _check_ids(
+    input_ids: Tensor,
+    special_token_ids: Mapping[str, int],
+    generation_token_ids: Mapping[str, int],
+    text_table: str | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Everything about the arguments that can be checked without looking at the ids."""
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"input_ids should be int64 or int32, found {input_ids.dtype}.")
+    if input_ids.dim() != 2 or input_ids.numel() == 0:
+        raise ValueError(f"input_ids should be [B, S] with B and S at least 1, found shape {tuple(input_ids.shape)}.")
+    if input_ids.numel() >= 2**31:
+        raise ValueError(f"input_ids holds {input_ids.numel()} positions; at most 2**31 - 1 fit the placement.")
+    for name, token_id in (*special_token_ids.items(), *generation_token_ids.items()):
+        if type(token_id) is not int:
+            raise TypeError(f"{name}: the token id should be an int, found {token_id!r}.")
+        if not -(2**63) <= token_id < 2**63:
+            raise ValueError(f"{name}: token id {token_id} does not fit the int64 of input_ids.")
+    table_of: dict[int, str] = {}
+    for name, token_id in special_token_ids.items():
+        if token_id in table_of:
+            raise ValueError(
+                f"{table_of[token_id]!r} and {name!r} both read at token {token_id}; each needs a token of its own."
+            )
+        table_of[token_id] = name
+    if text_table in special_token_ids:
+        raise ValueError(f"{text_table!r} names the text table and cannot have a special token as well.")
+    if cu_seqlens is not None and input_ids.shape[0] != 1:
+        raise ValueError(
+            f"packed sequences (cu_seqlens) need a batch size of 1, found {input_ids.shape[0]}: concatenate them."
+        )
+
+
+def _check_vocabulary(placement: Placement) -> None:
+    """Raises, now or deferred, if a text id lies outside the vocabulary."""
+    size = placement.vocabulary_size
+
+    def verify(counts: Tensor) -> None:
+        for sample, count in enumerate(counts[-1].tolist()):
+            if count:
+                raise ValueError(
+                    f"text: sample {sample} has {count} token ids outside the vocabulary (0 to {size - 1}) that "
+                    "are no special token. Declare them in special_token_ids, or mask them out of the batch."
+                )
+
+    if placement.host is not None:
+        verify(torch.tensor(placement.host.counts))
+    else:
+        deferred.check(placement.arrival, verify, "vocabulary")
+
+
+def _verify_rows(
+    name: str,
+    kind: str,
+    counts: list[int],
+    n_rows: int,
+    rows_per_item: tuple[int, ...] | None = None,
+    spans: Tensor | None = None,
+) -> None:
+    """Raises `ValueError` unless the rows fit the tokens, sample by sample as far as that is known.
+
+    Args:
+        name: the modality.
+        kind: "special" or "generation", for the message.
+        counts: tokens per sample.
+        n_rows: rows in the batch.
+        rows_per_item: rows of each item, in order.
+        spans: int64 [number of spans, 3], if known.
+    """
+    found = _rows_by_sample(counts, n_rows, rows_per_item)
+    if found != counts and spans is not None and len(spans) == len(rows_per_item):
+        # One span an item: each item's own span says in which sample it stands. Only to name the sample, since
+        # images without a token between them share a span.
+        by_span = [0] * len(counts)
+        for sample, rows in zip(spans[:, 0].tolist(), rows_per_item, strict=True):
+            by_span[sample] += rows
+        found = by_span if by_span != counts else found
+    for sample, (tokens, rows) in enumerate(zip(counts, found, strict=True)):
+        if tokens != rows:
+            embeddings = "embeddings" if kind == "special" else "target rows"
+            raise ValueError(
+                f"{name}: sample {sample} has {tokens} {kind} tokens but {rows} {embeddings} (batch: {sum(counts)} "
+                f"{kind} tokens, {n_rows} {embeddings}). Give each {kind} token one "
+                f"{embeddings.removesuffix('s')}."
+            )
+
+
+def _rows_by_sample(counts: list[int], n_rows: int, rows_per_item: tuple[int, ...] | None) -> list[int]:
+    """How many rows each sample gets.
+
+    Totals alone only tell where the rows run out: they are dealt out in order and the last sample takes what is
+    left. With items, whole items are dealt out, as many as it takes to fill each sample.
+    """
+    found = [0] * len(counts)
+    sample, last = 0, len(counts) - 1
+    for rows in rows_per_item or [1] * min(n_rows, sum(counts)):
+        while sample < last and found[sample] >= counts[sample]:
+            sample += 1
+        found[sample] += rows
+    if rows_per_item is None:
+        found[last] += max(n_rows - sum(counts), 0)
+    return found
