@@ -1,0 +1,236 @@
+"""The protocol between a language model's rows and what turns them into a modality.
+
+Shapes: `N` rows of one modality in this data-parallel rank's microbatch, `W` the decoder's width,
+`n` items (runs of `rows_per_item` rows that must stay together), `N = n * rows_per_item`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from megatron_mimo.idle import with_zero_gradients
+from megatron_mimo.losses import LossTerm
+
+Targets = Mapping[str, Tensor]
+PositionRule = Literal["own", "predecessor"]
+
+
+class Decoder(nn.Module, ABC):
+    """Turns rows `[N, W]` at generation tokens into a loss (training) or an output (inference).
+
+    A training step calls, in this order: `num_rows` (to check the targets against the generation
+    tokens), `prepare` once a microbatch (frozen tokenizers and random draws), `share` (under context
+    parallelism, this rank's items), `loss`. Inference calls `sample`. Rows and targets are equal on
+    all tensor- and context-parallel ranks up to `share`.
+
+    Subclasses define `num_rows` and `loss`; those that can generate define `sample` with the options
+    they take in its signature.
+
+    Args:
+        width: `W`, the width of the rows the decoder takes.
+        position_rule: `"own"` reads the hidden state at each generation token, `"predecessor"`
+            that at the position before it, as next-token prediction does.
+        rows_per_item: rows that belong together and stay on one rank: 1 where every row is an
+            output of its own, the span's length where a whole span is decoded at once.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> class Sum(Decoder):
+        ...     def num_rows(self, targets):
+        ...         return targets["target"].shape[0]
+        ...     def loss(self, rows, targets):
+        ...         error = (rows.sum(-1) - targets["target"]).square()
+        ...         return LossTerm(error.sum(), error.new_tensor(error.numel()))
+        >>> Sum(width=4).loss(torch.ones(2, 4), {"target": torch.ones(2)}).mean()
+        tensor(9.)
+    """
+
+    def __init__(
+        self, *, width: int, position_rule: PositionRule = "own", rows_per_item: int = 1
+    ) -> None:
+        super().__init__()
+        at_least_one(type(self).__name__, width=width, rows_per_item=rows_per_item)
+        one_of(type(self).__name__, "position_rule", position_rule, ("own", "predecessor"))
+        self.width = width
+        self.position_rule = position_rule
+        self.rows_per_item = rows_per_item
+
+    @abstractmethod
+    def num_rows(self, targets: Targets) -> int:
+        """How many generation tokens these targets stand for, read from shapes alone."""
+
+    def prepare(self, targets: Targets, stream: str = "") -> dict[str, Tensor]:
+        """The targets with everything added that is computed once a microbatch, outside autograd.
+
+        Args:
+            targets: what the batch brought, for all `N` rows. Left unchanged.
+            stream: prefix of the random stream, `"<modality>/<decoder>"`.
+
+        Returns:
+            A new mapping. Draws already given in `targets` are used as they are.
+        """
+        del stream  # a decoder without draws has no use for it
+        return dict(targets)
+
+    def share(self, targets: Targets, start_item: int, stop_item: int) -> dict[str, Tensor]:
+        """The targets of items `start_item` up to `stop_item`: one rank's part of the loss.
+
+        Args:
+            targets: prepared targets for all items; the first dim of every tensor is a multiple
+                of the number of items.
+        """
+        items = self.num_rows(targets) // self.rows_per_item
+        return {
+            name: value if items == 0 else _item_slice(value, items, start_item, stop_item)
+            for name, value in targets.items()
+        }
+
+    @abstractmethod
+    def loss(self, rows: Tensor, targets: Targets) -> LossTerm:
+        """The loss of these rows as a sum and a count, both float32 scalars.
+
+        Args:
+            rows: `[N, W]`, this rank's share, with gradient; `N` may be 0.
+            targets: prepared targets of the same rows.
+
+        Returns:
+            A term whose backward gives every trainable parameter a gradient, zero if `N` is 0.
+        """
+
+    def zero_loss(self, rows: Tensor) -> LossTerm:
+        """A loss over nothing: sum and count 0, and a zero gradient for every parameter.
+
+        Ranks without an item use it, so that they enter the same gradient reductions as the others.
+
+        Args:
+            rows: any tensor whose producers need a zero gradient, typically `[0, W]`.
+        """
+        zero = with_zero_gradients(rows.flatten()[:0].sum(dtype=torch.float32), self.parameters())
+        return LossTerm(zero, zero.new_zeros(()))
+
+    def sample(self, rows: Tensor) -> Tensor:
+        """The modality's output for rows `[N, W]`.
+
+        Raises:
+            NotImplementedError: this decoder has no sampler.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} was asked to sample from {rows.shape[0]} rows but has no sampler: "
+            "it trains a condition for something outside the model. Define sample(rows, ...) in a "
+            "subclass, or read the rows themselves from the model's output."
+        )
+
+    def render(self, samples: Tensor) -> Tensor:
+        """What samples stand for: media where a frozen tokenizer decodes them, else as they are."""
+        return samples
+
+    def check_rows(self, rows: Tensor, expected: int | None = None) -> None:
+        """Refuses rows that are not `[N, W]`, not whole items, or not as many as the targets.
+
+        Raises:
+            ValueError: naming both shapes.
+        """
+        name = type(self).__name__
+        if rows.ndim != 2 or rows.shape[1] != self.width:
+            raise ValueError(
+                f"{name} takes rows [N, {self.width}] but got {list(rows.shape)}. Fit its `width` or "
+                "the output projection before it."
+            )
+        if expected is not None and rows.shape[0] != expected:
+            raise ValueError(
+                f"{name} got {rows.shape[0]} rows and targets for {expected}. Give one target for "
+                "every generation token."
+            )
+        if rows.shape[0] % self.rows_per_item:
+            raise ValueError(
+                f"{name} decodes spans of {self.rows_per_item} rows but got {rows.shape[0]} rows, "
+                "which is no whole number of spans. Put that many generation tokens in each span, or "
+                "set `rows_per_item` to the span's length."
+            )
+
+    def check_targets(
+        self, targets: Targets, required: Iterable[str], optional: Iterable[str] = ()
+    ) -> None:
+        """Refuses targets with a keyword missing or unknown.
+
+        Raises:
+            ValueError: naming the keywords expected and found.
+        """
+        required, optional = tuple(required), tuple(optional)
+        missing = [name for name in required if name not in targets]
+        unknown = [name for name in targets if name not in required + optional]
+        if missing or unknown:
+            problem = f"lack {missing}" if missing else f"hold the unknown {unknown}"
+            raise ValueError(
+                f"targets of {type(self).__name__} {problem}: it takes {list(required)} and optionally "
+                f"{list(optional)}, found {sorted(targets)}."
+            )
+
+
+def weighted_sum(values: Tensor, weight: Tensor | None) -> LossTerm:
+    """The sum of a per-element loss over elements that count, and how many those are.
+
+    Args:
+        values: `[...]`, rank-local, with gradient.
+        weight: bool or float, its shape the leading dims of `values`; None counts every element
+            once.
+
+    Returns:
+        `sum(weight * values)` and `sum(weight)`, float32.
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Example:
+        >>> weighted_sum(torch.tensor([1.0, 5.0]), torch.tensor([True, False])).mean()
+        tensor(1.)
+    """
+    values = values.float()
+    if weight is None:
+        return LossTerm(values.sum(), values.new_full((), values.numel()))
+    if weight.shape != values.shape[: weight.ndim]:
+        raise ValueError(
+            f"weight has shape {list(weight.shape)} but the loss elements have shape "
+            f"{list(values.shape)}: weight's shape must be the leading dims of theirs."
+        )
+    weight = weight.to(values.dtype)
+    weight = weight.reshape(weight.shape + (1,) * (values.ndim - weight.ndim)).expand_as(values)
+    return LossTerm((values * weight).sum(), weight.sum())
+
+
+def at_least_one(owner: str, **sizes: int) -> None:
+    """Refuses sizes that are no positive int.
+
+    Raises:
+        ValueError: naming the owner, the option and its value.
+    """
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{owner}: {name} must be an int of at least 1, got {size!r}")
+
+
+def one_of(owner: str, option: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Refuses an option outside its allowed values.
+
+    Raises:
+        ValueError: naming the owner, the option, its value and the allowed ones.
+    """
+    if value not in allowed:
+        raise ValueError(f"{owner}: {option} must be one of {list(allowed)}, got {value!r}")
+
+
+def _item_slice(value: Tensor, items: int, start_item: int, stop_item: int) -> Tensor:
+    if value.shape[0] % items:
+        raise ValueError(
+            f"a target of shape {list(value.shape)} cannot be shared out over {items} items: its first "
+            "dim must be a multiple of their number."
+        )
+    per_item = value.shape[0] // items
+    return value[start_item * per_item : stop_item * per_item]

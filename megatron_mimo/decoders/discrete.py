@@ -1,0 +1,264 @@
+"""Discrete codes per row: the output side of autoregressive image and audio models.
+
+Shapes: `N` rows, `W` width of the rows, `K` codebooks, `V` entries of a codebook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatron_mimo.decoders.base import (
+    Decoder,
+    PositionRule,
+    Targets,
+    at_least_one,
+    weighted_sum,
+)
+from megatron_mimo.decoders.guidance import ConditionDropout, guided
+from megatron_mimo.decoders.layers import Sharding
+from megatron_mimo.decoders.tokenizers import Tokenizer, built
+from megatron_mimo.losses import LossTerm
+
+if TYPE_CHECKING:
+    from megatron.core.model_parallel_config import ModelParallelConfig
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+
+class DiscreteDecoder(Decoder):
+    """Predicts one code per row and codebook with cross-entropy; samples codes.
+
+    Codes of one row are predicted independently of each other given the row.
+
+    Targets: `codes` int64 `[N]`, or `[N, K]` for several codebooks; or, with a tokenizer, `media`
+    `[n, ...]` from which `prepare` makes them. Optionally `weight` `[N]` or `[N, K]`, and `drop` bool
+    `[N]`, which `prepare` adds where conditions are dropped.
+
+    Args:
+        width: `W`.
+        codebook_sizes: `V`, or one for each of the `K` codebooks.
+        hidden_width: width of a hidden layer with GELU before the heads; None for heads alone.
+        condition_dropout: how often a row is replaced by a learned null condition in training, for
+            guidance in sampling without unconditional rows from the language model.
+        tokenizer: frozen codec, or its spec, that makes codes from media and media from codes.
+        position_rule: see `Decoder`; next-token prediction reads the predecessor.
+        config: the language model's config cuts the heads over its tensor-parallel ranks by
+            codebook entries, and the cross-entropy with them; None keeps them whole on each.
+        pg_collection: process groups, of which a config makes use of `tp`; None for Megatron's.
+
+    Raises:
+        ValueError: an argument is out of range, or a codebook cannot be shared out evenly.
+
+    Example:
+        >>> decoder = DiscreteDecoder(width=16, codebook_sizes=32)
+        >>> decoder.loss(torch.ones(6, 16), {"codes": torch.arange(6)}).count
+        tensor(6.)
+        >>> decoder.sample(torch.ones(6, 16), top_k=5).shape
+        torch.Size([6])
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        codebook_sizes: int | Sequence[int],
+        hidden_width: int | None = None,
+        condition_dropout: float = 0.0,
+        tokenizer: Tokenizer | ModuleSpec | None = None,
+        position_rule: PositionRule = "predecessor",
+        config: ModelParallelConfig | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(width=width, position_rule=position_rule)
+        sizes = (codebook_sizes,) if isinstance(codebook_sizes, int) else tuple(codebook_sizes)
+        sharding = Sharding(config, pg_collection)
+        _check_sizes(sizes, sharding.size)
+        self.codebook_sizes = sizes
+        self.condition_dropout = ConditionDropout(width, condition_dropout)
+        self.tokenizer = None if tokenizer is None else built(tokenizer)
+        if hidden_width is not None:
+            at_least_one("DiscreteDecoder", hidden_width=hidden_width)
+        self.hidden = None if hidden_width is None else sharding.whole(width, hidden_width)
+        self.heads = nn.ModuleList(sharding.column(hidden_width or width, size) for size in sizes)
+        self._group = sharding.group()
+
+    def num_rows(self, targets: Targets) -> int:
+        """The number of codes (or tokens of the media), one a row."""
+        if "media" in targets and self.tokenizer is not None:
+            self.check_targets(targets, ("media",), ("weight", "drop"))
+            return targets["media"].shape[0] * self.tokenizer.tokens_per_item
+        self._check_codes(targets)
+        return targets["codes"].shape[0]
+
+    def prepare(self, targets: Targets, stream: str = "") -> dict[str, Tensor]:
+        """The targets with `codes` in place of `media`, and `drop` where conditions are dropped."""
+        rows = self.num_rows(targets)
+        prepared = dict(targets)
+        if "media" in prepared:
+            prepared["codes"] = self.tokenizer.encode(prepared.pop("media"))
+        drop = self.condition_dropout.draw(rows, prepared["codes"].device, stream)
+        return prepared if drop is None else {"drop": drop, **prepared}
+
+    def loss(self, rows: Tensor, targets: Targets) -> LossTerm:
+        """Cross-entropy summed over rows and codebooks, and the codes' weight.
+
+        A code outside its codebook raises on the CPU; on a device, where looking would wait for it,
+        it makes the loss NaN.
+        """
+        self._check_codes(targets)
+        self.check_rows(rows, expected=targets["codes"].shape[0])
+        if rows.shape[0] == 0:
+            return self.zero_loss(rows)
+        codes = targets["codes"].reshape(rows.shape[0], -1)
+        logits = self._local_logits(self.condition_dropout(rows, targets.get("drop")))
+        losses = torch.stack(
+            [self._cross_entropy(*pair) for pair in zip(logits, codes.unbind(1))], dim=1
+        )
+        return weighted_sum(losses, targets.get("weight"))
+
+    def logits(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Float32 `[N, V]` of each codebook for rows `[N, W]`, whole on every tensor-parallel rank."""
+        local = self._local_logits(rows)
+        if self._group is not None:
+            from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+            local = [gather_from_tensor_model_parallel_region(part, self._group) for part in local]
+        return tuple(part.float() for part in local)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        rows: Tensor,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance: float = 1.0,
+        unconditional_rows: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Codes int64 `[N]`, or `[N, K]` for several codebooks, drawn for rows `[N, W]`.
+
+        Tensor-parallel ranks draw the same codes if their generators are in the same state.
+
+        Args:
+            rows: conditions.
+            temperature: divides the logits; 0 takes the likeliest code.
+            top_k: draw among this many likeliest codes.
+            top_p: draw among the likeliest codes that together reach this probability.
+            guidance: scale of classifier-free guidance on the logits, 1 is off.
+            unconditional_rows: `[N, W]` to contrast `rows` with, e.g. of the same prompt without its
+                text; None takes the null condition learned with `condition_dropout`.
+            generator: to draw from, on the rows' device; None for torch's default.
+
+        Raises:
+            ValueError: an option is out of range.
+        """
+        self.check_rows(rows)
+        logits = self.logits(rows)
+        if guidance != 1:
+            null = self.condition_dropout.unconditional(rows, unconditional_rows)
+            logits = [guided(*pair, guidance) for pair in zip(logits, self.logits(null))]
+        codes = [draw_codes(part, temperature, top_k, top_p, generator) for part in logits]
+        return torch.stack(codes, dim=1) if len(codes) > 1 else codes[0]
+
+    def render(self, samples: Tensor) -> Tensor:
+        """Media of sampled codes if there is a tokenizer, else the codes."""
+        return samples if self.tokenizer is None else self.tokenizer.decode(samples)
+
+    def _local_logits(self, rows: Tensor) -> list[Tensor]:
+        """`[N, V / tensor-parallel size]` of each codebook, rank-local."""
+        rows = rows.to(self.heads[0].weight.dtype)
+        if self.hidden is not None:
+            rows = F.gelu(self.hidden(rows))
+        return [head(rows) for head in self.heads]
+
+    def _cross_entropy(self, logits: Tensor, codes: Tensor) -> Tensor:
+        """`[N]`, float32, from rank-local logits `[N, V / tensor-parallel size]`."""
+        size = logits.shape[1] * (1 if self._group is None else self._group.size())
+        valid = (codes >= 0) & (codes < size)
+        if codes.device.type == "cpu" and not valid.all():
+            raise ValueError(
+                f"codes must lie in [0, {size}), found {codes.min().item()} to {codes.max().item()}"
+            )
+        codes = codes.clamp(0, size - 1)
+        if self._group is None:
+            losses = F.cross_entropy(logits.float(), codes, reduction="none")
+        else:
+            from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+            losses = vocab_parallel_cross_entropy(logits.float(), codes, tp_group=self._group)
+        return losses.masked_fill(~valid, torch.nan)
+
+    def _check_codes(self, targets: Targets) -> None:
+        self.check_targets(targets, ("codes",), ("weight", "drop"))
+        codes = targets["codes"]
+        books = len(self.codebook_sizes)
+        fits = codes.ndim == 2 and codes.shape[1] == books or codes.ndim == books == 1
+        if not fits or codes.dtype != torch.int64:
+            raise ValueError(
+                f"DiscreteDecoder's codes must be int64 [N{'' if books == 1 else f', {books}'}], got "
+                f"{codes.dtype} {list(codes.shape)}"
+            )
+
+
+def draw_codes(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Int64 `[N]` drawn from logits `[N, V]`, narrowed by top-k first, then top-p.
+
+    Args:
+        logits: float32.
+        temperature: divides the logits; 0 takes the likeliest code.
+        top_k: keep this many likeliest codes.
+        top_p: keep the likeliest codes that together reach this probability (Holtzman et al., arXiv
+            1904.09751, section 3.1), at least one.
+        generator: to draw from, on the logits' device; None for torch's default.
+
+    Raises:
+        ValueError: an option is out of range.
+
+    Example:
+        >>> draw_codes(torch.tensor([[0.0, 2.0, 1.0]]), top_k=1)
+        tensor([1])
+    """
+    if temperature < 0:
+        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits, codes = (logits / temperature).sort(dim=-1, descending=True)
+    if top_k is not None:
+        logits[:, top_k:] = -torch.inf
+    if top_p is not None:
+        probability = logits.softmax(dim=-1)
+        before = probability.cumsum(dim=-1) - probability
+        logits = logits.masked_fill(before >= top_p, -torch.inf)
+    if logits.shape[0] == 0:
+        return codes[:, 0]
+    rank = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+    return codes.gather(1, rank).squeeze(1)
+
+
+def _check_sizes(sizes: tuple[int, ...], parts: int) -> None:
+    if not sizes:
+        raise ValueError("DiscreteDecoder: codebook_sizes must name at least one codebook")
+    for size in sizes:
+        at_least_one("DiscreteDecoder", codebook_sizes=size)
+        if size % parts:
+            raise ValueError(
+                f"DiscreteDecoder: a codebook of {size} entries cannot be shared out over {parts} "
+                "tensor-parallel ranks. Round its size up: entries that no code names stay unused."
+            )
