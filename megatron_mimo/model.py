@@ -161,7 +161,7 @@ class MimoModel(MegatronModule):
             self.mimo_config.reading_tables,
             self.mimo_config.generation_token_ids,
             cu_seqlens=_boundaries(packed_seq_params),
-            validate="now" if input_ids.device.type == "cpu" else "deferred",
+            vocabulary_size=self.mimo_config.language_model.params.get("vocab_size"),
         )
 
     def shard(self, input_ids: Tensor, packed_seq_params: PackedSeqParams | None = None) -> SequenceShard:
@@ -199,8 +199,6 @@ class MimoModel(MegatronModule):
         for table, (modality, count) in feeds.items():
             submodule = self.modality_submodules[modality]
             rows[table] = submodule.generation_rows(targets.get(modality), count)
-        for table, table_rows in rows.items():
-            placement.check_rows(table, table_rows.shape[0])
         return rows
 
     def exchange(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -388,6 +386,13 @@ class MimoModel(MegatronModule):
                     f"modality_targets has {modality!r}, but generation_token_ids has "
                     f"{sorted(self.mimo_config.generation_token_ids)}: no hidden state is decoded "
                     "for it. Configure its generation token and a decoder, or drop the targets."
+                )
+        for modality in inputs:
+            if modality not in self.mimo_config.special_token_ids:
+                raise ValueError(
+                    f"modality_inputs has {modality!r}, but special_token_ids has "
+                    f"{sorted(self.mimo_config.special_token_ids)}: its rows have nowhere to go. "
+                    "Configure its special token or drop the inputs."
                 )
         for modality, submodule in self.modality_submodules.items():
             if self.pre_process and modality in inputs:

@@ -77,7 +77,7 @@ class ModalitySubmodules(ABC, nn.Module):
         self.combine = combine
         _check_count("input_projections", self.input_projections, "encoders", self.encoders)
         _check_count("output_projections", self.output_projections, "decoders", self.decoders)
-        self._check_inner_widths()
+        self._check_parts()
         self._accepted = {name: _keyword_names(module) for name, module in self.encoders.items()}
 
     @classmethod
@@ -201,8 +201,9 @@ class ModalitySubmodules(ABC, nn.Module):
         counts = {}
         for name, target in targets.items():
             takes = self.decoders[name] if name in self.decoders else self.generation_input
-            if takes is not None:
-                counts[name] = takes.num_rows(target)
+            count = None if takes is None else takes.num_rows(target)
+            if count is not None:
+                counts[name] = count
         return counts
 
     def generation_rows(self, targets: Inputs | None, num_rows: int) -> Tensor:
@@ -352,8 +353,8 @@ class ModalitySubmodules(ABC, nn.Module):
             f"size is {hidden_size}. Make them equal or add a projection."
         )
 
-    def _check_inner_widths(self) -> None:
-        """Encoder -> input projection, and output projection -> decoder."""
+    def _check_parts(self) -> None:
+        """Encoder -> input projection, output projection -> decoder, and what decoders read."""
         inputs = self._per_module(self.input_projections, self.encoders)
         for name, projection in inputs.items():
             _check_fit(
@@ -372,6 +373,8 @@ class ModalitySubmodules(ABC, nn.Module):
                 f"decoders of one modality must read the same positions, got {rules}. "
                 "Give them one position_rule or put them in two modalities."
             )
+        if self.decoders and self.generation_input is not None:
+            self.generation_input.check_rule(self.position_rule)
 
     @property
     def _encode_is_overridden(self) -> bool:

@@ -1,0 +1,86 @@
+"""Imports run in one direction, and importing has no side effects."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "megatron_mimo"
+
+# A room imports only rooms above it in this list.
+ROOMS = [
+    "config",
+    "losses",
+    "deferred",
+    "kernels",
+    "placement",
+    "sharding",
+    "draws",
+    "idle",
+    "assemble",
+    "batch",
+    "build",
+    "widths",
+    "checkpoint",
+    "decoders",
+    "submodules",
+    "align",
+    "route",
+    "output",
+    "language",
+    "model",
+    "cpu",
+    "launch",
+    "specs",
+    "training",
+]
+WITHOUT_MEGATRON = ["config", "losses", "deferred", "kernels", "placement", "sharding"]
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported_rooms(path: Path) -> set[str]:
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        rooms |= {name.split(".")[1] for name in names if name.startswith("megatron_mimo.")}
+    return rooms
+
+
+def modules() -> list[Path]:
+    return [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+
+
+def test_every_room_has_its_place():
+    assert {room_of(path) for path in modules()} <= set(ROOMS)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_in_one_direction(path):
+    room = room_of(path)
+    above = set(ROOMS[: ROOMS.index(room)]) | {room}
+    assert imported_rooms(path) <= above
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def test_importing_the_package_prints_nothing_and_loads_nothing():
+    loaded = "import sys, megatron_mimo; assert not {'torch', 'megatron'} & set(sys.modules)"
+    assert python(loaded) == ""
+
+
+def test_integer_rooms_and_losses_do_without_megatron():
+    imports = "; ".join(f"import megatron_mimo.{room}" for room in WITHOUT_MEGATRON)
+    assert python(f"import sys; {imports}; assert 'megatron' not in sys.modules") == ""

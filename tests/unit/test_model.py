@@ -1,0 +1,243 @@
+"""The whole flow in one process: what comes out, what gets a gradient, what is refused."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import nn
+
+import megatron_mimo
+from megatron_mimo import MimoModel, MimoOutput
+from tests import tiny
+
+
+@pytest.fixture
+def model(single_process):
+    torch.manual_seed(0)
+    return MimoModel(tiny.mimo_config())
+
+
+def without_gradient(model) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.grad is None]
+
+
+def used(model, part: str) -> bool:
+    return any(p.grad.abs().sum() > 0 for n, p in model.named_parameters() if part in n)
+
+
+def test_the_language_output_comes_back_bare_without_generation_tokens(single_process):
+    model = MimoModel(tiny.mimo_config(generation_token_ids={}))
+    arguments = tiny.batch()
+    del arguments["modality_targets"]
+    outputs, loss_mask = model(**arguments)
+    assert outputs.shape == arguments["input_ids"].shape
+    assert loss_mask is arguments["loss_mask"]
+    del arguments["labels"]
+    assert model(**arguments)[0].shape == (3, 16, tiny.VOCABULARY)
+
+
+def test_training_gives_a_term_for_each_decoder_and_a_gradient_to_every_parameter(model):
+    outputs, loss_mask = model(**tiny.batch())
+    assert isinstance(outputs, MimoOutput)
+    terms = megatron_mimo.loss_terms(outputs, loss_mask)
+    assert list(terms) == ["text", "images/pixels"]
+    assert terms["images/pixels"].count.item() == 5 * tiny.PIXELS
+    assert terms["text"].count == loss_mask.sum()
+    megatron_mimo.total_loss(terms, model.loss_weights).backward()
+    assert not without_gradient(model)
+    for part in ("encoders", "input_projections", "decoders", "output_projections", "word_emb"):
+        assert used(model, part), part
+
+
+def test_the_output_half_reaches_the_language_model(model):
+    outputs, _ = model(**tiny.batch())
+    outputs.modalities["images"].losses["pixels"].sum.backward()
+    assert used(model, "language_model.decoder.layers.0")
+
+
+def test_text_only_batches_give_zero_gradients_to_every_modality(model):
+    ids = torch.tensor([[1, 2, 3, 4]])
+    tiny.total(model, dict(input_ids=ids, labels=ids)).backward()
+    assert not without_gradient(model)
+    assert not used(model, "modality_submodules")
+
+
+def test_a_text_only_batch_is_what_the_bare_language_model_gives(model):
+    ids = torch.randint(0, 60, (2, 9))
+    positions = torch.arange(9).expand(2, 9)
+    expected = model.language_model(ids, positions, None)
+    torch.testing.assert_close(model(ids)[0].language, expected, rtol=0, atol=0)
+
+
+def test_hidden_states_are_those_of_a_bare_language_model_run(model):
+    arguments = tiny.batch()
+    ids = arguments["input_ids"].clamp(0, 60)
+    ids[arguments["input_ids"] == tiny.WRITE] = tiny.WRITE
+    model.eval()
+    outputs, _ = model(ids)
+    language = model.language_model
+    embedded = language.embedding(ids, None)
+    rotary = language.rotary_pos_emb(ids.shape[1])
+    hidden = language.decoder(embedded, None, rotary_pos_emb=rotary)
+    expected = hidden.transpose(0, 1)[ids == tiny.WRITE]
+    assert torch.equal(outputs.modalities["images"].hidden, expected)
+
+
+def test_the_language_model_runs_once(model):
+    calls = []
+    model.language_model.decoder.register_forward_hook(lambda *_: calls.append(1))
+    model(**tiny.batch())
+    assert len(calls) == 1
+
+
+def test_inference_gives_rows_and_decode_gives_samples(model):
+    arguments = tiny.batch()
+    del arguments["modality_targets"], arguments["labels"]
+    outputs, _ = model.eval()(**arguments)
+    assert outputs.modalities["images"].hidden.shape == (5, tiny.HIDDEN)
+    samples = model.decode(outputs)
+    assert samples["images"]["pixels"].shape == (5, tiny.PIXELS)
+
+
+def test_predecessor_rule_reads_one_position_earlier(single_process):
+    torch.manual_seed(0)
+    decoders = {
+        "pixels": ModuleSpec(module=tiny.LinearDecoder, params={"position_rule": "predecessor"})
+    }
+    images = {"images": tiny.image_spec(decoders=decoders), "audio": tiny.audio_spec()}
+    model = MimoModel(tiny.mimo_config(), images).eval()
+    ids = torch.tensor([[1, 2, tiny.WRITE, tiny.WRITE, 3]])
+    language = model.language_model
+    hidden = language.decoder(language.embedding(ids, None), None, rotary_pos_emb=language.rotary_pos_emb(5))
+    assert torch.equal(model(ids)[0].modalities["images"].hidden, hidden[1:3, 0])
+
+
+def test_attention_mask_is_honoured(model):
+    ids = torch.tensor([[1, 2, 3, 4]])
+    blind = ~torch.eye(4, dtype=torch.bool)[None, None]  # each token sees itself alone
+    model.eval()
+    masked = model(ids, attention_mask=blind)[0].language
+    alone = model(ids[:, 3:], position_ids=torch.tensor([[3]]))[0].language
+    causal = model(ids)[0].language
+    torch.testing.assert_close(masked[:, 3], alone[:, 0])
+    assert not torch.allclose(causal[:, 3], masked[:, 3])
+
+
+def test_replacing_submodules_at_construction(single_process):
+    config = tiny.mimo_config()
+    wider = tiny.image_spec(
+        encoders={"patches": ModuleSpec(module=tiny.PatchEncoder, params={"width": 24})},
+        input_projections=[tiny.linear(24, tiny.HIDDEN)],
+    )
+    model = MimoModel(config, modality_submodules={"images": wider})
+    assert model.modality_submodules["images"].encoders["patches"].linear.out_features == 24
+    assert config.modality_submodules["images"] is not wider
+    tiny.total(model, tiny.batch()).backward()
+
+
+def test_a_frozen_encoder_gets_no_gradient_and_the_rest_does(model):
+    model.modality_submodules["images"].encoders.requires_grad_(False)
+    tiny.total(model, tiny.batch()).backward()
+    assert all("images.encoders" in name for name in without_gradient(model))
+
+
+def test_one_placement_serves_collator_and_model(model):
+    arguments = tiny.batch()
+    placement = model.place(arguments["input_ids"])
+    expected = tiny.total(model, arguments)
+    assert torch.equal(tiny.total(model, {**arguments, "placement": placement}), expected)
+
+
+def test_the_callers_batch_is_left_alone(model):
+    arguments = tiny.batch()
+    before = deepcopy(arguments)
+    model(**arguments)
+    assert torch.equal(before["input_ids"], arguments["input_ids"])
+    assert before["modality_inputs"].keys() == arguments["modality_inputs"].keys()
+    assert before["modality_targets"]["images"].keys() == arguments["modality_targets"]["images"].keys()
+
+
+def test_nan_embeddings_pass(model):
+    arguments = tiny.batch()
+    arguments["modality_inputs"]["audio"]["frames"]["x"].fill_(float("nan"))
+    assert tiny.total(model, arguments).isnan()
+
+
+def change(**changes):
+    return lambda arguments: {**arguments, **changes}
+
+
+def images(x):
+    return change(modality_inputs={**tiny.batch()["modality_inputs"], "images": {"patches": {"x": x}}})
+
+
+def targets(**given):
+    return change(modality_targets=given)
+
+
+IDS = tiny.batch()["input_ids"]
+BAD_VALUES = {
+    "too few embeddings": (images(torch.zeros(3, tiny.PIXELS)), "images.*sample 0.* 4 .*3"),
+    "too many embeddings": (images(torch.zeros(5, tiny.PIXELS)), "images.*sample.*4.*5"),
+    "no inputs": (change(modality_inputs={}), "images.*sample 0.*4.*0"),
+    "unknown modality": (change(modality_inputs={"video": {"x": {}}}), "modality 'video'"),
+    "unknown encoder": (change(modality_inputs={"images": {"clip": {"x": 1}}}), "encoder 'clip'"),
+    "empty batch": (change(input_ids=IDS[:0]), "empty batch"),
+    "one dim": (change(input_ids=IDS[0]), r"must be \[B, S\]"),
+    "labels": (change(labels=IDS[:, 1:]), r"labels has shape \[3, 15\]"),
+    "loss mask": (change(loss_mask=torch.ones(3)), r"loss_mask has shape \[3\]"),
+    "positions": (change(position_ids=torch.zeros(1, 16)), "position_ids has shape"),
+    "attention mask": (change(attention_mask=torch.ones(3, 1, 16, 15)), "attention_mask has shape"),
+    "targets without decoder": (targets(audio={"wave": {"x": 1}}), "generation_token_ids has"),
+    "unknown decoder": (targets(images={"codes": {"x": 1}}), "decoder 'codes'"),
+    "unknown target modality": (targets(video={"x": {}}), "modality 'video'"),
+    "too few targets": (
+        targets(images={"pixels": {"pixels": torch.zeros(4, tiny.PIXELS)}}),
+        "images.*generation.*",
+    ),
+}
+BAD_TYPES = {
+    "ids": (change(input_ids=[[1]]), "input_ids must be a torch.Tensor"),
+    "float ids": (change(input_ids=IDS.float()), "must be int64 or int32"),
+    "labels": (change(labels=[[1]]), "labels must be a torch.Tensor"),
+    "inputs": (change(modality_inputs=[1]), "modality_inputs must map"),
+    "nested inputs": (change(modality_inputs={"images": torch.ones(2)}), "must map encoder"),
+    "keyword": (change(modality_inputs={"images": {"patches": {"y": 1}}}), "keyword 'y'"),
+    "keywords": (change(modality_inputs={"images": {"patches": torch.ones(1)}}), "must map keyword"),
+    "targets": (change(modality_targets={"images": {"pixels": 1}}), "must map keyword"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_VALUES)
+def test_bad_values_are_refused(model, case):
+    mistake, message = BAD_VALUES[case]
+    with pytest.raises(ValueError, match=message):
+        model(**mistake(tiny.batch()))
+
+
+@pytest.mark.parametrize("case", BAD_TYPES)
+def test_bad_types_are_refused(model, case):
+    mistake, message = BAD_TYPES[case]
+    with pytest.raises(TypeError, match=message):
+        model(**mistake(tiny.batch()))
+
+
+def test_inputs_for_a_modality_without_special_token_are_refused(single_process):
+    model = MimoModel(tiny.mimo_config(special_token_ids={"audio": tiny.HEAR}))
+    with pytest.raises(ValueError, match="special_token_ids has"):
+        model(**tiny.batch())
+
+
+def test_widths_that_do_not_fit_are_named_at_construction(single_process):
+    narrow = tiny.image_spec(input_projections=[tiny.linear(16, 8)])
+    with pytest.raises(ValueError, match="'images': input_projections.0. has output width 8.*32"):
+        MimoModel(tiny.mimo_config(), {"images": narrow})
+    narrow = tiny.image_spec(output_projections=[tiny.linear(8, tiny.HIDDEN)])
+    with pytest.raises(ValueError, match="'images': output_projections.0. has input width 8.*32"):
+        MimoModel(tiny.mimo_config(), {"images": narrow})
+
+
+def test_a_spec_of_something_else_is_refused(single_process):
+    with pytest.raises(TypeError, match="must be the spec of a ModalitySubmodules"):
+        MimoModel(tiny.mimo_config(), {"images": ModuleSpec(module=nn.Linear)})
