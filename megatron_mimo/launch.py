@@ -1,0 +1,377 @@
+"""Start and end a run: process groups, device and random numbers, under ``torchrun`` or plain ``python``."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from megatron_mimo.cpu import cpu_backend_enabled, disable_cpu_backend, enable_cpu_backend
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+__all__ = ["Layout", "Run", "exit_on_error", "initialize", "shutdown"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The size of every parallel axis of `world_size` ranks; building one that does not fit is a ValueError.
+
+    Dense layers: ``world_size = tensor * context * pipeline * data``.
+    Expert layers: ``world_size = expert_tensor * expert * pipeline * expert_data``.
+
+    Raises:
+        TypeError: a size is not an int.
+        ValueError: a size is below 1, or the sizes do not divide the world; the message names the argument to change.
+
+    Example:
+        >>> Layout(world_size=8, tensor_model_parallel_size=2, pipeline_model_parallel_size=2).data_parallel_size
+        2
+    """
+
+    world_size: int
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, size in vars(self).items():
+            if size is None and name in ("virtual_pipeline_model_parallel_size", "expert_tensor_parallel_size"):
+                continue
+            if not isinstance(size, int) or isinstance(size, bool):
+                raise TypeError(f"{name}: expected an int, found {size!r} of type {type(size).__name__}.")
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1, found {size}.")
+
+        dense = self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        if self.world_size % dense:
+            raise ValueError(
+                f"tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size = "
+                f"{self.tensor_model_parallel_size} * {self.pipeline_model_parallel_size} * "
+                f"{self.context_parallel_size} = {dense} does not divide the world of {self.world_size} rank(s). "
+                f"Lower one of the three, or start a multiple of {dense} ranks (torchrun --nproc-per-node)."
+            )
+        expert = self.effective_expert_tensor_parallel_size * self.expert_model_parallel_size
+        expert *= self.pipeline_model_parallel_size
+        if self.world_size % expert:
+            raise ValueError(
+                f"expert_tensor_parallel_size * expert_model_parallel_size * pipeline_model_parallel_size = "
+                f"{self.effective_expert_tensor_parallel_size} * {self.expert_model_parallel_size} * "
+                f"{self.pipeline_model_parallel_size} = {expert} does not divide the world of {self.world_size} "
+                f"rank(s). Lower expert_model_parallel_size, or set expert_tensor_parallel_size "
+                f"(default: tensor_model_parallel_size)."
+            )
+        if self.virtual_pipeline_model_parallel_size is not None and self.pipeline_model_parallel_size == 1:
+            raise ValueError(
+                f"virtual_pipeline_model_parallel_size={self.virtual_pipeline_model_parallel_size} needs a pipeline, "
+                "found pipeline_model_parallel_size=1. Set it to at least 2, or leave the virtual size None."
+            )
+
+    @property
+    def effective_expert_tensor_parallel_size(self) -> int:
+        """The tensor-parallel size of expert layers, which is the dense one unless given."""
+        if self.expert_tensor_parallel_size is None:
+            return self.tensor_model_parallel_size
+        return self.expert_tensor_parallel_size
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Ranks that hold the same dense weights and read different samples."""
+        return self.world_size // (
+            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `initialize` set up, seen from this rank.
+
+    Attributes:
+        layout: the size of every parallel axis.
+        rank: this rank in the world; `local_rank` is its place on this host.
+        tensor_rank, pipeline_rank, data_rank, context_rank, expert_rank: its place on each axis.
+        device: where this rank's tensors live.
+        backend: ``"nccl"`` or ``"gloo"``.
+        seed: what the random numbers started from.
+        groups: Megatron's process groups, to hand to models and optimizers.
+    """
+
+    layout: Layout
+    rank: int
+    local_rank: int
+    tensor_rank: int
+    pipeline_rank: int
+    data_rank: int
+    context_rank: int
+    expert_rank: int
+    device: torch.device
+    backend: str
+    seed: int
+    groups: "ProcessGroupCollection"
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in this run."""
+        return self.layout.world_size
+
+
+@dataclass(frozen=True)
+class _Current:
+    """The run in progress and what `shutdown` has to undo."""
+
+    run: Run
+    enabled_cpu_backend: bool
+
+
+_current: _Current | None = None
+_runs_started = 0
+_torchrun_store: dist.Store | None = None
+
+
+def initialize(
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    virtual_pipeline_model_parallel_size: int | None = None,
+    context_parallel_size: int = 1,
+    expert_model_parallel_size: int = 1,
+    expert_tensor_parallel_size: int | None = None,
+    *,
+    seed: int = 1234,
+    backend: str | None = None,
+    timeout_s: float = 600.0,
+) -> Run:
+    """Gives the `Run` of this process: process groups built, device chosen, random numbers seeded.
+
+    Under ``torchrun`` the world is what torchrun started; under plain ``python`` it is this one process. Sequence
+    parallelism needs no axis of its own: set it in the model's configuration.
+
+    Args:
+        tensor_model_parallel_size: ranks that share each layer.
+        pipeline_model_parallel_size: stages that the layers are cut into.
+        virtual_pipeline_model_parallel_size: model chunks per stage, for the interleaved schedule.
+        context_parallel_size: ranks that share each sequence.
+        expert_model_parallel_size: ranks that share the experts of a layer.
+        expert_tensor_parallel_size: ranks that share one expert; None: as `tensor_model_parallel_size`.
+        seed: start of the random numbers. As in Megatron-Core, tensor-parallel ranks draw different numbers inside
+            tensor-parallel regions and the same outside, data-parallel ranks draw the same, and pipeline stage ``p``
+            starts from ``seed + 100 p``.
+        backend: ``"nccl"``, ``"gloo"`` (with the CPU backend, even where there is a GPU), or None: NCCL where a GPU
+            is available, otherwise gloo.
+        timeout_s: how long a collective may take before it raises.
+
+    Returns:
+        The run. Called again with the same arguments, the run in progress.
+
+    Raises:
+        TypeError: a size is not an int.
+        ValueError: a layout that does not fit the world, an unknown backend, NCCL without a GPU for this rank. Raised
+            before any process group is built.
+        RuntimeError: a run with other arguments is in progress, or somebody else has initialised torch.distributed.
+
+    Example:
+        >>> run = initialize(seed=7, backend="gloo")
+        >>> run.world_size, run.device
+        (1, device(type='cpu'))
+        >>> shutdown()
+    """
+    global _current, _runs_started
+    layout = Layout(
+        world_size=int(os.environ.get("WORLD_SIZE", "1")) if _under_torchrun() else 1,
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
+        context_parallel_size=context_parallel_size,
+        expert_model_parallel_size=expert_model_parallel_size,
+        expert_tensor_parallel_size=expert_tensor_parallel_size,
+    )
+    if _current is not None:
+        run = _current.run
+        if (layout, seed, backend or run.backend) == (run.layout, run.seed, run.backend):
+            return run
+        raise RuntimeError(
+            f"initialize: a run is in progress with {run.layout}, seed={run.seed}, backend={run.backend!r}; found "
+            f"{layout}, seed={seed}, backend={backend!r}. Call megatron_mimo.shutdown() first."
+        )
+    if dist.is_initialized():
+        raise RuntimeError(
+            "initialize: torch.distributed is initialised already, by other code than megatron_mimo. Remove that call: "
+            "initialize() builds every process group itself."
+        )
+    local_rank = int(os.environ.get("LOCAL_RANK", "0")) if _under_torchrun() else 0
+    backend = _choose_backend(backend, local_rank)
+
+    enabled_here = False
+    if backend == "gloo":
+        enabled_here = not cpu_backend_enabled()
+        enable_cpu_backend(force=True)
+        device = torch.device("cpu")
+    else:
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+
+    _runs_started += 1
+    try:
+        _join_world(backend, timeout_s)
+        run = _build_groups(layout, local_rank, device, backend, seed, timeout_s)
+    except BaseException:
+        _tear_down(enabled_here)
+        raise
+    _current = _Current(run, enabled_here)
+    logger.info("rank %d of %d on %s (%s): %s, seed %d", run.rank, run.world_size, device, backend, layout, seed)
+    return run
+
+
+def shutdown() -> None:
+    """Ends the run: process groups, random-number tracker and CPU backend are as before `initialize`.
+
+    Every rank calls it; afterwards `initialize` may build another layout in the same process. Without effect when no
+    run is in progress.
+    """
+    global _current
+    if _current is None:
+        return
+    enabled_here = _current.enabled_cpu_backend
+    _current = None
+    _tear_down(enabled_here)
+
+
+@contextmanager
+def exit_on_error() -> Iterator[None]:
+    """Within it, an exception on one rank ends that process at once, and with it the job.
+
+    A rank that raises leaves its peers waiting in a collective, and ordinary interpreter exit may wait for them too.
+    Here the exception is printed as usual, pending NCCL communication is aborted and the process exits with status 1
+    without running exit handlers; torchrun then stops the other ranks, and gloo ranks see the connection close. With
+    one rank there is nobody to take down, and the exception propagates. ``sys.exit(0)`` and a finished body pass.
+
+    Example:
+        >>> with exit_on_error():
+        ...     answer = 6 * 7
+        >>> answer
+        42
+    """
+    try:
+        yield
+    except SystemExit as request:
+        if request.code in (None, 0) or not _has_peers():
+            raise
+        _exit_now(request)
+    except BaseException as error:
+        if not _has_peers():
+            raise
+        _exit_now(error)
+
+
+def _exit_now(error: BaseException) -> None:
+    sys.excepthook(type(error), error, error.__traceback__)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # _exit rather than exit: destructors of process groups may wait for ranks that will never answer.
+    os._exit(1)
+
+
+def _has_peers() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _under_torchrun() -> bool:
+    """Whether this process was started as one rank of several, by torchrun or anything that sets its variables."""
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
+def _choose_backend(backend: str | None, local_rank: int) -> str:
+    """``"nccl"`` or ``"gloo"``, checked against the GPUs of this host."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if backend is None:
+        backend = "nccl" if gpus else "gloo"
+    if backend not in ("nccl", "gloo"):
+        raise ValueError(f"backend: expected 'nccl', 'gloo' or None, found {backend!r}.")
+    if backend == "nccl" and local_rank >= gpus:
+        raise ValueError(
+            f"backend: 'nccl' needs one GPU per rank, found {gpus} GPU(s) for local rank {local_rank}. Start fewer "
+            "ranks on this host (torchrun --nproc-per-node), or pass backend='gloo' to run on the CPU."
+        )
+    return backend
+
+
+def _join_world(backend: str, timeout_s: float) -> None:
+    """Initialises torch.distributed for the world that torchrun started, or for this process alone."""
+    global _torchrun_store
+    timeout = timedelta(seconds=timeout_s)
+    if not _under_torchrun():
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    if _torchrun_store is None:
+        _torchrun_store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    # A prefix for each run: torch names the keys of a new world like those of the one before it, and a rank would
+    # read addresses of processes groups that are gone.
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore(f"megatron_mimo/{_runs_started}", _torchrun_store),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=timeout,
+    )
+
+
+def _build_groups(
+    layout: Layout, local_rank: int, device: torch.device, backend: str, seed: int, timeout_s: float
+) -> Run:
+    """Builds Megatron's process groups, seeds its random numbers and describes the result."""
+    # Not at the top of the file: Megatron-Core warns about absent extensions when imported, and importing this
+    # package says nothing.
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        context_parallel_size=layout.context_parallel_size,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
+        distributed_timeout_minutes=timeout_s / 60,
+    )
+    pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(seed + 100 * pipeline_rank)
+    model_parallel_cuda_manual_seed(seed + 100 * pipeline_rank)
+    return Run(
+        layout=layout,
+        rank=dist.get_rank(),
+        local_rank=local_rank,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline_rank=pipeline_rank,
+        data_rank=parallel_state.get_data_parallel_rank(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        expert_rank=parallel_state.get_expert_model_parallel_rank(),
+        device=device,
+        backend=backend,
+        seed=seed,
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+
+
+def _tear_down(disable_cpu: bool) -> None:
+    """Undoes whatever part of `initialize` has happened."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    parallel_state.destroy_model_parallel()
+    get_cuda_rng_tracker().reset()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if disable_cpu:
+        disable_cpu_backend()
