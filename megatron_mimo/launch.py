@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_mimo.cpu import cpu_backend_enabled, disable_cpu_backend, enable_cpu_backend
+from megatron_mimo.draws import seed_draws
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -166,7 +167,7 @@ def initialize(
         expert_tensor_parallel_size: ranks that share one expert; None: as `tensor_model_parallel_size`.
         seed: start of the random numbers. As in Megatron-Core, tensor-parallel ranks draw different numbers inside
             tensor-parallel regions and the same outside, data-parallel ranks draw the same, and pipeline stage ``p``
-            starts from ``seed + 100 p``.
+            starts from ``seed + 100 p``. What decoders draw in training differs over data-parallel ranks alone.
         backend: ``"nccl"``, ``"gloo"`` (with the CPU backend, even where there is a GPU), or None: NCCL where a GPU
             is available, otherwise gloo.
         timeout_s: how long a collective may take before it raises.
@@ -348,6 +349,7 @@ def _build_groups(
     pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(seed + 100 * pipeline_rank)
     model_parallel_cuda_manual_seed(seed + 100 * pipeline_rank)
+    seed_draws(seed, parallel_state.get_data_parallel_rank())
     return Run(
         layout=layout,
         rank=dist.get_rank(),
