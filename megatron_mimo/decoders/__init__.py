@@ -1,6 +1,7 @@
 """Decoders: rows of the language model -> loss (training) or modality (inference), one a file."""
 
 from megatron_mimo.decoders.base import Decoder
+from megatron_mimo.decoders.diffusers import AutoencoderCodec, DiffusersDecoder, VQCodec
 from megatron_mimo.decoders.discrete import DiscreteDecoder
 from megatron_mimo.decoders.flow import FlowDecoder
 from megatron_mimo.decoders.flow_transformer import FlowTransformerDecoder
@@ -16,9 +17,11 @@ from megatron_mimo.decoders.regression import RegressionDecoder
 from megatron_mimo.decoders.tokenizers import CodeTokenizer, LatentTokenizer, Tokenizer
 
 __all__ = [
+    "AutoencoderCodec",
     "CodeInput",
     "CodeTokenizer",
     "Decoder",
+    "DiffusersDecoder",
     "DiscreteDecoder",
     "FlowDecoder",
     "FlowTransformerDecoder",
@@ -31,4 +34,5 @@ __all__ = [
     "RegressionDecoder",
     "TargetInput",
     "Tokenizer",
+    "VQCodec",
 ]
