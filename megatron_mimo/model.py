@@ -378,8 +378,7 @@ class MimoModel(MegatronModule):
         """Inputs and targets of the modalities that have any, refused if no module takes them."""
         check_modalities("modality_inputs", inputs, self.modality_submodules)
         check_modalities("modality_targets", targets, self.modality_submodules)
-        inputs = {name: value for name, value in (inputs or {}).items() if value}
-        targets = {name: value for name, value in (targets or {}).items() if value}
+        inputs, targets = _present(inputs), _present(targets)
         for modality in targets:
             if modality not in self.mimo_config.generation_token_ids:
                 raise ValueError(
@@ -466,6 +465,12 @@ class MimoModel(MegatronModule):
             submodule.idle_decoding_parameters(targets.get(modality))
             for modality, submodule in self.modality_submodules.items()
         )
+
+
+def _present(given: Nested | None) -> Nested:
+    """Without the modalities that have nothing in this batch: None or an empty mapping."""
+    empty = lambda value: value is None or (isinstance(value, Mapping) and not value)
+    return {name: value for name, value in (given or {}).items() if not empty(value)}
 
 
 def _cut(shard: SequenceShard, tensor: Tensor | None) -> Tensor | None:
