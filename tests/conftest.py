@@ -1,0 +1,29 @@
+"""What every test of the suite can count on."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from megatron_mimo import launch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips `gpu` tests where there is no GPU."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no GPU here"))
+
+
+@pytest.fixture
+def no_run() -> Iterator[None]:
+    """No run in progress, for tests that start and end their own; one that was in progress is started again after."""
+    before = launch._current
+    launch.shutdown()
+    yield
+    launch.shutdown()
+    if before is not None:
+        sizes = {name: size for name, size in vars(before.run.layout).items() if name != "world_size"}
+        launch.initialize(seed=before.run.seed, backend=before.run.backend, **sizes)

@@ -1,0 +1,206 @@
+"""Runs start, end and start again in one process; layouts that do not fit are refused before anything is built."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_mimo import launch
+from megatron_mimo.cpu import cpu_backend_enabled, disable_cpu_backend, enable_cpu_backend
+from megatron_mimo.launch import Layout, exit_on_error, initialize, shutdown
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "named"),
+    [
+        ({"world_size": 4, "tensor_model_parallel_size": 3}, "tensor_model_parallel_size"),
+        ({"world_size": 2, "pipeline_model_parallel_size": 4}, "pipeline_model_parallel_size"),
+        ({"world_size": 4, "tensor_model_parallel_size": 2, "context_parallel_size": 4}, "context_parallel_size"),
+        ({"world_size": 4, "expert_model_parallel_size": 3}, "expert_model_parallel_size"),
+        (
+            {"world_size": 2, "tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
+            "expert_tensor_parallel_size",
+        ),
+        ({"world_size": 2, "virtual_pipeline_model_parallel_size": 2}, "pipeline_model_parallel_size=1"),
+        ({"world_size": 2, "tensor_model_parallel_size": 0}, "tensor_model_parallel_size: expected at least 1"),
+        ({"world_size": 2, "virtual_pipeline_model_parallel_size": -1}, "expected at least 1, found -1"),
+    ],
+)
+def test_layouts_that_do_not_fit_name_the_argument_to_change(sizes: dict[str, int], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        Layout(**sizes)
+
+
+@pytest.mark.parametrize("size", [2.0, "2", True])
+def test_sizes_that_are_not_ints_are_refused(size) -> None:
+    with pytest.raises(TypeError, match="context_parallel_size: expected an int"):
+        Layout(world_size=2, context_parallel_size=size)
+
+
+@given(*[st.integers(1, 4)] * 5)
+def test_axes_of_a_layout_multiply_to_the_world(tensor: int, pipeline: int, context: int, data: int, expert: int) -> None:
+    world = tensor * pipeline * context * data
+    if world % (expert * pipeline):
+        return
+    layout = Layout(world, tensor, pipeline, None, context, expert, expert_tensor_parallel_size=1)
+    assert layout.data_parallel_size == data
+
+
+def test_a_layout_that_does_not_fit_builds_nothing(no_run) -> None:
+    with pytest.raises(ValueError, match="does not divide the world of 1 rank"):
+        initialize(tensor_model_parallel_size=2)
+    assert not dist.is_initialized()
+
+
+def test_plain_python_is_a_world_of_one(no_run) -> None:
+    run = initialize(backend="gloo")
+    assert (run.world_size, run.rank, run.backend, run.device) == (1, 0, "gloo", torch.device("cpu"))
+    assert run.groups.tp.size() == run.groups.dp.size() == run.groups.pp.size() == 1
+    assert cpu_backend_enabled()
+
+
+def test_initialize_again_gives_the_run_in_progress(no_run) -> None:
+    run = initialize(backend="gloo", seed=5)
+    assert initialize(backend="gloo", seed=5) is run
+    assert initialize(seed=5) is run
+
+
+@pytest.mark.parametrize("changes", [{"seed": 6}, {"expert_tensor_parallel_size": 1}])
+def test_initialize_with_other_arguments_says_what_is_in_progress(no_run, changes: dict[str, int]) -> None:
+    initialize(backend="gloo", seed=5)
+    with pytest.raises(RuntimeError, match=r"in progress with Layout\(world_size=1.*shutdown\(\) first"):
+        initialize(backend="gloo", **{"seed": 5} | changes)
+
+
+def test_shutdown_leaves_nothing_behind_and_the_next_run_starts_from_its_seed(no_run) -> None:
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    drawn = []
+    for _ in range(2):
+        initialize(backend="gloo", seed=3)
+        with get_cuda_rng_tracker().fork():
+            drawn.append(torch.rand(4))
+        shutdown()
+        assert not dist.is_initialized()
+        assert not parallel_state.model_parallel_is_initialized()
+        assert not get_cuda_rng_tracker().get_states()
+        assert not cpu_backend_enabled()
+    assert torch.equal(*drawn)
+    shutdown()
+
+
+def test_a_cpu_backend_that_was_enabled_before_stays(no_run) -> None:
+    enable_cpu_backend(force=True)
+    try:
+        initialize(backend="gloo")
+        shutdown()
+        assert cpu_backend_enabled()
+    finally:
+        disable_cpu_backend()
+
+
+def test_unknown_backends_and_nccl_without_a_gpu_are_refused(no_run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="found 'mpi'"):
+        initialize(backend="mpi")
+    with pytest.raises(ValueError, match=r"found 0 GPU\(s\) for local rank 0"):
+        initialize(backend="nccl")
+    assert not dist.is_initialized()
+
+
+def test_process_groups_of_other_code_are_refused_and_left_alone(no_run) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(RuntimeError, match="initialised already, by other code"):
+            initialize(backend="gloo")
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_failure_while_building_groups_is_undone(no_run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core import parallel_state
+
+    def fail(**sizes) -> None:
+        raise OSError("no route")
+
+    monkeypatch.setattr(parallel_state, "initialize_model_parallel", fail)
+    with pytest.raises(OSError, match="no route"):
+        initialize(backend="gloo")
+    assert not dist.is_initialized()
+    assert not cpu_backend_enabled()
+
+
+def test_with_one_rank_errors_propagate_out_of_exit_on_error(no_run) -> None:
+    initialize(backend="gloo")
+    with pytest.raises(ZeroDivisionError), exit_on_error():
+        1 / 0
+    with pytest.raises(SystemExit), exit_on_error():
+        sys.exit(3)
+
+
+@pytest.mark.parametrize(("error", "status"), [(SystemExit(0), None), (SystemExit(3), 1), (KeyboardInterrupt(), 1)])
+def test_with_peers_only_success_leaves_exit_on_error(monkeypatch, error: BaseException, status: int | None) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(launch, "_has_peers", lambda: True)
+    monkeypatch.setattr(os, "_exit", left.append)
+    if status is None:
+        with pytest.raises(SystemExit), exit_on_error():
+            raise error
+    else:
+        with exit_on_error():
+            raise error
+    assert left == ([] if status is None else [status])
+
+
+_RANK = """
+import time
+import torch.distributed as dist
+from megatron_mimo.launch import exit_on_error, initialize
+
+run = initialize(backend="gloo")
+with exit_on_error():
+    dist.barrier()
+    if run.rank == 1:
+        raise ValueError("rank 1 saw a bad batch")
+    dist.barrier()
+    time.sleep(600)
+"""
+
+
+@pytest.mark.distributed
+def test_a_rank_that_raises_takes_the_job_down_at_once(tmp_path: Path) -> None:
+    (tmp_path / "rank.py").write_text(_RANK)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    job = subprocess.run(
+        [*command, str(tmp_path / "rank.py")],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        # A rank left waiting would wait for the ten minutes of the default timeout; starting takes most of this.
+        timeout=240,
+        check=False,
+    )
+    assert job.returncode != 0
+    assert "rank 1 saw a bad batch" in job.stderr
+
+
+def test_importing_the_package_prints_nothing_and_touches_no_cuda() -> None:
+    program = (
+        "import megatron_mimo, megatron_mimo.launch, megatron_mimo.cpu, sys, torch;"
+        "assert not torch.cuda.is_initialized();"
+        "assert 'megatron.core' not in sys.modules"
+    )
+    job = subprocess.run(
+        [sys.executable, "-W", "always", "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (job.returncode, job.stdout, job.stderr) == (0, "", "")
