@@ -1,0 +1,237 @@
+"""The data of the demo: handwritten digits, dial tones, and the sequences that mix them.
+
+Five tasks over three modalities, one sequence each. `I` and `A` are read, `i` and `a` are generated:
+
+    READ        I I I I  read 7                            image -> text
+    HEAR        A A A A A A A A  hear 7                    tone  -> text
+    DRAW        draw 7  i i i i                            text  -> image
+    DIAL        dial 7  a a a a a a a a                    text  -> tone
+    HEAR_DRAW   A A A A A A A A  draw  i i i i             tone  -> image
+
+Shapes: `B` samples of the whole step, `n` those of them that use a modality.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from enum import IntEnum
+
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+from megatron_mimo.assemble import images_to_patches
+
+# Dial tones ------------------------------------------------------------------------------
+
+RATE = 8000
+"""Samples a second."""
+CLIP = 1024
+"""Samples of a clip, 128 ms."""
+
+# ITU-T Q.23: a key sounds the frequency of its row and that of its column.
+LOW_HZ = (697.0, 770.0, 852.0, 941.0)
+HIGH_HZ = (1209.0, 1336.0, 1477.0)
+KEYPAD = ("123", "456", "789", "*0#")
+KEY_HZ = {key: (LOW_HZ[r], HIGH_HZ[c]) for r, keys in enumerate(KEYPAD) for c, key in enumerate(keys)}
+
+
+def dial_tones(digits: Tensor, generator: torch.Generator) -> Tensor:
+    """Waveforms `[n, CLIP]`, within about [-1, 1], of the keys `digits` `[n]`.
+
+    Drawn for each clip: the level (over 12 dB), the twist between its two frequencies (4 dB), both
+    phases, start, duration (64 to 112 ms; ITU-T Q.24 wants 40) and noise (14 to 34 dB below the tone).
+    """
+    n = len(digits)
+
+    def between(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(n, 1, generator=generator)
+
+    time = torch.arange(CLIP) / RATE
+    hz = torch.tensor([KEY_HZ[str(digit)] for digit in range(10)])[digits]
+    low = torch.sin(2 * torch.pi * (hz[:, :1] * time + between(0, 1)))
+    high = torch.sin(2 * torch.pi * (hz[:, 1:] * time + between(0, 1)))
+    twist = 10 ** (between(-2, 2) / 20)
+    duration = between(0.064, 0.112)
+    start = between(0, 1) * (CLIP / RATE - duration)
+    to_edge = torch.minimum(time - start, start + duration - time)
+    gate = torch.clamp(to_edge / 0.002, 0, 1)  # 2 ms ramps: no click
+    level = 0.4 * 10 ** (between(-12, 0) / 20)
+    noise = 10 ** (between(-34, -14) / 20) * torch.randn(n, CLIP, generator=generator)
+    return level * (gate * (low * twist + high / twist) + noise)
+
+
+# Handwritten digits ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Real digits: `images` `[n, 8, 8]` float32 in [-1, 1] (ink is 1), `labels` `[n]` int64."""
+
+    images: Tensor
+    labels: Tensor
+
+
+def load_split() -> tuple[Digits, Digits]:
+    """scikit-learn's 1,797 digits as 1,437 to train on and 360 held out, classes in proportion."""
+    data = load_digits()
+    images = torch.tensor(data.images / 8 - 1, dtype=torch.float32)
+    labels = torch.tensor(data.target)
+    train, held_out = train_test_split(
+        torch.arange(len(labels)), test_size=360, stratify=labels, random_state=0
+    )
+    return Digits(images[train], labels[train]), Digits(images[held_out], labels[held_out])
+
+
+# Sequences -------------------------------------------------------------------------------
+
+PATCH = 4
+"""Side of a drawn patch: an image is 4 patches of 16 pixels."""
+IMAGE_ROWS = 4
+"""Positions of an image, read or drawn."""
+AUDIO_ROWS = 8
+"""Positions of a clip, heard or dialled."""
+BAND = 64
+"""Cosine coefficients of one dialled row: a band of 250 Hz."""
+LENGTH = 16
+"""Positions of every sequence: the longest takes 13, and 16 share out over any small layout."""
+
+WORDS = [*"0123456789", "read", "hear", "draw", "dial", "<pad>", "<image>", "<tone>", "<draw>", "<dial>"]
+TOKEN = {word: index for index, word in enumerate(WORDS)}
+VOCABULARY = 24
+"""`WORDS` rounded up, to be shared out over tensor-parallel ranks."""
+
+Task = IntEnum("Task", "READ HEAR DRAW DIAL HEAR_DRAW", start=0)
+_DIGIT = -1  # the place of the digit in a template
+
+_SEEN = ["<image>"] * IMAGE_ROWS
+_HEARD = ["<tone>"] * AUDIO_ROWS
+_DRAWN = ["<draw>"] * IMAGE_ROWS
+_DIALLED = ["<dial>"] * AUDIO_ROWS
+_TEMPLATES = {
+    Task.READ: [*_SEEN, "read", _DIGIT],
+    Task.HEAR: [*_HEARD, "hear", _DIGIT],
+    Task.DRAW: ["draw", _DIGIT, *_DRAWN],
+    Task.DIAL: ["dial", _DIGIT, *_DIALLED],
+    Task.HEAR_DRAW: [*_HEARD, "draw", *_DRAWN],
+}
+_IDS = torch.tensor(
+    [
+        [TOKEN.get(word, _DIGIT) for word in (*_TEMPLATES[task], *["<pad>"] * LENGTH)[:LENGTH]]
+        for task in Task
+    ]
+)
+
+READS_IMAGE = (Task.READ,)
+READS_TONE = (Task.HEAR, Task.HEAR_DRAW)
+DRAWS = (Task.DRAW, Task.HEAR_DRAW)
+DIALS = (Task.DIAL,)
+ANSWERS = (Task.READ, Task.HEAR)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples of any tasks, each with all that its task could ask for.
+
+    Args:
+        task, digit: `[B]` int64.
+        image: `[B, 8, 8]`, read or to be drawn.
+        clip: `[B, CLIP]`, heard or to be dialled.
+        image_time, audio_time: `[B]`, the flow's time draws.
+        image_noise, audio_noise: `[B, rows, width]`, its noise draws.
+    """
+
+    task: Tensor
+    digit: Tensor
+    image: Tensor
+    clip: Tensor
+    image_time: Tensor
+    image_noise: Tensor
+    audio_time: Tensor
+    audio_noise: Tensor
+
+    def part(self, rank: int, size: int) -> "Samples":
+        """The contiguous share of one of `size` data-parallel ranks."""
+        return self._map(lambda value: value.chunk(size)[rank])
+
+    def of(self, tasks: Sequence[Task]) -> "Samples":
+        """The samples of some tasks, in order."""
+        chosen = torch.isin(self.task, torch.tensor(tasks))
+        return self._map(lambda value: value[chosen])
+
+    def _map(self, change) -> "Samples":
+        return Samples(*(change(getattr(self, field.name)) for field in fields(self)))
+
+
+def draw_samples(digits: Digits, count: int, seed: int, step: int) -> Samples:
+    """The samples of one training step, the same whatever ranks they are then shared out over.
+
+    Most steps mix all five tasks; every eighth has no image and every eighth no tone.
+    """
+    generator = torch.Generator().manual_seed(1_000_003 * seed + step)
+    tasks = {
+        3: torch.tensor([Task.HEAR, Task.DIAL]),
+        7: torch.tensor([Task.READ, Task.DRAW]),
+    }.get(step % 8, torch.arange(len(Task)))
+    task = tasks[torch.randint(len(tasks), (count,), generator=generator)]
+    chosen = torch.randint(len(digits.labels), (count,), generator=generator)
+    digit = digits.labels[chosen]
+    return Samples(
+        task=task,
+        digit=digit,
+        image=digits.images[chosen],
+        clip=dial_tones(digit, generator),
+        image_time=torch.rand(count, generator=generator),
+        image_noise=torch.randn(count, IMAGE_ROWS, PATCH * PATCH, generator=generator),
+        audio_time=torch.rand(count, generator=generator),
+        audio_noise=torch.randn(count, AUDIO_ROWS, BAND, generator=generator),
+    )
+
+
+def sequences(task: Task | Tensor, digit: Tensor) -> Tensor:
+    """Token ids `[B, LENGTH]` about digits `[B]`, of one task or of tasks `[B]`."""
+    ids = _IDS[task]
+    return torch.where(ids == _DIGIT, digit[:, None], ids)
+
+
+def training_batch(samples: Samples) -> dict:
+    """Keyword arguments of `MimoModel.forward` for samples, with the targets of all losses.
+
+    The language model learns the digit that answers READ and HEAR; the other positions carry no news.
+    """
+    ids = sequences(samples.task, samples.digit)
+    labels = ids.roll(-1, dims=1)
+    answers = torch.isin(samples.task, torch.tensor(ANSWERS))
+    drawn, dialled = samples.of(DRAWS), samples.of(DIALS)
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "loss_mask": (answers[:, None] & (labels < 10)).float(),
+        "modality_inputs": model_inputs(samples.of(READS_IMAGE).image, samples.of(READS_TONE).clip),
+        "modality_targets": {
+            "images": {
+                "pixels": {
+                    "target": images_to_patches(drawn.image[:, None], PATCH),
+                    "time": drawn.image_time,
+                    "noise": drawn.image_noise.flatten(0, 1),
+                }
+            },
+            "audio": {
+                "bands": {
+                    "media": dialled.clip,
+                    "time": dialled.audio_time,
+                    "noise": dialled.audio_noise.flatten(0, 1),
+                }
+            },
+        },
+    }
+
+
+def model_inputs(images: Tensor, clips: Tensor) -> dict:
+    """`modality_inputs` of the images `[n, 8, 8]` and clips `[n, CLIP]` of a batch."""
+    inputs = {}
+    if len(images):
+        inputs["images"] = {"eye": {"images": images[:, None]}}
+    if len(clips):
+        inputs["audio"] = {"ear": {"waveforms": clips}}
+    return inputs

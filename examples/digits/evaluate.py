@@ -1,0 +1,109 @@
+"""What the trained model can do: asked on held-out data, judged by `judges`, which never sees the model."""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from torch import Tensor
+
+from examples.digits import judges
+from examples.digits.data import TOKEN, Digits, Task, dial_tones, model_inputs, sequences
+from megatron_mimo import MimoModel, MimoOutput
+
+NOTHING: Tensor = torch.empty(0)
+
+
+class Session:
+    """A trained model to ask things; tensor-parallel ranks ask together and get the same answers.
+
+    Args:
+        seed: of the noise that images and tones start from.
+    """
+
+    def __init__(self, model: MimoModel, seed: int) -> None:
+        self.model = model.eval()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def read(self, images: Tensor) -> Tensor:
+        """The digits `[n]` in images `[n, 8, 8]`."""
+        return self._answer(Task.READ, "read", images=images)
+
+    def hear(self, clips: Tensor) -> Tensor:
+        """The digits `[n]` in clips `[n, CLIP]`."""
+        return self._answer(Task.HEAR, "hear", clips=clips)
+
+    def draw(self, digits: Tensor) -> Tensor:
+        """Images `[n, 8, 8]` of digits `[n]`."""
+        return self._images(self._run(sequences(Task.DRAW, digits)))
+
+    def dial(self, digits: Tensor) -> Tensor:
+        """Clips `[n, CLIP]` of digits `[n]`."""
+        outputs = self._run(sequences(Task.DIAL, digits))
+        options = {"audio": {"bands": {"generator": self.generator}}}
+        return self.model.decode(outputs, options)["audio"]["bands"]
+
+    def hear_then_draw(self, clips: Tensor) -> Tensor:
+        """Images `[n, 8, 8]` of the digits in clips `[n, CLIP]`."""
+        return self._images(self._run(_unanswered(Task.HEAR_DRAW, len(clips)), clips=clips))
+
+    @torch.no_grad()
+    def _run(self, ids: Tensor, images: Tensor = NOTHING, clips: Tensor = NOTHING) -> MimoOutput:
+        outputs, _ = self.model(ids, modality_inputs=model_inputs(images, clips))
+        return outputs
+
+    def _answer(self, task: Task, word: str, **given: Tensor) -> Tensor:
+        (count,) = {len(inputs) for inputs in given.values()}
+        ids = _unanswered(task, count)
+        logits = self._run(ids, **given).language
+        logits = gather_from_tensor_model_parallel_region(logits, self.model.pg_collection.tp)
+        return logits[ids == TOKEN[word]].argmax(-1)
+
+    def _images(self, outputs: MimoOutput) -> Tensor:
+        options = {"images": {"pixels": {"generator": self.generator}}}
+        return self.model.decode(outputs, options)["images"]["pixels"].squeeze(1).clamp(-1, 1)
+
+
+def _unanswered(task: Task, count: int) -> Tensor:
+    """Sequences of `task` with a blank in the place of the digit."""
+    return sequences(task, torch.full((count,), TOKEN["<pad>"]))
+
+
+@dataclass(frozen=True)
+class Results:
+    """The figures, and the pictures and tones that they were taken from.
+
+    Args:
+        figures: name -> value.
+        asked: `[n]`, the digits asked for.
+        drawn, heard_drawn: `[n, 8, 8]` in [-1, 1], asked for by word and by tone.
+        dialled: `[n, CLIP]`.
+    """
+
+    figures: dict[str, float]
+    asked: Tensor
+    drawn: Tensor
+    heard_drawn: Tensor
+    dialled: Tensor
+
+
+def evaluate(model: MimoModel, train: Digits, held_out: Digits, *, seed: int, per_digit: int = 50) -> Results:
+    """Asks `per_digit` times for every digit, and lets the judges look and listen."""
+    session = Session(model, seed)
+    asked = torch.arange(10).repeat(per_digit)
+    # Training seeds its tones with numbers that are not negative: these are none of them.
+    clips = dial_tones(asked, torch.Generator().manual_seed(-1 - seed))
+    drawn, heard_drawn = session.draw(asked), session.hear_then_draw(clips)
+    dialled = session.dial(asked)
+
+    svm = judges.train_svm(train)
+    keys = [judges.detect_key(clip) for clip in dialled.double().numpy()]
+    figures = {
+        "read_accuracy": judges.accuracy(session.read(held_out.images), held_out.labels),
+        "hear_accuracy": judges.accuracy(session.hear(clips), asked),
+        "draw_accuracy": judges.accuracy(judges.recognise(svm, drawn), asked),
+        "draw_diversity": judges.diversity(Digits(drawn, asked), held_out),
+        "draw_novelty": judges.novelty(drawn, train, held_out),
+        "dial_accuracy": judges.accuracy(keys, [str(digit) for digit in asked.tolist()]),
+        "hear_then_draw_accuracy": judges.accuracy(judges.recognise(svm, heard_drawn), asked),
+    }
+    return Results(figures, asked, drawn, heard_drawn, dialled)
