@@ -1,0 +1,145 @@
+"""What the language model sees at generation tokens."""
+
+import pytest
+import torch
+from torch import nn
+
+from megatron_mimo.decoders import (
+    CodeInput,
+    CodeTokenizer,
+    FlowDecoder,
+    NoisedTargetInput,
+    QueryInput,
+    RectifiedFlow,
+    TargetInput,
+)
+
+
+class Thirds(nn.Module):
+    """A codec of values in [0, 1) by thirds."""
+
+    def encode(self, media):
+        return (media * 3).long()
+
+    def decode(self, codes):
+        return (codes + 0.5) / 3
+
+
+def test_queries_repeat_for_every_span():
+    feed = QueryInput(hidden_size=5, rows_per_item=2)
+    rows = feed(feed.pick({"a": {}, "b": {}}), num_rows=6)
+    assert torch.equal(rows, feed.queries.repeat(3, 1))
+    rows.sum().backward()
+    assert torch.equal(feed.queries.grad, torch.full((2, 5), 3.0))
+    assert feed.num_rows({}) is None
+    assert feed.prepare({"x": torch.zeros(1)}) == {"x": torch.zeros(1)}
+
+
+def test_queries_refuse_a_part_of_a_span():
+    with pytest.raises(ValueError, match="spans of 2 positions, but the batch has 3"):
+        QueryInput(hidden_size=5, rows_per_item=2)(None, num_rows=3)
+
+
+def test_a_target_is_projected():
+    feed = TargetInput(hidden_size=5, target_width=2, hidden_width=3)
+    target = torch.randn(4, 2)
+    assert feed.num_rows({"target": target}) == 4
+    assert torch.equal(feed({"target": target}, num_rows=4), feed.projection(target))
+
+
+def test_embeddings_of_several_codebooks_add_up():
+    feed = CodeInput(hidden_size=5, codebook_sizes=(3, 4), embedding_width=2)
+    codes = torch.tensor([[0, 3], [2, 1]])
+    first, second = feed.embeddings
+    wanted = feed.projection(first.weight[codes[:, 0]] + second.weight[codes[:, 1]])
+    assert torch.equal(feed({"codes": codes}, num_rows=2), wanted)
+
+
+def test_one_codebook_at_full_width_is_a_lookup():
+    feed = CodeInput(hidden_size=5, codebook_sizes=3)
+    codes = torch.tensor([2, 0])
+    assert torch.equal(feed({"codes": codes}, num_rows=2), feed.embeddings[0].weight[codes])
+
+
+def test_codes_come_from_media_where_the_input_has_the_tokenizer():
+    feed = CodeInput(
+        hidden_size=5, codebook_sizes=3, tokenizer=CodeTokenizer(Thirds(), grid=(2,))
+    )
+    media = torch.tensor([[0.1, 0.4], [0.9, 0.5]])
+    assert feed.num_rows({"media": media}) == 4
+    prepared = feed.prepare({"media": media})
+    assert prepared["codes"].tolist() == [0, 1, 2, 1] and "media" not in prepared
+    assert feed.num_rows(prepared) == 4
+
+
+def test_a_noised_target_is_the_decoders_own_point_on_the_path():
+    flow = RectifiedFlow(time="logit-normal")
+    decoder = FlowDecoder(width=6, target_width=2, hidden_width=8, rows_per_item=2, flow=flow)
+    feed = NoisedTargetInput(hidden_size=6, target_width=2, rows_per_item=2, flow=flow)
+    targets = {"target": torch.randn(4, 2)}
+    torch.manual_seed(0)
+    theirs = decoder.prepare(targets, "images/pixels")
+    torch.manual_seed(0)
+    ours = feed.prepare(targets, "images/pixels")
+    assert all(torch.equal(theirs[name], ours[name]) for name in ("time", "noise"))
+    t = ours["time"].repeat_interleave(2)[:, None]
+    x = (1 - t) * ours["target"] + t * ours["noise"]
+    wanted = feed.projection(x) + feed.time(t[:, 0])
+    torch.testing.assert_close(feed(ours, num_rows=4), wanted)
+    torch.testing.assert_close(feed.at(x, ours["time"]), wanted)
+
+
+@pytest.mark.parametrize(
+    "feed",
+    [TargetInput(hidden_size=6, target_width=2), CodeInput(hidden_size=6, codebook_sizes=3)],
+    ids=lambda feed: type(feed).__name__,
+)
+def test_an_input_that_shows_the_target_needs_the_predecessor_rule(feed):
+    feed.check_rule("predecessor")
+    with pytest.raises(ValueError, match="would learn to copy"):
+        feed.check_rule("own")
+
+
+def test_other_inputs_go_with_either_rule():
+    for rule in ("own", "predecessor"):
+        QueryInput(hidden_size=6, rows_per_item=1).check_rule(rule)
+        NoisedTargetInput(hidden_size=6, target_width=2).check_rule(rule)
+
+
+def test_an_input_picks_its_decoders_targets():
+    targets = {"a": {"target": 1}, "b": {"target": 2}}
+    named = TargetInput(hidden_size=6, target_width=2, decoder="b")
+    assert named.pick(targets) == {"target": 2}
+    unnamed = TargetInput(hidden_size=6, target_width=2)
+    assert unnamed.pick({"a": {"target": 1}}) == {"target": 1}
+    with pytest.raises(ValueError, match=r"the only decoder, found targets of \['a', 'b'\]"):
+        unnamed.pick(targets)
+    with pytest.raises(ValueError, match="decoder 'b', found"):
+        named.pick({"a": {}})
+
+
+@pytest.mark.parametrize(
+    ("targets", "match"),
+    [
+        (None, r"from the target 'target', found \[\]"),
+        ({"code": 1}, r"found \['code'\]"),
+        ({"target": torch.zeros(3, 2)}, "has 3 target for 4 generation tokens"),
+    ],
+)
+def test_missing_or_miscounted_targets_are_refused(targets, match):
+    with pytest.raises(ValueError, match=match):
+        TargetInput(hidden_size=6, target_width=2)(targets, num_rows=4)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: QueryInput(hidden_size=0, rows_per_item=1), "hidden_size must be"),
+        (lambda: QueryInput(hidden_size=2, rows_per_item=0), "rows_per_item must be"),
+        (lambda: TargetInput(hidden_size=2, target_width=0), "target_width must be"),
+        (lambda: NoisedTargetInput(hidden_size=3, target_width=1), "even width, got 3"),
+    ],
+)
+def test_bad_options_are_refused(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
