@@ -1,0 +1,223 @@
+"""The CPU backend answers Megatron's CUDA calls, and takes every answer back."""
+
+import importlib
+import logging
+import sys
+
+import pytest
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_mimo import cpu, specs
+from megatron_mimo.cpu import cpu_backend_enabled, disable_cpu_backend, enable_cpu_backend
+
+
+@pytest.fixture
+def backend(no_run):
+    """The CPU backend, enabled for one test."""
+    enable_cpu_backend(force=True)
+    yield
+    disable_cpu_backend()
+
+
+def _owners() -> list[object]:
+    """Everything whose attributes the backend may replace."""
+    modules = [module for name, module in sys.modules.items() if name.split(".")[0] in ("torch", "megatron")]
+    return [*modules, torch.Tensor, megatron_random.CheckpointWithoutOutput]
+
+
+def test_every_attribute_is_restored_exactly(no_run) -> None:
+    enable_cpu_backend(force=True)
+    disable_cpu_backend()
+    before = [(owner, dict(vars(owner))) for owner in _owners()]
+    stance = torch._dynamo.eval_frame._stance
+    enable_cpu_backend(force=True)
+    changed = sum(vars(owner).get(name) is not value for owner, was in before for name, value in was.items())
+    assert changed > 40
+    disable_cpu_backend()
+    for owner, was in before:
+        now = vars(owner)
+        assert now.keys() == was.keys(), owner
+        assert not [name for name, value in was.items() if now[name] is not value], owner
+    assert torch._dynamo.eval_frame._stance == stance
+    assert not logging.getLogger(megatron_random.__name__).filters
+
+
+def test_enabling_and_disabling_twice_is_enabling_and_disabling_once(no_run) -> None:
+    zeros = torch.zeros
+    assert not cpu_backend_enabled()
+    enable_cpu_backend(force=True)
+    wrapped = torch.zeros
+    enable_cpu_backend(force=True)
+    assert cpu_backend_enabled()
+    assert torch.zeros is wrapped
+    disable_cpu_backend()
+    disable_cpu_backend()
+    assert not cpu_backend_enabled()
+    assert torch.zeros is zeros
+
+
+def test_a_gpu_is_not_ignored_unless_forced(no_run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    with pytest.raises(RuntimeError, match=r"found 8 CUDA device\(s\).*force=True"):
+        enable_cpu_backend()
+    assert not cpu_backend_enabled()
+    enable_cpu_backend(force=True)
+    assert not torch.cuda.is_available()
+    disable_cpu_backend()
+    assert torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", torch.device("cuda"), 0])
+def test_cuda_devices_are_read_as_the_cpu(backend, device) -> None:
+    made = [
+        torch.zeros(2, device=device),
+        torch.tensor([1], device=device),
+        torch.empty_like(torch.ones(2), device=device),
+        torch.ones(2).new_zeros(2, device=device),
+        torch.ones(2).to(device),
+        torch.ones(2).to(device=device, dtype=torch.float64),
+        torch.ones(2).cuda(),
+        *torch.nn.Linear(2, 2).cuda().parameters(),
+        *torch.nn.Linear(2, 2).to(torch.device("cuda")).parameters(),
+    ]
+    assert {tensor.device.type for tensor in made} == {"cpu"}
+
+
+def test_other_devices_and_plain_calls_are_left_alone(backend) -> None:
+    assert torch.zeros(2, device="meta").device.type == "meta"
+    assert torch.ones(2).to("meta").device.type == "meta"
+    assert torch.ones(2).to(torch.float64).dtype == torch.float64
+    with torch.device("meta"):
+        assert torch.zeros(2).device.type == "meta"
+
+
+def test_pinned_memory_is_ordinary_memory(backend) -> None:
+    assert torch.ones(2).pin_memory().tolist() == [1, 1]
+    assert torch.zeros(2, pin_memory=True).tolist() == [0, 0]
+
+
+def test_streams_and_events_are_already_done(backend) -> None:
+    stream, start, end = torch.cuda.Stream(device="cuda", priority=-1), *[torch.cuda.Event() for _ in range(2)]
+    with torch.cuda.stream(stream), stream:
+        start.record()
+        stream.wait_stream(torch.cuda.current_stream())
+        stream.wait_event(stream.record_event())
+        torch.ones(2).record_stream(stream)
+        stream.record_event(end)
+    for waiting in (stream, end):
+        waiting.synchronize()
+        assert waiting.query()
+    end.wait()
+    torch.cuda.synchronize()
+    assert start.elapsed_time(end) >= 0
+    assert torch.cuda.Stream.priority_range() == (0, 0)
+
+
+def test_questions_about_device_and_memory_have_harmless_answers(backend) -> None:
+    assert torch.cuda.current_device() == torch.device("cpu")
+    assert (torch.cuda.is_available(), torch.cuda.device_count()) == (False, 0)
+    assert (torch.cuda.get_device_name(), torch.cuda.get_device_capability()) == ("cpu", (0, 0))
+    assert not torch.cuda.is_current_stream_capturing()
+    torch.cuda.set_device(0)
+    torch.cuda.empty_cache()
+    torch.cuda.ipc_collect()
+    torch.cuda.reset_peak_memory_stats()
+    assert torch.cuda.max_memory_allocated() == torch.cuda.memory_reserved() == 0
+    free, total = torch.cuda.mem_get_info()
+    assert 0 < free <= total
+    torch.cuda.nvtx.range_push("layer")
+    torch.cuda.nvtx.range_pop()
+
+
+def test_tensor_type_has_its_cuda_name_in_megatron_s_optimizers_only(backend) -> None:
+    optimizer = importlib.import_module("megatron.core.optimizer.optimizer")
+    there = eval("lambda tensor: tensor.type()", vars(optimizer))
+    for dtype, name in ((torch.float32, "FloatTensor"), (torch.bfloat16, "BFloat16Tensor")):
+        tensor = torch.ones(1, dtype=dtype)
+        assert there(tensor) == f"torch.cuda.{name}"
+        assert tensor.type() == f"torch.{name}"
+    assert torch.ones(1).type(torch.float64).dtype == torch.float64
+
+
+def test_cuda_random_states_are_those_of_the_cpu_generator(backend) -> None:
+    torch.cuda.manual_seed(11)
+    state = torch.cuda.get_rng_state()
+    first = torch.rand(3)
+    torch.cuda.set_rng_state(state)
+    assert torch.equal(torch.rand(3), first)
+    torch.cuda.manual_seed_all(11)
+    assert torch.equal(torch.rand(3), first)
+
+
+def test_the_tracker_forks_and_restores_without_a_remark(single_process, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(2)
+    torch.manual_seed(0)
+    tracker = megatron_random.get_cuda_rng_tracker()
+    with caplog.at_level(logging.WARNING):
+        with tracker.fork():
+            first = torch.rand(2)
+        with tracker.fork():
+            second = torch.rand(2)
+    assert torch.equal(torch.rand(2), expected)
+    assert not torch.equal(first, second)
+    assert not caplog.records
+
+
+def _step(**changes) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and gradients of one step of a model with dropout."""
+    megatron_random.model_parallel_cuda_manual_seed(3)
+    config = TransformerConfig(
+        num_layers=2, hidden_size=16, num_attention_heads=4, hidden_dropout=0.2, attention_dropout=0.2, **changes
+    )
+    spec = specs.language_layer_spec(config, "torch")
+    model = GPTModel(config, spec, vocab_size=32, max_sequence_length=8).cuda()
+    ids = torch.arange(16, device="cuda").view(2, 8)
+    loss = model(ids, ids % 8, None, labels=ids)
+    loss.sum().backward()
+    return loss, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "recompute",
+    [
+        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+        {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "layernorm"]},
+    ],
+    ids=["full", "core_attn", "layernorm"],
+)
+def test_recomputed_activations_repeat_their_dropout_exactly(single_process, recompute) -> None:
+    loss, gradients = _step()
+    again, recomputed = _step(**recompute)
+    assert torch.equal(loss, again)
+    assert all(torch.equal(gradients[name], recomputed[name]) for name in gradients)
+
+
+def test_functions_that_megatron_compiles_run_without_a_compiler(single_process, monkeypatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("PATH", "")
+    loss, _ = _step(bias_activation_fusion=True, bias_dropout_fusion=True)
+    assert loss.isfinite().all()
+
+
+def test_torch_compile_works_again_after_the_backend(no_run) -> None:
+    enable_cpu_backend(force=True)
+    disable_cpu_backend()
+    traced = []
+
+    def count(graph, inputs):
+        traced.append(graph)
+        return graph
+
+    assert torch.compile(lambda x: x + torch.ones(2), backend=count)(torch.ones(2)).tolist() == [2, 2]
+    assert len(traced) == 1
+
+
+def test_single_stream_stands_for_every_stream(backend) -> None:
+    assert torch.cuda.current_stream() is torch.cuda.default_stream() is cpu._STREAM
+    torch.cuda.set_stream(torch.cuda.Stream())
