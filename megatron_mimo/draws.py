@@ -43,6 +43,32 @@ def seed_draws(seed: int, data_parallel_rank: int) -> None:
     get_cuda_rng_tracker().add(STATE, seed + _SEED_DISTANCE + data_parallel_rank)
 
 
+def restart_draws(seed: int, data_parallel_rank: int, step: int) -> None:
+    """Starts every stream anew, as `seed`, rank and step say: what a step draws does not depend on the past.
+
+    A training loop calls it at each step on every rank, so that a resumed run draws what an unbroken
+    one does. (Megatron's checkpoints keep one data-parallel rank's tracker for all of them.) No
+    collective. Without effect where `seed_draws` never was: a single process then draws from torch.
+
+    Args:
+        seed, data_parallel_rank: as in `seed_draws`.
+        step: the training step about to run.
+    """
+    tracker = _seeded_tracker()
+    if tracker is None:
+        return
+    kept = {
+        name: state
+        for name, state in tracker.get_states().items()
+        if name != STATE and not name.startswith(f"{STATE}/")
+    }
+    tracker.set_states(kept)
+    # The tracker remembers seeds to refuse one that is used twice; a step that runs again would be.
+    tracker.seeds_.clear()
+    digest = hashlib.sha256(f"{seed}/{data_parallel_rank}/{step}".encode()).digest()
+    tracker.add(STATE, int.from_bytes(digest[:8], "big") >> 1)
+
+
 @contextmanager
 def draws(stream: str) -> Iterator[None]:
     """A context whose random numbers come from `stream` of the tracker's `STATE`.

@@ -35,6 +35,9 @@ class LinearDecoder(Decoder):
     def num_rows(self, targets):
         return targets["pixels"].shape[0]
 
+    def loss_shape(self, targets):
+        return tuple(targets["pixels"].shape)
+
     def loss(self, rows, targets):
         return weighted_sum((self.linear(rows) - targets["pixels"]).square(), None)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from math import prod
 from typing import Literal
 
 import torch
@@ -28,8 +29,8 @@ class Decoder(nn.Module, ABC):
     parallelism, this rank's items), `loss`. Inference calls `sample`. Rows and targets are equal on
     all tensor- and context-parallel ranks up to `share`.
 
-    Subclasses define `num_rows` and `loss`; those that can generate define `sample` with the options
-    they take in its signature.
+    Subclasses define `num_rows` and `loss`, and `loss_shape` where the loss is not one number a row;
+    those that can generate define `sample` with the options they take in its signature.
 
     Args:
         width: `W`, the width of the rows the decoder takes.
@@ -65,6 +66,26 @@ class Decoder(nn.Module, ABC):
     @abstractmethod
     def num_rows(self, targets: Targets) -> int:
         """How many generation tokens these targets stand for, read from shapes alone."""
+
+    def loss_shape(self, targets: Targets) -> tuple[int, ...]:
+        """Shape of the losses that `loss` sums up for these targets, read from shapes alone.
+
+        One loss a row, unless a subclass says otherwise.
+        """
+        return (self.num_rows(targets),)
+
+    def count(self, targets: Targets) -> float:
+        """The count of the term that `loss` will give for these targets, before anything runs.
+
+        A step divides by the counts of all its microbatches and ranks, so it adds them up ahead.
+
+        Args:
+            targets: what the batch brought, on the CPU; a `weight` counts as in `weighted_sum`.
+        """
+        shape, weight = self.loss_shape(targets), targets.get("weight")
+        if weight is None:
+            return float(prod(shape))
+        return float(weight.sum()) * prod(shape[weight.ndim :])
 
     def prepare(self, targets: Targets, stream: str = "") -> dict[str, Tensor]:
         """The targets with everything added that is computed once a microbatch, outside autograd.

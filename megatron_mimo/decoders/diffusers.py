@@ -120,6 +120,10 @@ class DiffusersDecoder(Decoder):
             )
         return shape[0] * self.rows_per_item
 
+    def loss_shape(self, targets: Targets) -> tuple[int]:
+        """One loss an image."""
+        return (self.num_rows(targets) // self.rows_per_item,)
+
     def prepare(self, targets: Targets, stream: str = "") -> dict[str, Tensor]:
         """The targets with `target`, `step`, `noise` and, where conditions are dropped, `drop`."""
         items = self.num_rows(targets) // self.rows_per_item

@@ -95,6 +95,10 @@ class DiscreteDecoder(Decoder):
         self._check_codes(targets)
         return targets["codes"].shape[0]
 
+    def loss_shape(self, targets: Targets) -> tuple[int, int]:
+        """One loss for each row and codebook."""
+        return self.num_rows(targets), len(self.codebook_sizes)
+
     def prepare(self, targets: Targets, stream: str = "") -> dict[str, Tensor]:
         """The targets with `codes` in place of `media`, and `drop` where conditions are dropped."""
         rows = self.num_rows(targets)

@@ -226,6 +226,10 @@ class RectifiedFlowDecoder(Decoder):
             )
         return count // self.targets_per_item * self.rows_per_item
 
+    def loss_shape(self, targets: Targets) -> tuple[int]:
+        """One loss a target."""
+        return (self.num_rows(targets) // self.rows_per_item * self.targets_per_item,)
+
     def prepare(self, targets: Targets, stream: str = "") -> dict[str, Tensor]:
         """The targets with `target`, `time`, `noise` and, where conditions are dropped, `drop`."""
         items = self.num_rows(targets) // self.rows_per_item
