@@ -308,12 +308,11 @@ class _Align(torch.autograd.Function):
             grads[0].zero_()
             start, rows = call.vocabulary_start, grads[0].shape[0]
             order = kernels.vocabulary_order(input_ids_BS, placement.source, held(whole), start, rows)
-        bounds = [(list_.start, list_.capacity) for list_ in map(placement.reading.get, placement.names)]
         local_row = None if whole.is_whole else whole.local_row
         for columns, part_LBh in _whole_gradient(grad_LBH, call, any(grad is not None for grad in grads)):
             parts = [None if grad is None else grad[:, columns] for grad in grads]
             kernels.table_gradients(
-                parts[1:], part_LBh, placement.positions, bounds, placement.sequence_length, local_row
+                parts[1:], part_LBh, placement.positions, placement.sequence_length, local_row
             )
             if order is not None:
                 kernels.vocabulary_gradient(parts[0], part_LBh, order)

@@ -28,14 +28,11 @@ class TokenList:
 
     Attributes:
         token_id: the token; None for the table of all positions without a special token.
-        index: its row in `Placement.counts_table`.
-        start, capacity: its stretch of `Placement.positions`.
+        index: its row in `Placement.positions` and `Placement.counts_table`.
     """
 
     token_id: int | None
     index: int
-    start: int
-    capacity: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,11 +44,11 @@ class Placement:
         source: int32 [B, S]; -1 for text, otherwise the index in `names` of the table that fills the position.
         row: int32 [B, S]; the row of that table. Rows are numbered in the order of the flattened batch, sample 0
             first. 0 for text.
-        positions: int32 [P]; for each row of each table, and for each generation token, its flat position
-            `b * S + s`. -1 where a stretch is longer than its count.
+        positions: int32 [tables + generation tokens, B * S]; the flat position `b * S + s` of each row of each table
+            and of each generation token, then -1.
         counts_table: int64 [tables + generation tokens + 1, B]; tokens per sample. The last line counts the text
             tokens outside the vocabulary.
-        reading, generation: each table's and each generation token's stretch of `positions`.
+        reading, generation: each table's and each modality's `TokenList`.
         cu_seqlens: int [sequences + 1], the padded boundaries of packed sequences, or None.
         vocabulary_size: the text ids were checked against this size; None if they were not.
         host: what is known on the host, None for a placement whose counts stay on the device.
@@ -227,18 +224,15 @@ class Placement:
             )
         if n is None:
             n = known
-        found = min(n, listing.capacity)
-        positions = self.positions[listing.start : listing.start + found].long().clamp_(min=0)
-        if found < n:
-            positions = torch.cat([positions, positions.new_zeros(n - found)])
-        if rule == "own":
-            return positions
-        self._check_predecessors(name, listing, found)
-        return (positions - 1).clamp_(min=0)
+        positions = self.positions[listing.index, :n].long()
+        if rule == "predecessor":
+            self._check_predecessors(name, positions)
+            positions = positions - 1
+        missing = n - positions.numel()
+        return torch.nn.functional.pad(positions, (0, missing)).clamp_(min=0)
 
-    def _check_predecessors(self, name: str, listing: TokenList, found: int) -> None:
-        """Raises, deferred on the device, if one of the first `found` generation tokens has no predecessor."""
-        positions = self.positions[listing.start : listing.start + found].long()
+    def _check_predecessors(self, name: str, positions: Tensor) -> None:
+        """Raises, deferred on the device, if a token at one of the flat positions [n] has no predecessor."""
         offset = positions.remainder(self.sequence_length)
         if self.cu_seqlens is not None:
             bounds = self.cu_seqlens.to(positions.device, torch.int64)
@@ -295,7 +289,7 @@ class HostFacts:
     def spans(self, listing: TokenList, sequence_length: int) -> Tensor:
         """int64 [number of spans, 3]: sample, first position, end."""
         count = self.totals[listing.index]
-        flat = self.positions[listing.start : listing.start + count].long()
+        flat = self.positions[listing.index, :count].long()
         sample = flat.div(sequence_length, rounding_mode="floor")
         opens = torch.ones(count, dtype=torch.bool)
         opens[1:] = (flat[1:] != flat[:-1] + 1) | (sample[1:] != sample[:-1])
@@ -353,15 +347,12 @@ def build_placement(
         validate = "now" if input_ids.device.type == "cpu" else "deferred"
     reading_ids = tuple(special_token_ids.values())
     generation_ids = tuple(generation_token_ids.values())
-    source, row, positions, starts, counts = kernels_for(input_ids.device).plan(
+    source, row, positions, counts = kernels_for(input_ids.device).plan(
         input_ids, reading_ids, generation_ids, text_is_table=text_table is not None, vocabulary_size=vocabulary_size
     )
     names = (*special_token_ids, *(() if text_table is None else (text_table,)))
     ids = (*reading_ids, *(() if text_table is None else (None,)), *generation_ids)
-    listings = [
-        TokenList(token_id, index, starts[index], starts[index + 1] - starts[index])
-        for index, token_id in enumerate(ids)
-    ]
+    listings = [TokenList(token_id, index) for index, token_id in enumerate(ids)]
     placement = Placement(
         names=names,
         source=source,

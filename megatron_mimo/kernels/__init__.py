@@ -1,12 +1,17 @@
 """Moving rows: one signature, torch on the CPU, Triton on the GPU; `reference` says what each function does."""
 
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 
 from megatron_mimo.kernels import reference
 
+_on_gpu = reference
+if find_spec("triton") is not None:
+    from megatron_mimo.kernels import triton as _on_gpu
+
 
 def kernels_for(device: torch.device) -> ModuleType:
     """The kernels for tensors on `device`. A collator's tensors are on the CPU also where there is a GPU."""
-    return reference
+    return _on_gpu if device.type == "cuda" else reference

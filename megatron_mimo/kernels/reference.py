@@ -25,7 +25,7 @@ def plan(
     *,
     text_is_table: bool,
     vocabulary_size: int | None,
-) -> tuple[Tensor, Tensor, Tensor, list[int], Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Token ids -> which row fills each position, and where each token stands.
 
     Args:
@@ -36,34 +36,31 @@ def plan(
         vocabulary_size: count the text ids outside [0, vocabulary_size); None counts none.
 
     Returns:
-        `source` int32 [B, S], `row` int32 [B, S], `positions` int32 [P], the T + 1 bounds of each token's stretch of
-        it (host integers), and `counts` int64 [T + 1, B], as `Placement` describes them.
+        `source` int32 [B, S], `row` int32 [B, S], `positions` int32 [T, B * S] and `counts` int64 [T + 1, B], as
+        `Placement` describes them.
     """
     source_BS = torch.full_like(input_ids_BS, -1, dtype=torch.int32)
     row_BS = torch.zeros_like(source_BS)
-    reads = [input_ids_BS == token_id for token_id in reading_ids]
+    tokens = [input_ids_BS == token_id for token_id in reading_ids]
     text_BS = torch.ones_like(input_ids_BS, dtype=torch.bool)
-    for read_BS in reads:
+    for read_BS in tokens:
         text_BS &= ~read_BS
     if text_is_table:
-        reads.append(text_BS)
-    where = []
-    for table, read_BS in enumerate(reads):
-        flat_N = read_BS.flatten().nonzero().squeeze(1)
-        source_BS.view(-1)[flat_N] = table
-        row_BS.view(-1)[flat_N] = torch.arange(flat_N.numel(), dtype=torch.int32, device=flat_N.device)
-        where.append(flat_N)
-    generates = [input_ids_BS == token_id for token_id in generation_ids]
-    where += [generate_BS.flatten().nonzero().squeeze(1) for generate_BS in generates]
+        tokens.append(text_BS)
+    tables = len(tokens)
+    tokens += [input_ids_BS == token_id for token_id in generation_ids]
+    positions_TP = input_ids_BS.new_full((len(tokens), input_ids_BS.numel()), -1, dtype=torch.int32)
+    for index, token_BS in enumerate(tokens):
+        flat_N = token_BS.flatten().nonzero().squeeze(1)
+        positions_TP[index, : flat_N.numel()] = flat_N
+        if index < tables:
+            source_BS.view(-1)[flat_N] = index
+            row_BS.view(-1)[flat_N] = torch.arange(flat_N.numel(), dtype=torch.int32, device=flat_N.device)
     outside_BS = torch.zeros_like(text_BS)
     if vocabulary_size is not None:
         outside_BS = text_BS & ((input_ids_BS < 0) | (input_ids_BS >= vocabulary_size))
-    counts = torch.stack([tokens_BS.sum(1) for tokens_BS in (*reads, *generates, outside_BS)])
-    bounds = [0]
-    for flat_N in where:
-        bounds.append(bounds[-1] + flat_N.numel())
-    positions = torch.cat([*where, text_BS.new_empty(0, dtype=torch.int64)]).int()
-    return source_BS, row_BS, positions, bounds, counts
+    counts = torch.stack([token_BS.sum(1) for token_BS in (*tokens, outside_BS)])
+    return source_BS, row_BS, positions_TP, counts
 
 
 def gather(
@@ -119,8 +116,7 @@ def gather(
 def table_gradients(
     gradients: Sequence[Tensor | None],
     grad_LBH: Tensor,
-    positions: Tensor,
-    bounds: Sequence[tuple[int, int]],
+    positions_TP: Tensor,
     sequence_length: int,
     local_row: Tensor | None,
 ) -> None:
@@ -128,29 +124,28 @@ def table_gradients(
 
     Args:
         gradients: for each table [N, H] with unit stride along H, overwritten; None where none is wanted.
-        grad_LBH: [L, B, H], gradient of the aligned rows.
-        positions: the plan's.
-        bounds: each table's stretch of `positions`: its start and capacity.
+        grad_LBH: [L, B, H], contiguous, gradient of the aligned rows.
+        positions_TP: the plan's; the tables come first.
         sequence_length: S.
         local_row: int32 [S], `SequenceShard.local_row`; None where the rank holds the whole sequence.
     """
     batch_size = grad_LBH.shape[1]
-    grad_RH = grad_LBH.reshape(-1, grad_LBH.shape[2])
-    for gradient_NH, (start, capacity) in zip(gradients, bounds, strict=True):
+    grad_RH = grad_LBH.view(-1, grad_LBH.shape[2])
+    for index, gradient_NH in enumerate(gradients):
         if gradient_NH is None:
             continue
-        found = min(gradient_NH.shape[0], capacity)
-        at_N = positions[start : start + found].long()
-        known_N = at_N >= 0
-        sample_N = at_N.clamp(min=0).div(sequence_length, rounding_mode="floor")
-        place_N = at_N.clamp(min=0) - sample_N * sequence_length
+        at_N = positions_TP[index, : gradient_NH.shape[0]].long()
+        held_N = at_N >= 0
+        at_N = at_N.clamp(min=0)
+        sample_N = at_N.div(sequence_length, rounding_mode="floor")
+        place_N = at_N - sample_N * sequence_length
         if local_row is not None:
             place_N = local_row[place_N].long()
-            known_N = known_N & (place_N >= 0)
-        index_N = (place_N * batch_size + sample_N) * known_N
-        gradient_NH[:found].copy_(grad_RH.index_select(0, index_N))
-        _zero(gradient_NH[:found], ~known_N)
-        gradient_NH[found:] = 0
+            held_N = held_N & (place_N >= 0)
+        found = at_N.numel()
+        gradient_NH[:found] = grad_RH.index_select(0, (place_N * batch_size + sample_N) * held_N)
+        _zero(gradient_NH[:found], ~held_N)
+        gradient_NH[found:] = 0  # more rows than positions: the count check reports them
 
 
 def given_gradient(grad_LBH: Tensor, source_BS: Tensor, held: Tensor | None) -> Tensor:
