@@ -220,6 +220,23 @@ def _refill_storages() -> Callable[[torch.Tensor, torch.Tensor], None]:
     return refill
 
 
+def _all_to_all_single(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.distributed.all_to_all_single``, which takes split sizes as tensors too.
+
+    Megatron's expert dispatcher turns them into lists while it copies them from the GPU, and there is no such copy.
+    """
+
+    @functools.wraps(original)
+    def all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, group=None, async_op=False):
+        splits = [
+            sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
+            for sizes in (output_split_sizes, input_split_sizes)
+        ]
+        return original(output, input, *splits, group=group, async_op=async_op)
+
+    return all_to_all_single
+
+
 def _checkpoint_without_output_init(original: Callable[..., None]) -> Callable[..., None]:
     """``CheckpointWithoutOutput.__init__``, which takes its own default, ``fp8=False``, for "fp8 is on".
 
@@ -291,6 +308,7 @@ def _replacements() -> Iterator[tuple[object, str, Any]]:
         yield owner, "set_rng_state", _set_rng_state
         yield owner, "manual_seed", _manual_seed
         yield owner, "manual_seed_all", _manual_seed_all
+    yield torch.distributed, "all_to_all_single", _all_to_all_single(torch.distributed.all_to_all_single)
     yield megatron_random, "_set_cuda_rng_state", _tracker_set_rng_state
     yield megatron_random, "_get_share_storage", _refill_storages
     checkpoint = megatron_random.CheckpointWithoutOutput
