@@ -37,8 +37,8 @@ class MimoModelConfig:
 
     Raises:
         TypeError: an argument, a spec or an id has the wrong type.
-        ValueError: a name without a modality, one id used twice, a negative or infinite weight,
-            or a generation token outside the vocabulary.
+        ValueError: a name without a modality, one id used twice, encoders or decoders without a
+            token, a negative or infinite weight, or a generation token outside the vocabulary.
 
     Example:
         >>> from megatron.core.transformer.spec_utils import ModuleSpec
@@ -70,6 +70,7 @@ class MimoModelConfig:
             self._check_names(name)
         self._check_token_ids()
         self._check_weights()
+        self._check_connections()
         self._check_vocabulary()
 
     @property
@@ -130,6 +131,21 @@ class MimoModelConfig:
                 raise ValueError(
                     f"modality_loss_weights[{modality!r}] must be finite and >= 0, got {weight}"
                 )
+
+    def _check_connections(self) -> None:
+        """Modules that no token reaches would wait for a gradient that never comes."""
+        for key, name in (
+            ("encoders", "special_token_ids"),
+            ("decoders", "generation_token_ids"),
+            ("generation_input", "generation_token_ids"),
+        ):
+            for modality in self.modality_submodules:
+                if self.submodule_specs(modality).get(key) and modality not in getattr(self, name):
+                    raise ValueError(
+                        f"modality {modality!r} has {key}, but {name} has only "
+                        f"{sorted(getattr(self, name))}: no token connects them to the language "
+                        f"model. Add its id or remove the {key}."
+                    )
 
     def _check_vocabulary(self) -> None:
         vocabulary = self.language_model.params.get("vocab_size")

@@ -1,49 +1,98 @@
-"""Zero gradients for parameters that a batch did not use.
+"""What a module that this batch does not need does in its place, so that no rank waits for another.
 
-Data-parallel gradient reduction waits for every trainable parameter. A rank whose batch has no
-image must hand in zeros for the image encoder, without running it.
+Data-parallel ranks meet in collectives that modules set off one by one: Megatron's DDP gathers a
+bucket of parameters when the first module that needs it runs, and reduces a bucket of gradients when
+the last of them is there. A rank whose batch has no image must join both, at the same point of the
+sequence as the ranks that run the image encoder, or the ranks' collectives no longer match.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+_DDP = "megatron.core.distributed.distributed_data_parallel"
 
-def with_zero_gradients(x: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
-    """`x`, whose backward pass also gives each of `parameters` a gradient of zeros.
+
+def stand_in(modules: Iterable[nn.Module], width: int = 1) -> Tensor:
+    """An empty tensor `[0, width]` in place of what `modules` would have computed here.
+
+    Call it where they would have run. It sets off the parameter gathers that they would have set
+    off, and its backward pass gives each of their trainable parameters a gradient of zeros, one after
+    the other from the last to the first, as theirs would have come. Nothing is computed.
+
+    Args:
+        modules: in the order in which they would have run.
+        width: of the rows that are not there.
+
+    Returns:
+        `[0, width]`, rank-local, dtype and device of the first parameter (float32 without one).
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> with_idle(torch.ones(3), [stand_in([layer])]).sum().backward()
+        >>> layer.bias.grad
+        tensor([0., 0.])
+    """
+    modules = list(modules)
+    for module in modules:
+        _gather_parameters(module)
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    like = parameters[0] if parameters else torch.empty(0)
+    anchor = like.new_empty(0, width)
+    for parameter in dict.fromkeys(parameters):
+        if parameter.requires_grad and torch.is_grad_enabled():
+            anchor = _ZeroGradient.apply(anchor, parameter)
+    return anchor
+
+
+def with_idle(x: Tensor, stand_ins: Sequence[Tensor]) -> Tensor:
+    """`x`, whose backward pass is also that of `stand_ins`.
 
     Args:
         x: a tensor that the loss depends on, any shape, rank-local.
-        parameters: those that took no part in computing `x`; frozen ones are left alone.
+        stand_ins: from `stand_in`.
 
     Returns:
-        A view of `x`; `x` itself where there is nothing to add. No memory of the size of a
-        parameter is allocated for the zeros until autograd stores them.
-
-    Example:
-        >>> weight = nn.Parameter(torch.ones(3))
-        >>> with_zero_gradients(torch.ones(2, requires_grad=True), [weight]).sum().backward()
-        >>> weight.grad
-        tensor([0., 0., 0.])
+        A view of `x`; `x` itself where no stand-in has a gradient to give.
     """
-    trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    if not trainable or not torch.is_grad_enabled():
+    needed = [anchor for anchor in stand_ins if anchor.requires_grad]
+    if not needed or not torch.is_grad_enabled():
         return x
-    return _ZeroGradients.apply(x, *trainable)
+    return _Carry.apply(x, *needed)
 
 
-class _ZeroGradients(torch.autograd.Function):
+def _gather_parameters(module: nn.Module) -> None:
+    """What running `module` would have made DDP do first: wait for its parameters, fetch the next."""
+    for part in module.modules():
+        for hook in part._forward_pre_hooks.values():
+            if hook.__module__ == _DDP:
+                hook(part, ())
+
+
+class _ZeroGradient(torch.autograd.Function):
+    """One node a parameter: the nodes run in a fixed order, the outputs of a single one do not."""
+
     @staticmethod
-    def forward(ctx, x, *parameters):
-        # Not save_for_backward: only shapes are read, and a parameter gathered in place between
+    def forward(ctx, anchor, parameter):
+        # Not save_for_backward: only the shape is read, and a parameter gathered in place between
         # forward and backward must not trip autograd's version check.
-        ctx.parameters = parameters
+        ctx.parameter = parameter
+        return anchor.view_as(anchor)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, ctx.parameter.new_zeros(()).expand_as(ctx.parameter)
+
+
+class _Carry(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, *stand_ins):
+        ctx.save_for_backward(*stand_ins)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad):
-        zeros = (p.new_zeros(()).expand_as(p) for p in ctx.parameters)
-        return grad, *zeros
+        return grad, *(torch.zeros_like(anchor) for anchor in ctx.saved_tensors)

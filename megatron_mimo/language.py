@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import inspect
+import types
 
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -22,7 +25,9 @@ def build_language_model(
 
     Args:
         spec: of `GPTModel`, `HybridModel` or a model with their interface. Its own params win
-            over the stage's. `max_sequence_length`, if left out, is 4096.
+            over the stage's. `max_sequence_length`, if left out, is 4096. A `transformer_layer_spec`
+            that differs from stage to stage is given as a function, called with the model's
+            configuration and `vp_stage` on each of them.
         pre_process, post_process: whether this stage is the first, the last.
         vp_stage: index of the virtual pipeline stage.
         pg_collection: process groups; None for Megatron's global ones.
@@ -33,7 +38,16 @@ def build_language_model(
     length = constructor_parameters(spec).get("max_sequence_length")
     if length is not None and length.default is inspect.Parameter.empty:
         offered["max_sequence_length"] = DEFAULT_MAX_SEQUENCE_LENGTH
-    return build(spec, offered)
+    return build(_with_own_layers(spec, vp_stage), offered)
+
+
+def _with_own_layers(spec: ModuleSpec, vp_stage: int | None) -> ModuleSpec:
+    """`spec` with the layers of this stage in place of the function that gives them."""
+    layers = spec.params.get("transformer_layer_spec")
+    if not isinstance(layers, (types.FunctionType, functools.partial)):
+        return spec
+    own = layers(spec.params["config"], vp_stage=vp_stage)
+    return dataclasses.replace(spec, params={**spec.params, "transformer_layer_spec": own})
 
 
 class HiddenStateTap:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping
-from itertools import chain
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -18,7 +17,7 @@ from megatron_mimo.align import align, align_by_token_positions
 from megatron_mimo.batch import check_modalities, check_token_tensors, default_positions
 from megatron_mimo.checkpoint import sharded_state_dict
 from megatron_mimo.config import MimoModelConfig, generation_table
-from megatron_mimo.idle import with_zero_gradients
+from megatron_mimo.idle import with_idle
 from megatron_mimo.language import HiddenStateTap, build_language_model
 from megatron_mimo.output import MimoOutput, ModalityOutput
 from megatron_mimo.placement import Placement, build_placement
@@ -65,20 +64,22 @@ class MimoModel(MegatronModule):
         self.mimo_config = config
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
-        self.language_model = build_language_model(
+        language_model = build_language_model(
             config.language_model,
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,
             pg_collection=pg_collection,
         )
-        self.pg_collection = self.language_model.pg_collection
+        self.pg_collection = language_model.pg_collection
+        # Registered in the order in which they run: DDP gathers parameters in that order.
         self.modality_submodules = nn.ModuleDict(
             {
                 modality: self._build_submodules(modality, spec, pg_collection)
                 for modality, spec in config.modality_submodules.items()
             }
         )
+        self.language_model = language_model
         generates = post_process and bool(config.generation_token_ids)
         self._tap = HiddenStateTap(self.language_model) if generates else None
         self._language_keywords = inspect.signature(self.language_model.forward).parameters.keys()
@@ -131,15 +132,15 @@ class MimoModel(MegatronModule):
         if position_ids is None:
             position_ids = default_positions(input_ids, _boundaries(packed_seq_params))
 
+        counts = self._count_generation(modality_targets, placement)
+        self._check_missing_inputs(modality_inputs, counts, placement)
+
         targets = self.prepare(modality_targets)
         decoder_input = None
         if self.pre_process:
-            rows = self.encode(modality_inputs, targets, placement)
+            rows = self.encode(modality_inputs, targets, counts, placement)
             rows = self.exchange(rows)
             decoder_input = self.align(input_ids, position_ids, rows, placement, shard)
-            decoder_input = with_zero_gradients(
-                decoder_input, self._idle_encoding_parameters(modality_inputs, rows)
-            )
         labels, loss_mask = _cut(shard, labels), _cut(shard, loss_mask)
         language = self.run_language_model(
             decoder_input, position_ids, attention_mask, labels, loss_mask,
@@ -147,10 +148,8 @@ class MimoModel(MegatronModule):
         )
         if self._tap is None:
             return language, loss_mask
-        hidden = self.route(self._tap.take(), targets, placement, shard)
-        modalities = self.decode_losses(hidden, targets)
-        language = with_zero_gradients(language, self._idle_decoding_parameters(targets))
-        return MimoOutput(language, modalities), loss_mask
+        hidden = self.route(self._tap.take(), counts, placement, shard)
+        return MimoOutput(language, self.decode_losses(hidden, targets)), loss_mask
 
     # The stages, in the order of the flow --------------------------------------------------
 
@@ -185,21 +184,41 @@ class MimoModel(MegatronModule):
             for modality, target in targets.items()
         }
 
-    def encode(self, inputs: Nested, targets: Nested, placement: Placement) -> dict[str, Tensor]:
-        """Rows `[N, H]` by table: encoded inputs, and what decoders feed their generation tokens."""
-        feeds = self._fed_generation_tokens(inputs, targets, placement)
-        for table in placement.names:
-            if table not in inputs and table not in feeds:
-                placement.check_rows(table, 0)
-        rows = {
-            modality: submodule.encode(inputs[modality])
-            for modality, submodule in self.modality_submodules.items()
-            if modality in inputs
-        }
-        for table, (modality, count) in feeds.items():
-            submodule = self.modality_submodules[modality]
-            rows[table] = submodule.generation_rows(targets.get(modality), count)
+    def encode(
+        self,
+        inputs: Nested,
+        targets: Nested,
+        counts: Mapping[str, int | None],
+        placement: Placement,
+    ) -> dict[str, Tensor]:
+        """Rows `[N, H]` by table: encoded inputs, and what decoders feed their generation tokens.
+
+        Modalities come in one order on every rank, with or without inputs: what stands in for an
+        absent one joins the same collectives.
+        """
+        rows = {}
+        for modality, submodule in self.modality_submodules.items():
+            given, count = inputs.get(modality), counts.get(modality) or 0
+            if modality in self.mimo_config.special_token_ids:
+                rows[modality] = self._encode_modality(submodule, given)
+            if submodule.generation_input is None:
+                continue
+            shares_token = generation_table(modality) not in placement.names
+            if shares_token and given is not None:
+                count = 0  # its positions read
+            fed = submodule.generation_rows(targets.get(modality), count, self.config.hidden_size)
+            if not shares_token:
+                rows[generation_table(modality)] = fed
+            elif count:
+                rows[modality] = with_idle(fed, [rows[modality]])
+            else:
+                rows[modality] = with_idle(rows[modality], [fed])
         return rows
+
+    def _encode_modality(self, submodule: ModalitySubmodules, given: Mapping | None) -> Tensor:
+        nothing = given is None or submodule.encode_is_overridden
+        idle = [submodule.encode_nothing(self.config.hidden_size)] if nothing else []
+        return idle[0] if given is None else with_idle(submodule.encode(given), idle)
 
     def exchange(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         """The rows that this rank's part of the language model needs.
@@ -246,13 +265,16 @@ class MimoModel(MegatronModule):
         )
 
     def route(
-        self, hidden: Tensor, targets: Nested, placement: Placement, shard: SequenceShard
+        self,
+        hidden: Tensor,
+        counts: Mapping[str, int | None],
+        placement: Placement,
+        shard: SequenceShard,
     ) -> dict[str, Tensor]:
         """Hidden states `[N, H]` at every modality's generation tokens, where their count is known."""
         groups, context_group = self._row_groups()
         rows = {}
-        for modality in self.mimo_config.generation_token_ids:
-            count = self._generation_count(modality, targets, placement)
+        for modality, count in counts.items():
             if count is not None:
                 rule = self.modality_submodules[modality].position_rule
                 positions = placement.generation_positions(modality, count, rule)
@@ -262,19 +284,15 @@ class MimoModel(MegatronModule):
     def decode_losses(
         self, hidden: Mapping[str, Tensor], targets: Nested
     ) -> dict[str, ModalityOutput]:
-        """Each output modality's hidden states and, with targets, its loss terms."""
+        """Each output modality's hidden states and its decoders' loss terms."""
         context = self.pg_collection.cp
-        return {
-            modality: ModalityOutput(
-                hidden.get(modality),
-                self.modality_submodules[modality].loss(
-                    hidden[modality], targets[modality], share=(context.rank(), context.size())
-                )
-                if modality in targets
-                else {},
-            )
-            for modality in self.mimo_config.generation_token_ids
-        }
+        share = (context.rank(), context.size())
+        outputs = {}
+        for modality in self.mimo_config.generation_token_ids:
+            rows = hidden.get(modality)
+            submodule = self.modality_submodules[modality]
+            outputs[modality] = ModalityOutput(rows, submodule.loss(rows, targets.get(modality, {}), share))
+        return outputs
 
     def decode(
         self, outputs: MimoOutput, options: Mapping[str, Mapping[str, Mapping]] | None = None
@@ -386,13 +404,6 @@ class MimoModel(MegatronModule):
                     f"{sorted(self.mimo_config.generation_token_ids)}: no hidden state is decoded "
                     "for it. Configure its generation token and a decoder, or drop the targets."
                 )
-        for modality in inputs:
-            if modality not in self.mimo_config.special_token_ids:
-                raise ValueError(
-                    f"modality_inputs has {modality!r}, but special_token_ids has "
-                    f"{sorted(self.mimo_config.special_token_ids)}: its rows have nowhere to go. "
-                    "Configure its special token or drop the inputs."
-                )
         for modality, submodule in self.modality_submodules.items():
             if self.pre_process and modality in inputs:
                 submodule.check_inputs(modality, inputs[modality])
@@ -411,21 +422,25 @@ class MimoModel(MegatronModule):
         if inference_context is not None:
             raise ValueError("inference_context must be None under context parallelism")
 
-    def _fed_generation_tokens(
-        self, inputs: Nested, targets: Nested, placement: Placement
-    ) -> dict[str, tuple[str, int]]:
-        """Tables that a generation input fills in this batch: table -> (modality, rows)."""
-        feeds = {}
-        for modality, submodule in self.modality_submodules.items():
-            if submodule.generation_input is None:
-                continue
-            table = generation_table(modality)
-            if table not in placement.names:  # reading and generating share one token
-                table = modality
-            count = self._generation_count(modality, targets, placement)
-            if count and table not in inputs:
-                feeds[table] = (modality, count)
-        return feeds
+    def _count_generation(self, targets: Nested, placement: Placement) -> dict[str, int | None]:
+        """Generation tokens of each modality in this batch, None where only the device knows."""
+        if not (self.pre_process or self.post_process):
+            return {}
+        return {
+            modality: self._generation_count(modality, targets, placement)
+            for modality in self.mimo_config.generation_token_ids
+        }
+
+    def _check_missing_inputs(
+        self, inputs: Nested, counts: Mapping[str, int | None], placement: Placement
+    ) -> None:
+        """Refuse special tokens that nothing in this batch fills."""
+        for modality in self.mimo_config.special_token_ids if self.pre_process else ():
+            fed = self.modality_submodules[modality].generation_input is not None and (
+                generation_table(modality) not in placement.names and counts.get(modality)
+            )
+            if modality not in inputs and not fed:
+                placement.check_rows(modality, 0)
 
     def _generation_count(
         self, modality: str, targets: Nested, placement: Placement
@@ -452,19 +467,6 @@ class MimoModel(MegatronModule):
         if context_group is not None:
             groups.append(context_group)
         return tuple(groups), context_group
-
-    def _idle_encoding_parameters(self, inputs: Nested, rows: Mapping[str, Tensor]):
-        for modality, submodule in self.modality_submodules.items():
-            yield from submodule.idle_encoding_parameters(inputs.get(modality))
-            fed = generation_table(modality) in rows or (modality in rows and modality not in inputs)
-            if submodule.generation_input is not None and not fed:
-                yield from submodule.generation_input.parameters()
-
-    def _idle_decoding_parameters(self, targets: Nested):
-        return chain.from_iterable(
-            submodule.idle_decoding_parameters(targets.get(modality))
-            for modality, submodule in self.modality_submodules.items()
-        )
 
 
 def _present(given: Nested | None) -> Nested:

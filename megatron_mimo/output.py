@@ -16,9 +16,10 @@ class ModalityOutput:
 
     Args:
         hidden: `[N, H]` hidden states that the modality's decoders read, in the order of its
-            generation tokens in `input_ids`, equal on tensor- and context-parallel ranks. None
-            in training when the batch brought no targets for the modality.
-        losses: decoder name -> its loss term; empty without targets.
+            generation tokens in `input_ids`, equal on tensor- and context-parallel ranks. None in
+            training without targets where only the device knows how many tokens there are.
+        losses: decoder name -> its loss term, for every decoder; zero over zero without targets.
+            Put all of them in the loss: the zeros give idle decoders their gradient.
     """
 
     hidden: Tensor | None

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -17,6 +16,7 @@ from megatron_mimo.build import build
 from megatron_mimo.checkpoint import sharded_state_dict
 from megatron_mimo.decoders.base import Decoder
 from megatron_mimo.decoders.inputs import GenerationInput
+from megatron_mimo.idle import stand_in, with_idle
 from megatron_mimo.losses import LossTerm
 from megatron_mimo.widths import input_width, output_width
 
@@ -124,18 +124,25 @@ class ModalitySubmodules(ABC, nn.Module):
         Args:
             inputs: encoder name -> its keyword inputs; encoders that are not named are skipped.
         """
-        projections = self._per_module(self.input_projections, self.encoders)
-        outputs = {}
+        own = self._own(self.input_projections, self.encoders)
+        outputs, idle = {}, []
         for name, encoder in self.encoders.items():
-            if name in inputs:
-                rows = _rows(name, encoder(**self._keywords(name, inputs[name])))
-                if len(self.input_projections) > 1:
-                    rows = _projected(projections[name](rows))
-                outputs[name] = rows
+            if name not in inputs:
+                idle.append(stand_in([encoder, *own.get(name, ())]))
+                continue
+            rows = _rows(name, encoder(**self._keywords(name, inputs[name])))
+            for projection in own.get(name, ()):
+                rows = _projected(projection(rows))
+            outputs[name] = rows
         combined = self.combine_rows(outputs)
         if len(self.input_projections) == 1:
             combined = _projected(self.input_projections[0](combined))
-        return combined.flatten(0, -2)
+        return with_idle(combined.flatten(0, -2), idle)
+
+    def encode_nothing(self, width: int) -> Tensor:
+        """Rows `[0, width]` in place of `encode` for a batch that has no input of this modality."""
+        writing = {"decoders", "output_projections", "generation_input"}
+        return stand_in((part for name, part in self.named_children() if name not in writing), width)
 
     def combine_rows(self, outputs: Mapping[str, Tensor]) -> Tensor:
         """One `[N, h]` or `[n, s, h]` from the outputs of several encoders, in their order."""
@@ -163,7 +170,7 @@ class ModalitySubmodules(ABC, nn.Module):
             ValueError: an unknown encoder.
         """
         _check_nested(f"modality_inputs[{modality!r}]", inputs, "encoder name -> its inputs")
-        if self._encode_is_overridden:  # which gives its inputs their own meaning
+        if self.encode_is_overridden:  # which gives its inputs their own meaning
             return
         for name, keywords in inputs.items():
             if name not in self.encoders:
@@ -206,31 +213,44 @@ class ModalitySubmodules(ABC, nn.Module):
                 counts[name] = count
         return counts
 
-    def generation_rows(self, targets: Inputs | None, num_rows: int) -> Tensor:
-        """Rows `[num_rows, H]` that the language model sees at the generation tokens."""
+    def generation_rows(self, targets: Inputs | None, num_rows: int, width: int) -> Tensor:
+        """Rows `[num_rows, width]` that the language model sees at the generation tokens."""
+        if not num_rows:
+            return stand_in([self.generation_input], width)
         target = None if not targets else self.generation_input.pick(targets)
-        return _projected(self.generation_input(target, num_rows))
+        return self.generation_input(target, num_rows)
 
     def loss(
-        self, hidden: Tensor, targets: Inputs, share: tuple[int, int] = (0, 1)
+        self, hidden: Tensor | None, targets: Inputs, share: tuple[int, int] = (0, 1)
     ) -> dict[str, LossTerm]:
-        """Loss term of every decoder that has targets.
+        """Loss term of every decoder, on every rank the same names; zero over zero without targets.
 
         Args:
-            hidden: `[N, H]`, all rows of the data-parallel rank's microbatch.
+            hidden: `[N, H]`, all rows of the data-parallel rank's microbatch; None without targets.
             targets: decoder name -> its prepared keyword targets, for all `N` rows.
             share: (rank, size) in the context-parallel group; each rank decodes its contiguous
                 share of the items, and the terms add up over the group.
         """
+        own = self._own(self.output_projections, self.decoders)
+        shared = [] if own or targets else list(self.output_projections)
         terms = {}
-        for name, target in targets.items():
-            decoder = self.decoders[name]
-            start, stop = _share_of(hidden.shape[0] // decoder.rows_per_item, *share)
-            if share[1] > 1:
-                target = decoder.share(target, start, stop)
-            mine = hidden[start * decoder.rows_per_item : stop * decoder.rows_per_item]
-            terms[name] = decoder.loss(self._output_rows(name, mine), target)
+        for name, decoder in self.decoders.items():
+            if name in targets:
+                terms[name] = self._decoder_loss(name, hidden, targets[name], share)
+            else:
+                idle = stand_in([*shared, *own.get(name, ()), decoder]).sum(dtype=torch.float32)
+                terms[name] = LossTerm(idle, idle.new_zeros(()))
         return terms
+
+    def _decoder_loss(
+        self, name: str, hidden: Tensor, target: Mapping[str, Tensor], share: tuple[int, int]
+    ) -> LossTerm:
+        decoder = self.decoders[name]
+        start, stop = _share_of(hidden.shape[0] // decoder.rows_per_item, *share)
+        if share[1] > 1:
+            target = decoder.share(target, start, stop)
+        mine = hidden[start * decoder.rows_per_item : stop * decoder.rows_per_item]
+        return decoder.loss(self._output_rows(name, mine), target)
 
     def decode(
         self,
@@ -285,37 +305,6 @@ class ModalitySubmodules(ABC, nn.Module):
         return next((decoder.position_rule for decoder in self.decoders.values()), "own")
 
     # Bookkeeping --------------------------------------------------------------------------
-
-    def idle_encoding_parameters(self, inputs: Inputs | None) -> Iterator[nn.Parameter]:
-        """Parameters of the reading half that `encode(inputs)` leaves without a gradient.
-
-        A subclass that overrides `encode` may use its modules in ways unknown here: then all of
-        them are handed in, which adds zero to the gradients that there are.
-        """
-        inputs = inputs or {}
-        whole = not inputs or self._encode_is_overridden
-        projections = self._per_module(self.input_projections, self.encoders)
-        writing = (self.decoders, self.output_projections, self.generation_input)
-        if whole:
-            kept = {id(p) for part in writing if part is not None for p in part.parameters()}
-            return (p for p in self.parameters() if id(p) not in kept)
-        idle = [name for name in self.encoders if name not in inputs]
-        parts = [self.encoders[name] for name in idle]
-        if len(self.input_projections) > 1:
-            parts += [projections[name] for name in idle]
-        return chain.from_iterable(part.parameters() for part in parts)
-
-    def idle_decoding_parameters(self, targets: Inputs | None) -> Iterator[nn.Parameter]:
-        """Parameters of decoders and output projections that `loss(hidden, targets)` leaves out."""
-        targets = targets or {}
-        idle = [name for name in self.decoders if name not in targets]
-        parts = [self.decoders[name] for name in idle]
-        if not targets:
-            parts += list(self.output_projections)
-        elif len(self.output_projections) > 1:
-            projections = self._per_module(self.output_projections, self.decoders)
-            parts += [projections[name] for name in idle]
-        return chain.from_iterable(part.parameters() for part in parts)
 
     def check_widths(self, modality: str, hidden_size: int) -> None:
         """Refuse projections whose known widths do not fit the language model's.
@@ -377,14 +366,23 @@ class ModalitySubmodules(ABC, nn.Module):
             self.generation_input.check_rule(self.position_rule)
 
     @property
-    def _encode_is_overridden(self) -> bool:
+    def encode_is_overridden(self) -> bool:
+        """Whether a subclass gives inputs a meaning of its own."""
         return type(self).encode is not ModalitySubmodules.encode
 
     @staticmethod
     def _per_module(projections: nn.ModuleList, modules: nn.ModuleDict) -> dict[str, nn.Module]:
+        """The projection of each module: one for all, or one each."""
         if len(projections) == 1:
             return dict.fromkeys(modules, projections[0])
         return dict(zip(modules, projections))
+
+    @staticmethod
+    def _own(projections: nn.ModuleList, modules: nn.ModuleDict) -> dict[str, tuple[nn.Module]]:
+        """The projection that a module shares with no other, where there are several."""
+        if len(projections) < 2:
+            return {}
+        return {name: (projection,) for name, projection in zip(modules, projections)}
 
     def _output_rows(self, decoder: str, hidden: Tensor) -> Tensor:
         projection = self._per_module(self.output_projections, self.decoders).get(decoder)

@@ -7,6 +7,9 @@ from megatron_mimo.config import MimoModelConfig
 
 LANGUAGE = ModuleSpec(module=object, params={"vocab_size": 100})
 IMAGES = ModuleSpec(module=object)
+ENCODING = ModuleSpec(module=object, submodules={"encoders": {"a": object}})
+DECODING = ModuleSpec(module=object, submodules={"decoders": {"a": object}})
+FEEDING = ModuleSpec(module=object, submodules={"generation_input": object})
 
 
 def config(**changes) -> MimoModelConfig:
@@ -51,6 +54,9 @@ def test_wrong_types_are_type_errors(changes, message):
         ({"generation_token_ids": {"images": 100}}, r"outside the vocabulary \[0, 100\)"),
         ({"modality_submodules": {"text": IMAGES}}, "cannot name a modality"),
         ({"modality_submodules": {"a/b": IMAGES}}, "cannot name a modality"),
+        ({"modality_submodules": {"images": IMAGES, "audio": ENCODING}}, "'audio' has encoders"),
+        ({"modality_submodules": {"images": DECODING}}, "'images' has decoders"),
+        ({"modality_submodules": {"images": FEEDING}}, "'images' has generation_input"),
         (
             {"modality_submodules": {"images": ModuleSpec(module=object, submodules={"encoder": {}})}},
             "submodules entry 'encoder'",
@@ -67,8 +73,7 @@ def test_generation_id_may_equal_the_special_id():
 
 
 def test_a_fed_generation_token_may_lie_outside_the_vocabulary_and_has_its_own_table():
-    fed = ModuleSpec(module=object, submodules={"generation_input": object})
-    made = config(modality_submodules={"images": fed}, generation_token_ids={"images": -7})
+    made = config(modality_submodules={"images": FEEDING}, generation_token_ids={"images": -7})
     assert made.reading_tables == {"images": 10, "images/generation": -7}
 
 

@@ -21,6 +21,7 @@ ROOMS = [
     "idle",
     "assemble",
     "batch",
+    "specs",
     "build",
     "widths",
     "checkpoint",
@@ -33,7 +34,6 @@ ROOMS = [
     "model",
     "cpu",
     "launch",
-    "specs",
     "training",
 ]
 WITHOUT_MEGATRON = ["config", "losses", "deferred", "kernels", "placement", "sharding"]

@@ -1,0 +1,332 @@
+"""N ranks equal one rank: three optimizer steps of a whole MimoModel on every layout.
+
+The reference is the same model on one rank without DDP, stepped by torch's own optimizer on the
+whole batch. Then the layout: Megatron's DDP, optimizer and pipeline schedule. Compared are the loss
+of three steps, every gradient of the first and every weight after the third.
+
+Adam's epsilon is 1e-3, far above rounding: with 1e-8 the first step is the gradient's sign, which
+rounding alone flips where a gradient is zero.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor
+
+from megatron_mimo import MimoModel, loss_terms, specs, total_loss
+from megatron_mimo.launch import Run
+from tests import tiny
+from tests.distributed.harness import case, relayout
+
+SAMPLES, LENGTH, STEPS, LEARNING_RATE, EPSILON = 4, 16, 3, 1e-2, 1e-3
+TOLERANCE = 1e-5  # of a tensor's largest element: float32 keeps 1e-7, summed in other orders
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a layout asks of model and optimizer, beside its parallel sizes."""
+
+    sequence_parallel: bool = False
+    tied: bool = False
+    experts: int | None = None
+    token_local: bool = False
+    distributed_optimizer: bool = False
+
+    def spec(self, run: Run | None) -> ModuleSpec:
+        """The language model's spec; for one rank without `run`."""
+        layout = None if run is None else run.layout
+        sizes = {} if layout is None else dict(
+            tensor_model_parallel_size=layout.tensor_model_parallel_size,
+            pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+            context_parallel_size=layout.context_parallel_size,
+            expert_model_parallel_size=layout.expert_model_parallel_size,
+            sequence_parallel=self.sequence_parallel,
+        )  # fmt: skip
+        experts = {} if self.experts is None else dict(
+            num_moe_experts=self.experts,
+            moe_router_topk=2,
+            moe_token_dispatcher_type="alltoall",
+            moe_aux_loss_coeff=0.0,
+            moe_router_load_balancing_type="none",
+            add_bias_linear=False,
+        )  # fmt: skip
+        config = tiny.language_config(
+            num_layers=4, pipeline_dtype=torch.float32, **sizes, **experts
+        )
+        changes = {
+            "share_embeddings_and_output_weights": self.tied,
+            "transformer_layer_spec": specs.language_layer_spec,
+        }
+        if self.token_local:
+            changes |= {"transformer_layer_spec": token_local_layer(), "position_embedding_type": "none"}
+        return tiny.language_spec(config, **changes)
+
+
+def token_local_layer() -> ModuleSpec:
+    """A transformer layer without attention: what context parallelism can run without TransformerEngine."""
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            pre_mlp_layernorm=specs.norm("torch"),
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def whole_batch() -> list[dict]:
+    """Four samples as microbatches of one: read and write, write alone, text, text.
+
+    With two data-parallel ranks the second has no image at all.
+    """
+    draw = torch.Generator().manual_seed(7)
+    microbatches = []
+    for read, write in ((2, 3), (0, 2), (0, 0), (0, 0)):
+        ids = torch.randint(0, 60, (1, LENGTH), generator=draw)
+        ids[0, 1 : 1 + read] = tiny.READ
+        ids[0, 9 : 9 + write] = tiny.WRITE
+        arguments = dict(
+            input_ids=ids,
+            labels=ids.roll(-1, 1).clamp(0, tiny.VOCABULARY - 1),
+            loss_mask=(torch.rand(1, LENGTH, generator=draw) > 0.3).float(),
+        )
+        if read:
+            patches = torch.randn(1, read, tiny.PIXELS, generator=draw)
+            arguments["modality_inputs"] = {"images": {"patches": {"x": patches}}}
+        if write:
+            pixels = torch.randn(write, tiny.PIXELS, generator=draw)
+            arguments["modality_targets"] = {"images": {"pixels": {"pixels": pixels}}}
+        microbatches.append(arguments)
+    return microbatches
+
+
+def step_counts(microbatches: list[dict]) -> dict[str, Tensor]:
+    tokens = sum(arguments["loss_mask"].sum() for arguments in microbatches)
+    targets = [arguments["modality_targets"] for arguments in microbatches if "modality_targets" in arguments]
+    pixels = sum(target["images"]["pixels"]["pixels"].numel() for target in targets)
+    return {"text": tokens, "images/pixels": torch.tensor(float(pixels))}
+
+
+def loss_of(model: MimoModel, outputs, loss_mask, counts) -> Tensor:
+    return total_loss(loss_terms(outputs, loss_mask), model.loss_weights, counts)
+
+
+@dataclass(frozen=True)
+class Reference:
+    initial: dict[str, Tensor]
+    losses: list[Tensor]
+    gradients: dict[str, Tensor]
+    final: dict[str, Tensor]
+
+
+def reference(setting: Setting) -> Reference:
+    """Three steps of the whole batch on one rank."""
+    torch.manual_seed(5)
+    model = MimoModel(tiny.mimo_config(setting.spec(None)))
+    initial = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, eps=EPSILON)
+    batch = whole_batch()
+    counts, losses, gradients = step_counts(batch), [], {}
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss = torch.zeros(())
+        for arguments in batch:
+            part = loss_of(model, *model(**arguments), counts)
+            part.backward()
+            loss += part.detach()
+        losses.append(loss)
+        if step == 0:
+            gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        optimizer.step()
+    final = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return Reference(initial, losses, gradients, final)
+
+
+def chunks(run: Run, setting: Setting) -> list[DistributedDataParallel]:
+    """This rank's model chunks in DDP, one for each virtual pipeline stage."""
+    layout = run.layout
+    stages = layout.virtual_pipeline_model_parallel_size or 1
+    first, last = run.pipeline_rank == 0, run.pipeline_rank == layout.pipeline_model_parallel_size - 1
+    spec = setting.spec(run)
+    models = []
+    for stage in range(stages):
+        model = MimoModel(
+            tiny.mimo_config(spec),
+            pre_process=first and stage == 0,
+            post_process=last and stage == stages - 1,
+            vp_stage=stage if stages > 1 else None,
+        )
+        models.append(model)
+    wrapping = DistributedDataParallelConfig(
+        overlap_grad_reduce=setting.distributed_optimizer,
+        overlap_param_gather=setting.distributed_optimizer,
+        use_distributed_optimizer=setting.distributed_optimizer,
+        bucket_size=2000 if setting.distributed_optimizer else None,
+    )
+    return [
+        DistributedDataParallel(spec.params["config"], wrapping, model, disable_bucketing=index > 0)
+        for index, model in enumerate(models)
+    ]
+
+
+def own_part(model: MimoModel, run: Run, setting: Setting, whole: dict) -> Iterator[tuple]:
+    """(parameter, this rank's part of its entry in `whole`, its name) for every parameter."""
+    layers = model.language_model.decoder.layers
+    experts_here = (setting.experts or 0) // run.layout.expert_model_parallel_size
+    for name, parameter in model.named_parameters():
+        entry = re.sub(r"layers\.(\d+)", lambda m: f"layers.{layers[int(m[1])].layer_number - 1}", name)
+        entry = re.sub(
+            r"local_experts\.(\d+)",
+            lambda m: f"local_experts.{int(m[1]) + run.expert_rank * experts_here}",
+            entry,
+        )
+        if setting.tied:
+            entry = entry.replace("output_layer.weight", "embedding.word_embeddings.weight")
+        part = whole[entry]
+        if part.shape != parameter.shape:
+            part = part.chunk(run.groups.tp.size(), parameter.partition_dim)[run.tensor_rank]
+        yield parameter, part, name
+
+
+def close(found: Tensor, expected: Tensor, name: str) -> None:
+    scale = max(expected.abs().max().item(), 1e-6)
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE * scale, msg=lambda m: f"{name}: {m}")
+
+
+def whole_main_gradients(model: DistributedDataParallel) -> None:
+    """Fills in the parts of the gradient buffers that the distributed optimizer left on other ranks."""
+    for group in model.bucket_groups + model.expert_parallel_bucket_groups:
+        for bucket in group.buckets:
+            ranks = group.data_parallel_group
+            if isinstance(group.intra_distributed_optimizer_instance_group, dist.ProcessGroup):
+                ranks = group.intra_distributed_optimizer_instance_group
+            own = bucket.grad_data.chunk(ranks.size())[ranks.rank()].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, own, group=ranks)
+
+
+def train(run: Run, setting: Setting, expected: Reference) -> None:
+    models = chunks(run, setting)
+    for model in models:
+        with torch.no_grad():
+            for parameter, part, _ in own_part(model.module, run, setting, expected.initial):
+                parameter.copy_(part)
+    config = models[0].config
+    config.finalize_model_grads_func = finalize_model_grads
+    config.no_sync_func = [model.no_sync for model in models] if len(models) > 1 else models[0].no_sync
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam", lr=LEARNING_RATE, adam_eps=EPSILON, weight_decay=0.0, clip_grad=0.0,
+            use_distributed_optimizer=setting.distributed_optimizer, overlap_param_gather=setting.distributed_optimizer,
+        ),
+        models,
+    )  # fmt: skip
+    batch = whole_batch()
+    counts = step_counts(batch)
+    per_rank = len(batch) // run.layout.data_parallel_size
+    mine = batch[run.data_rank * per_rank : (run.data_rank + 1) * per_rank]
+    calls = per_rank * run.groups.dp_cp.size()  # Megatron divides by the tokens we report: one a call
+
+    def forward_step(data, model):
+        outputs, loss_mask = model(**next(data))
+
+        def loss_func(outputs):
+            loss = loss_of(model.module, outputs, loss_mask, counts)
+            return loss * calls, torch.tensor(1, dtype=torch.int), {"loss": loss.detach()}
+
+        return outputs, loss_func
+
+    for step in range(STEPS):
+        for model in models:
+            model.zero_grad_buffer()
+        optimizer.zero_grad()
+        iterators = [iter(mine) for _ in models]
+        reports = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(models) > 1 else iterators[0],
+            model=models if len(models) > 1 else models[0],
+            num_microbatches=per_rank,
+            seq_length=LENGTH,
+            micro_batch_size=1,
+        )
+        if reports:
+            loss = torch.stack([report["loss"] for report in reports]).sum()
+            dist.all_reduce(loss, group=run.groups.dp_cp)
+            close(loss, expected.losses[step], f"loss of step {step}")
+        if step == 0:
+            compare_gradients(models, run, setting, expected)
+        optimizer.step()
+    for model in models:
+        if setting.distributed_optimizer:
+            model.start_param_sync(force_sync=True)
+        for parameter, part, name in own_part(model.module, run, setting, expected.final):
+            close(parameter.detach(), part, f"{name} after {STEPS} steps")
+
+
+def compare_gradients(models, run: Run, setting: Setting, expected: Reference) -> None:
+    for model in models:
+        if setting.distributed_optimizer:
+            whole_main_gradients(model)
+        for parameter, part, name in own_part(model.module, run, setting, expected.gradients):
+            close(parameter.main_grad, part, f"gradient of {name}")
+
+
+#: name -> ranks, parallel sizes, setting. One line a layout; each is a test.
+LAYOUTS = {
+    "tp2": (2, dict(tensor_model_parallel_size=2), Setting()),
+    "tp2_sp": (2, dict(tensor_model_parallel_size=2), Setting(sequence_parallel=True)),
+    "dp2": (2, {}, Setting()),
+    "dp2_distributed_optimizer": (2, {}, Setting(distributed_optimizer=True)),
+    "pp2": (2, dict(pipeline_model_parallel_size=2), Setting()),
+    "pp2_tied": (2, dict(pipeline_model_parallel_size=2), Setting(tied=True)),
+    "pp2_vpp2": (
+        2,
+        dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+        Setting(),
+    ),
+    "ep2": (2, dict(expert_model_parallel_size=2), Setting(experts=4)),
+    "cp2": (2, dict(context_parallel_size=2), Setting(token_local=True)),
+    "tp2_pp2": (
+        4,
+        dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
+        Setting(sequence_parallel=True),
+    ),
+    "dp2_pp2": (4, dict(pipeline_model_parallel_size=2), Setting(distributed_optimizer=True)),
+    "tp2_cp2": (
+        4,
+        dict(tensor_model_parallel_size=2, context_parallel_size=2),
+        Setting(sequence_parallel=True, token_local=True),
+    ),
+}
+
+
+def register(name: str, ranks: int, sizes: dict, setting: Setting) -> None:
+    def equals_one_rank(run: Run) -> None:
+        expected = reference(setting)
+        train(relayout(**sizes), setting, expected)
+
+    equals_one_rank.__name__ = f"{name}_equals_one_rank"
+    case(ranks=ranks, timeout_s=120)(equals_one_rank)
+
+
+for name, (ranks, sizes, setting) in LAYOUTS.items():
+    register(name, ranks, sizes, setting)
