@@ -323,8 +323,9 @@ class VQCodec(nn.Module):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Images of codes `[n, h, w]`."""
-        shape = (*codes.shape, self.model.config.vq_embed_dim or self.model.config.latent_channels)
-        return self.model.decode(codes.flatten(), force_not_quantize=True, shape=shape).sample
+        width = self.model.config.vq_embed_dim or self.model.config.latent_channels
+        entries = self.model.quantize.get_codebook_entry(codes.flatten(), (*codes.shape, width))
+        return self.model.decode(entries).sample  # which quantises them to themselves
 
 
 def _library() -> ModuleType:
