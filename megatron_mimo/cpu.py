@@ -250,6 +250,55 @@ def _checkpoint_without_output_init(original: Callable[..., None]) -> Callable[.
     return init
 
 
+def _optimizer_state_dict(original: Callable[..., dict]) -> Callable[..., dict]:
+    """``DistributedOptimizer.state_dict``, which also describes a torch Adam that has not taken a step.
+
+    Loading a checkpoint begins with that description. Megatron reads the step count from the state, which torch's Adam,
+    unlike TransformerEngine's and Apex's, creates with its first step.
+    """
+
+    @functools.wraps(original)
+    def state_dict(self):
+        if isinstance(self.optimizer, torch.optim.Adam) and not self.optimizer.state:
+            self.init_state_fn(self.optimizer, self.config)
+            for state in self.optimizer.state.values():
+                state["step"] = torch.zeros(())
+        return original(self)
+
+    return state_dict
+
+
+def _optimizer_load_state_dict(original: Callable[..., None]) -> Callable[..., None]:
+    """``DistributedOptimizer.load_state_dict``, after which every parameter counts its own steps.
+
+    Megatron hands torch's Adam one tensor as the count of all parameters, and every parameter would increment it.
+    """
+
+    @functools.wraps(original)
+    def load_state_dict(self, state_dict):
+        original(self, state_dict)
+        if isinstance(self.optimizer, torch.optim.Adam):
+            for state in self.optimizer.state.values():
+                state["step"] = state["step"].clone()
+
+    return load_state_dict
+
+
+def _optimizer_set_parameter(original: Callable[..., None]) -> Callable[..., None]:
+    """``DistributedOptimizer._set_main_param_and_optimizer_states``, which leaves torch Adam's step count alone.
+
+    A checkpoint keeps the count once for all parameters, and Megatron looks for it beside each parameter's moments.
+    An fp32 parameter is its own main parameter, a leaf that may be written to only outside autograd.
+    """
+
+    @functools.wraps(original)
+    @torch.no_grad()
+    def set_parameter(self, model_param, tensors):
+        original(self, model_param, {"step": None} | tensors)
+
+    return set_parameter
+
+
 def _nothing() -> Callable[..., None]:
     """Gives a function that answers a call whose effect has no counterpart on a CPU.
 
@@ -267,6 +316,7 @@ def _replacements() -> Iterator[tuple[object, str, Any]]:
     # Not at the top of the file: Megatron-Core warns about absent extensions when imported, and importing this
     # package says nothing.
     import megatron.core.tensor_parallel.random as megatron_random
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     for name in _FACTORIES:
         yield torch, name, _factory_on_cpu(getattr(torch, name))
@@ -311,6 +361,11 @@ def _replacements() -> Iterator[tuple[object, str, Any]]:
     yield torch.distributed, "all_to_all_single", _all_to_all_single(torch.distributed.all_to_all_single)
     yield megatron_random, "_set_cuda_rng_state", _tracker_set_rng_state
     yield megatron_random, "_get_share_storage", _refill_storages
+    optimizer = DistributedOptimizer
+    yield optimizer, "state_dict", _optimizer_state_dict(optimizer.state_dict)
+    set_parameter = "_set_main_param_and_optimizer_states"
+    yield optimizer, set_parameter, _optimizer_set_parameter(getattr(optimizer, set_parameter))
+    yield optimizer, "load_state_dict", _optimizer_load_state_dict(optimizer.load_state_dict)
     checkpoint = megatron_random.CheckpointWithoutOutput
     yield checkpoint, "__init__", _checkpoint_without_output_init(checkpoint.__init__)
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -25,7 +26,7 @@ def backend(no_run):
 def _owners() -> list[object]:
     """Everything whose attributes the backend may replace."""
     modules = [module for name, module in sys.modules.items() if name.split(".")[0] in ("torch", "megatron")]
-    return [*modules, torch.Tensor, megatron_random.CheckpointWithoutOutput]
+    return [*modules, torch.Tensor, megatron_random.CheckpointWithoutOutput, DistributedOptimizer]
 
 
 def test_every_attribute_is_restored_exactly(no_run) -> None:
