@@ -25,6 +25,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
@@ -70,18 +71,15 @@ class Setting:
         config = tiny.language_config(
             num_layers=4, pipeline_dtype=torch.float32, **sizes, **experts
         )
-        changes = {
-            "share_embeddings_and_output_weights": self.tied,
-            "transformer_layer_spec": specs.language_layer_spec,
-        }
+        changes = {"share_embeddings_and_output_weights": self.tied}
         if self.token_local:
-            changes |= {"transformer_layer_spec": token_local_layer(), "position_embedding_type": "none"}
+            changes |= {"transformer_layer_spec": token_local_layers(4), "position_embedding_type": "none"}
         return tiny.language_spec(config, **changes)
 
 
-def token_local_layer() -> ModuleSpec:
-    """A transformer layer without attention: what context parallelism can run without TransformerEngine."""
-    return ModuleSpec(
+def token_local_layers(count: int) -> ModuleSpec:
+    """Layers without attention: what context parallelism can run without TransformerEngine."""
+    layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             pre_mlp_layernorm=specs.norm("torch"),
@@ -92,6 +90,8 @@ def token_local_layer() -> ModuleSpec:
             mlp_bda=get_bias_dropout_add,
         ),
     )
+    block = TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=specs.norm("torch"))
+    return ModuleSpec(module=TransformerBlock, submodules=block)
 
 
 def whole_batch() -> list[dict]:
@@ -217,9 +217,7 @@ def whole_main_gradients(model: DistributedDataParallel) -> None:
     """Fills in the parts of the gradient buffers that the distributed optimizer left on other ranks."""
     for group in model.bucket_groups + model.expert_parallel_bucket_groups:
         for bucket in group.buckets:
-            ranks = group.data_parallel_group
-            if isinstance(group.intra_distributed_optimizer_instance_group, dist.ProcessGroup):
-                ranks = group.intra_distributed_optimizer_instance_group
+            ranks = group.intra_distributed_optimizer_instance_group
             own = bucket.grad_data.chunk(ranks.size())[ranks.rank()].clone()
             dist.all_gather_into_tensor(bucket.grad_data, own, group=ranks)
 
