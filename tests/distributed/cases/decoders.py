@@ -1,0 +1,317 @@
+"""Each decoder, through a whole MimoModel: N ranks give one rank's loss and gradients.
+
+The reference is the whole batch on one rank. The draws are in the targets, so that every layout sees
+the same; that unequal ranks draw what they should is a case of its own. Gradients are summed over
+data- and context-parallel ranks by hand, and under sequence parallelism over tensor-parallel ranks
+where Megatron would.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor
+
+from megatron_mimo import MimoModel, VisionModalitySubmodules, loss_terms, total_loss
+from megatron_mimo.decoders import (
+    CodeInput,
+    Decoder,
+    DiffusersDecoder,
+    DiscreteDecoder,
+    FlowDecoder,
+    FlowTransformerDecoder,
+    NoisedTargetInput,
+    QueryInput,
+    RegressionDecoder,
+)
+from megatron_mimo.launch import Run
+from tests import tiny
+from tests.distributed.cases.layouts import Setting, close, own_part
+from tests.distributed.harness import case, relayout
+
+WIDTH, SPAN, LENGTH = 12, 3, 16
+#: Sample -> first positions of its spans. Four chunks of 4 positions under CP 2: spans at a chunk's
+#: start have their predecessor on the other rank.
+SPANS = {"two": (4, 9), "edge": (8,), "last": (12,), "none": ()}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A decoder under test: how to build it and its input rule, and targets of `items` spans."""
+
+    decoder: type[Decoder]
+    params: dict
+    feed: ModuleSpec | None
+    targets: Callable[[int], dict[str, Tensor]]
+    sharded: bool = True
+
+
+def flow_targets(items: int, per_item: int, draw: torch.Generator) -> dict[str, Tensor]:
+    return {
+        "target": torch.randn(items * per_item, 4, generator=draw),
+        "noise": torch.randn(items * per_item, 4, generator=draw),
+        "time": torch.rand(items, generator=draw),
+        "drop": torch.arange(items) % 3 == 1,
+        "weight": torch.rand(items * per_item, generator=draw),
+    }
+
+
+def regression_targets(items: int) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(3)
+    return {"target": torch.randn(items * SPAN, 4, generator=draw)}
+
+
+def code_targets(items: int) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(3)
+    return {
+        "codes": torch.stack(
+            [torch.randint(size, (items * SPAN,), generator=draw) for size in (10, 6)], dim=1
+        ),
+        "drop": torch.arange(items * SPAN) % 4 == 1,
+    }
+
+
+def image_targets(items: int) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(3)
+    return {
+        "target": torch.randn(items, 1, 4, 4, generator=draw),
+        "noise": torch.randn(items, 1, 4, 4, generator=draw),
+        "step": torch.randint(1000, (items,), generator=draw),
+        "drop": torch.arange(items) % 3 == 1,
+    }
+
+
+def feed(module: type, **params) -> ModuleSpec:
+    return ModuleSpec(module=module, params=dict(hidden_size=tiny.HIDDEN, **params))
+
+
+def kinds() -> dict[str, Kind]:
+    flow = dict(width=WIDTH, target_width=4, condition_dropout=0.3, rows_per_item=SPAN)
+    return {
+        "regression": Kind(
+            RegressionDecoder,
+            dict(width=WIDTH, target_width=4, hidden_width=8),
+            feed(QueryInput, rows_per_item=SPAN),
+            regression_targets,
+            sharded=False,
+        ),
+        "discrete": Kind(
+            DiscreteDecoder,
+            dict(width=WIDTH, codebook_sizes=(10, 6), hidden_width=8, condition_dropout=0.3),
+            feed(CodeInput, codebook_sizes=(10, 6), embedding_width=5),
+            code_targets,
+        ),
+        "flow": Kind(
+            FlowDecoder,
+            dict(**flow, hidden_width=8, depth=2),
+            feed(NoisedTargetInput, target_width=4, rows_per_item=SPAN),
+            lambda items: flow_targets(items, SPAN, torch.Generator().manual_seed(3)),
+        ),
+        "flow_transformer": Kind(
+            FlowTransformerDecoder,
+            dict(**flow, hidden_width=8, depth=2, heads=2, targets_per_item=5),
+            None,
+            lambda items: flow_targets(items, 5, torch.Generator().manual_seed(3)),
+        ),
+        "diffusers": Kind(
+            DiffusersDecoder,
+            dict(width=WIDTH, rows_per_item=SPAN, sample_shape=(1, 4, 4), condition_dropout=0.3),
+            feed(QueryInput, rows_per_item=SPAN),
+            image_targets,
+            sharded=False,
+        ),
+    }
+
+
+def build(kind: Kind, language: ModuleSpec) -> MimoModel:
+    params = dict(kind.params)
+    if kind.sharded:
+        params["config"] = language.params["config"]
+    if kind.decoder is DiffusersDecoder:
+        from diffusers import DDPMScheduler, UNet2DConditionModel  # 10 s that other cases do not wait
+
+        params["scheduler"] = DDPMScheduler()
+        params["model"] = UNet2DConditionModel(
+            sample_size=4, in_channels=1, out_channels=1, block_out_channels=(8,), layers_per_block=1,
+            cross_attention_dim=WIDTH, down_block_types=("CrossAttnDownBlock2D",),
+            up_block_types=("CrossAttnUpBlock2D",), norm_num_groups=2, attention_head_dim=4,
+        )  # fmt: skip
+    parts = dict(
+        decoders={"out": ModuleSpec(module=kind.decoder, params=params)},
+        output_projections=[tiny.linear(tiny.HIDDEN, WIDTH)],
+    )
+    if kind.feed is not None:
+        parts["generation_input"] = kind.feed
+    config = tiny.mimo_config(
+        language,
+        modality_submodules={"images": ModuleSpec(module=VisionModalitySubmodules, submodules=parts)},
+        special_token_ids={},
+    )
+    return MimoModel(config)
+
+
+def batch(samples: tuple[str, ...]) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(11)
+    ids = torch.randint(0, 60, (len(samples), LENGTH), generator=draw)
+    for row, sample in zip(ids, samples):
+        for start in SPANS[sample]:
+            row[start : start + SPAN] = tiny.WRITE
+    labels = ids.roll(-1, 1).clamp(0, tiny.VOCABULARY - 1)
+    mask = (torch.rand(ids.shape, generator=draw) > 0.3).float()
+    return {"input_ids": ids, "labels": labels, "loss_mask": mask}
+
+
+def step(
+    model: MimoModel, tokens: dict[str, Tensor], targets: dict[str, Tensor] | None, counts: dict
+) -> Tensor:
+    """This rank's part of the loss, whose gradients it leaves in the parameters."""
+    given = {} if targets is None else {"modality_targets": {"images": {"out": targets}}}
+    outputs, loss_mask = model(**tokens, **given)
+    loss = total_loss(loss_terms(outputs, loss_mask), model.loss_weights, counts)
+    loss.backward()
+    return loss.detach()
+
+
+def equals_one_rank(
+    run: Run, kind: Kind, setting: Setting, sizes: dict, samples: tuple[str, ...]
+) -> None:
+    tokens = batch(samples)
+    items = sum(len(SPANS[sample]) for sample in samples)
+    targets = kind.targets(items)
+    torch.manual_seed(5)
+    whole = build(kind, setting.spec(None))
+    for parameter in whole.parameters():  # zero-started layers would hide everything before them
+        if parameter.ndim > 1 and parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    counts = {
+        "text": tokens["loss_mask"].sum(),
+        "images/out": torch.tensor(
+            whole.modality_submodules["images"].decoders["out"].count(targets)
+        ),
+    }
+    expected_loss = step(whole, tokens, targets, counts)
+    initial = {name: p.detach().clone() for name, p in whole.named_parameters()}
+    gradients = {name: p.grad for name, p in whole.named_parameters() if p.requires_grad}
+
+    run = relayout(**sizes)
+    model = build(kind, setting.spec(run))
+    with torch.no_grad():
+        for parameter, part, _ in own_part(model, run, setting, initial):
+            parameter.copy_(part)
+    mine, own_targets = own_data(run, model, tokens, targets, samples)
+    loss = step(model, mine, own_targets, counts)
+    dist.all_reduce(loss, group=run.groups.dp_cp)
+    close(loss, expected_loss, "loss")
+    for parameter, part, name in own_part(model, run, setting, gradients):
+        gradient = parameter.grad
+        dist.all_reduce(gradient, group=run.groups.dp_cp)
+        if getattr(parameter, "sequence_parallel", False):
+            dist.all_reduce(gradient, group=run.groups.tp)
+        close(gradient, part, f"gradient of {name}")
+
+
+def own_data(
+    run: Run, model: MimoModel, tokens: dict, targets: dict, samples: tuple[str, ...]
+) -> tuple[dict, dict | None]:
+    """The samples of this data-parallel rank and the targets of their spans."""
+    size = len(samples) // run.layout.data_parallel_size
+    first = run.data_rank * size
+    before, here = (
+        sum(len(SPANS[sample]) for sample in part)
+        for part in (samples[:first], samples[first : first + size])
+    )
+    mine = {name: value[first : first + size] for name, value in tokens.items()}
+    if not here:
+        return mine, None
+    decoder = model.modality_submodules["images"].decoders["out"]
+    rows = SPAN // decoder.rows_per_item  # items of the decoder in a span
+    return mine, decoder.share(targets, before * rows, (before + here) * rows)
+
+
+UNEVEN, EMPTY = ("two", "edge", "last", "none"), ("two", "edge", "none", "none")
+#: name -> parallel sizes, setting, samples. Three spans shared out over CP 2 are uneven, too.
+LAYOUTS = {
+    "tp2": (dict(tensor_model_parallel_size=2), Setting(), UNEVEN),
+    "tp2_sp": (dict(tensor_model_parallel_size=2), Setting(sequence_parallel=True), UNEVEN),
+    "cp2": (dict(context_parallel_size=2), Setting(token_local=True), EMPTY),
+    "cp2_one_item": (dict(context_parallel_size=2), Setting(token_local=True), ("edge", "none")),
+    "dp2_uneven": ({}, Setting(), UNEVEN),
+    "dp2_one_without": ({}, Setting(), EMPTY),
+}
+
+
+def register(kind: str, layout: str) -> None:
+    sizes, setting, samples = LAYOUTS[layout]
+
+    def claim(run: Run) -> None:
+        equals_one_rank(run, kinds()[kind], setting, sizes, samples)
+
+    claim.__name__ = f"{kind}_on_{layout}_equals_one_rank"
+    case(ranks=2, timeout_s=120)(claim)
+
+
+for kind in kinds():
+    for layout in LAYOUTS:
+        register(kind, layout)
+
+
+@case(ranks=2)
+def data_parallel_ranks_draw_differently(run: Run) -> None:
+    assert not torch.equal(*every_ranks_noise())
+
+
+@case(ranks=2, tensor_model_parallel_size=2)
+@case(ranks=2, context_parallel_size=2)
+@case(ranks=2, pipeline_model_parallel_size=2)
+def model_parallel_ranks_draw_alike(run: Run) -> None:
+    torch.manual_seed(run.rank)  # what else the ranks draw from may differ
+    assert torch.equal(*every_ranks_noise())
+
+
+def every_ranks_noise() -> list[Tensor]:
+    decoder = FlowDecoder(width=4, target_width=3, hidden_width=4, condition_dropout=0.5)
+    prepared = decoder.prepare({"target": torch.zeros(6, 3)}, "images/out")
+    mine = torch.cat([prepared["noise"].flatten(), prepared["time"], prepared["drop"].float()])
+    everyones = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyones, mine)
+    return everyones
+
+
+@case(ranks=2, tensor_model_parallel_size=2)
+def sharded_heads_sample_the_codes_that_whole_heads_would(run: Run) -> None:
+    config = Setting().spec(run).params["config"]
+    decoder = DiscreteDecoder(width=6, codebook_sizes=8, config=config, pg_collection=run.groups)
+    rows = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+    (logits,) = decoder.logits(rows)
+    head = decoder.heads[0]
+    assert head.weight.shape == (4, 6)
+    shards = [torch.empty_like(head.weight) for _ in range(2)]
+    dist.all_gather(shards, head.weight.detach(), group=run.groups.tp)
+    torch.testing.assert_close(logits, rows @ torch.cat(shards).T)
+    drawn = decoder.sample(rows, top_k=4, generator=torch.Generator().manual_seed(1))
+    theirs = [torch.empty_like(drawn) for _ in range(2)]
+    dist.all_gather(theirs, drawn, group=run.groups.tp)
+    assert torch.equal(*theirs)
+
+
+@case(ranks=2, tensor_model_parallel_size=2)
+def what_cannot_be_cut_evenly_is_refused(run: Run) -> None:
+    config = Setting().spec(run).params["config"]
+    refusals = {
+        "a codebook of 9 entries cannot be shared out over 2": lambda: DiscreteDecoder(
+            width=6, codebook_sizes=9, config=config
+        ),
+        "be a multiple of the tensor-parallel size 2": lambda: FlowTransformerDecoder(
+            width=6, target_width=4, targets_per_item=2, rows_per_item=1, hidden_width=12, depth=1,
+            heads=3, config=config,
+        ),
+    }  # fmt: skip
+    for text, make in refusals.items():
+        try:
+            make()
+        except ValueError as error:
+            assert text in str(error), error
+        else:
+            raise AssertionError(f"not refused: {text}")
