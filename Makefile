@@ -15,7 +15,7 @@ test: .venv/.test-installed
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-# The stamps are older than the recipe only when the recipe changed, so a second run installs nothing.
+# A stamp is newer than its recipe until the recipe changes, so a second run installs nothing.
 .venv/.demo-installed: $(RECIPE) | .venv/bin/python
 	$(BIN)/python -m pip install --editable '.[examples]' --constraint constraints.txt
 	touch $@

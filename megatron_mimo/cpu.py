@@ -287,14 +287,14 @@ def _optimizer_load_state_dict(original: Callable[..., None]) -> Callable[..., N
 def _optimizer_set_parameter(original: Callable[..., None]) -> Callable[..., None]:
     """``DistributedOptimizer._set_main_param_and_optimizer_states``, which leaves torch Adam's step count alone.
 
-    A checkpoint keeps the count once for all parameters, and Megatron looks for it beside each parameter's moments.
+    A checkpoint keeps the count once for all parameters, and Megatron looks for it beside each parameter's moments too.
     An fp32 parameter is its own main parameter, a leaf that may be written to only outside autograd.
     """
 
     @functools.wraps(original)
     @torch.no_grad()
     def set_parameter(self, model_param, tensors):
-        original(self, model_param, {"step": None} | tensors)
+        original(self, model_param, tensors | {"step": None})
 
     return set_parameter
 

@@ -161,7 +161,9 @@ def initialize(
     Args:
         tensor_model_parallel_size: ranks that share each layer.
         pipeline_model_parallel_size: stages that the layers are cut into.
-        virtual_pipeline_model_parallel_size: model chunks per stage, for the interleaved schedule.
+        virtual_pipeline_model_parallel_size: model chunks per stage, for the interleaved schedule. With two stages
+            the model's configuration has to say ``overlap_p2p_comm=True, batch_p2p_comm=False``: next and previous
+            stage are then the same rank, and Megatron's other schedule delivers messages to the wrong chunk.
         context_parallel_size: ranks that share each sequence.
         expert_model_parallel_size: ranks that share the experts of a layer.
         expert_tensor_parallel_size: ranks that share one expert; None: as `tensor_model_parallel_size`.

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -66,7 +67,8 @@ def gradients_of_one_rank(model: torch.nn.Module, ids: torch.Tensor) -> dict[str
 def assert_equal_by_name(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], **tolerance) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
-        torch.testing.assert_close(tensor, expected[name], **tolerance or CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+        told = partial("{}: {}".format, name)
+        torch.testing.assert_close(tensor, expected[name], **tolerance or CLOSE, msg=told)
 
 
 @case(ranks=2)
@@ -152,8 +154,10 @@ def interleaved_pipeline_stages_equal_one_rank(run: Run) -> None:
 
 
 @contextmanager
-def _data_parallel(run: Run, config: TransformerConfig, weights: dict[str, torch.Tensor], distributed: bool, overlap: bool):
-    """A wrapped model with `weights`, and a function that takes a step on ids and gives its mean loss."""
+def _data_parallel(
+    run: Run, config: TransformerConfig, weights: dict[str, torch.Tensor], distributed: bool, overlap: bool
+):
+    """A wrapped model with `weights`, its optimizer, and a function that takes a step on ids and gives the mean loss."""
     model = model_of(config)
     load_whole_weights(model, weights, run.groups.tp)
     if config.bf16:
@@ -313,7 +317,7 @@ def distributed_optimizers_resume_from_a_checkpoint_exactly(run: Run) -> None:
         optimizer_state = optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
         return {"model": model_state, "optimizer": optimizer_state}
 
-    for sharding in ("fully_reshardable",):
+    for sharding in ("fully_reshardable", "dp_reshardable"):
         directory = shared_directory() / sharding
         directory.mkdir(exist_ok=True)
         with _data_parallel(run, config_of(run), weights, True, False) as (wrapped, optimizer, step):
