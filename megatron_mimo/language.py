@@ -9,6 +9,7 @@ import types
 
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_mimo.build import build, constructor_parameters
@@ -31,7 +32,11 @@ def build_language_model(
         pre_process, post_process: whether this stage is the first, the last.
         vp_stage: index of the virtual pipeline stage.
         pg_collection: process groups; None for Megatron's global ones.
+
+    Raises:
+        ValueError: an interleaved schedule over two stages that would mix up its messages.
     """
+    _check_interleaving(spec.params["config"])
     offered = {"pre_process": pre_process, "post_process": post_process, "vp_stage": vp_stage}
     if pg_collection is not None:
         offered["pg_collection"] = pg_collection
@@ -48,6 +53,22 @@ def _with_own_layers(spec: ModuleSpec, vp_stage: int | None) -> ModuleSpec:
         return spec
     own = layers(spec.params["config"], vp_stage=vp_stage)
     return dataclasses.replace(spec, params={**spec.params, "transformer_layer_spec": own})
+
+
+def _check_interleaving(config: TransformerConfig) -> None:
+    """Refuse what silently trains on the wrong activations.
+
+    With two stages, the one before is also the one behind. Sent in one batch, the two messages are
+    told apart by their order alone, and both sides use the same order.
+    """
+    interleaves = config.virtual_pipeline_model_parallel_size is not None
+    if interleaves and config.pipeline_model_parallel_size == 2 and not config.overlap_p2p_comm:
+        raise ValueError(
+            "virtual_pipeline_model_parallel_size with pipeline_model_parallel_size=2 needs "
+            "overlap_p2p_comm=True and batch_p2p_comm=False in the language model's configuration, "
+            f"found overlap_p2p_comm={config.overlap_p2p_comm}. Otherwise forward and backward "
+            "messages between the two stages are taken for each other."
+        )
 
 
 class HiddenStateTap:

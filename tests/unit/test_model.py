@@ -243,3 +243,14 @@ def test_widths_that_do_not_fit_are_named_at_construction(single_process):
 def test_a_spec_of_something_else_is_refused(single_process):
     with pytest.raises(TypeError, match="must be the spec of a ModalitySubmodules"):
         MimoModel(tiny.mimo_config(), {"images": ModuleSpec(module=nn.Linear)})
+
+
+def test_interleaving_over_two_stages_that_would_mix_messages_is_refused(single_process):
+    config = tiny.language_config(
+        num_layers=4,
+        pipeline_model_parallel_size=2,
+        virtual_pipeline_model_parallel_size=2,
+        pipeline_dtype=torch.float32,
+    )
+    with pytest.raises(ValueError, match="needs overlap_p2p_comm=True"):
+        MimoModel(tiny.mimo_config(tiny.language_spec(config)), vp_stage=0)

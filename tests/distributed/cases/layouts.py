@@ -60,6 +60,8 @@ class Setting:
             expert_model_parallel_size=layout.expert_model_parallel_size,
             sequence_parallel=self.sequence_parallel,
         )  # fmt: skip
+        if layout is not None and layout.virtual_pipeline_model_parallel_size:
+            sizes |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
         experts = {} if self.experts is None else dict(
             num_moe_experts=self.experts,
             moe_router_topk=2,
