@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, Self
 
 import torch
+from megatron.core.models.common.vision_module.vision_module import VisionModule
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
@@ -46,7 +48,8 @@ class ModalitySubmodules(ABC, nn.Module):
 
     Raises:
         ValueError: projections that match neither one nor each of their encoders or decoders,
-            widths that do not fit together, or decoders with different position rules.
+            widths that do not fit together, decoders with different position rules, or modules
+            set to sequence parallelism.
 
     Example:
         >>> images = VisionModalitySubmodules(encoders={"flatten": nn.Flatten(2)})
@@ -356,6 +359,12 @@ class ModalitySubmodules(ABC, nn.Module):
                 "the output projection", output_width(projection),
                 f"decoder {name!r}", self.decoders[name].width,
             )
+        for key in ("input_projections", "output_projections"):
+            for index, module in enumerate(getattr(self, key)):
+                _check_whole_rows(f"{key}[{index}]", module)
+        for name, encoder in self.encoders.items():
+            if isinstance(encoder, VisionModule):
+                _check_whole_rows(f"encoder {name!r}", encoder)
         rules = {name: decoder.position_rule for name, decoder in self.decoders.items()}
         if len(set(rules.values())) > 1:
             raise ValueError(
@@ -499,6 +508,15 @@ def _check_equal(what: str, found: Mapping[str, int]) -> None:
         raise ValueError(
             f"encoders of one modality differ in {what}: {dict(found)}. One input projection for "
             "all needs equal widths; give one per encoder otherwise."
+        )
+
+
+def _check_whole_rows(what: str, module: nn.Module) -> None:
+    if isinstance(module, MegatronModule) and module.config.sequence_parallel:
+        raise ValueError(
+            f"{what} ({type(module).__name__}) has sequence_parallel=True, but it is given whole rows "
+            "on every tensor-parallel rank and would take them for shards. Set it to False in the "
+            "configuration of encoders and projections; the language model may keep it."
         )
 
 

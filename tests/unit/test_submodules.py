@@ -1,0 +1,279 @@
+"""Encoders, projections and decoders of one modality, without a language model."""
+
+import pytest
+import torch
+from megatron.core.models.common.vision_module.vision_module import VisionModule
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import nn
+
+from megatron_mimo import (
+    AudioModalitySubmodules,
+    LossTerm,
+    ModalitySubmodules,
+    VisionModalitySubmodules,
+)
+from megatron_mimo.decoders.inputs import TargetInput
+from megatron_mimo.widths import input_width, output_width
+from tests import tiny
+
+
+class Returns(nn.Module):
+    """An encoder that returns what it was made with, times a weight."""
+
+    def __init__(self, output, wrap=lambda x: x):
+        super().__init__()
+        self.output, self.wrap = output, wrap
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x=None):
+        return self.wrap(self.output * self.weight)
+
+
+FED = {"x": None}
+
+
+@pytest.mark.parametrize(
+    "encoder, rows",
+    [
+        (Returns(torch.ones(2, 3, 4)), 6),
+        (Returns(torch.ones(5, 4)), 5),
+        (Returns(torch.ones(5, 4), lambda x: (x, "state")), 5),
+        (Returns(torch.ones(2, 3, 4), lambda x: {"last_hidden_state": x, "pooled": x[:, 0]}), 6),
+        (Returns(torch.ones(0, 4)), 0),
+    ],
+)
+def test_encoder_outputs_become_rows(encoder, rows):
+    assert VisionModalitySubmodules({"a": encoder}).encode({"a": FED}).shape == (rows, 4)
+
+
+def test_rows_of_several_encoders_follow_each_other():
+    encoders = {"a": Returns(torch.zeros(2, 1, 4)), "b": Returns(torch.ones(2, 2, 4))}
+    both = {"a": FED, "b": FED}
+    one_after_the_other = VisionModalitySubmodules(encoders).encode(both)
+    assert one_after_the_other[:, 0].tolist() == [0, 0, 1, 1, 1, 1]
+    item_by_item = VisionModalitySubmodules(encoders, combine="interleave").encode(both)
+    assert item_by_item[:, 0].tolist() == [0, 1, 1, 0, 1, 1]
+
+
+def test_encoders_of_different_width_have_a_projection_each():
+    images = VisionModalitySubmodules(
+        {"a": Returns(torch.ones(2, 3)), "b": Returns(torch.ones(4, 5))},
+        input_projections=[nn.Linear(3, 8), nn.Linear(5, 8)],
+    )
+    assert images.encode({"a": FED, "b": FED}).shape == (6, 8)
+    assert images.encode({"b": FED}).shape == (4, 8)
+
+
+def test_an_encoder_without_input_is_skipped_and_gets_zero_gradients():
+    encoders = {"a": Returns(torch.ones(2, 3)), "b": Returns(torch.ones(2, 3))}
+    projections = [nn.Linear(3, 4), nn.Linear(3, 4)]
+    encoders["b"].forward = lambda x=None: pytest.fail("ran without input")
+    images = VisionModalitySubmodules(encoders, input_projections=projections)
+    images.encode({"a": FED}).sum().backward()
+    assert encoders["a"].weight.grad != 0
+    assert encoders["b"].weight.grad == 0 and projections[1].weight.grad.eq(0).all()
+
+
+def test_a_projection_that_leaves_out_its_bias_gets_it_added():
+    class Deferred(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight), self.bias
+
+    projection = Deferred(3, 4)
+    images = VisionModalitySubmodules({"a": Returns(torch.ones(2, 3))}, input_projections=[projection])
+    expected = nn.functional.linear(torch.ones(2, 3), projection.weight, projection.bias)
+    torch.testing.assert_close(images.encode({"a": FED}), expected)
+
+
+def test_inputs_may_go_by_the_modalitys_names():
+    class Takes(nn.Module):
+        def forward(self, x):
+            return x
+
+    x = torch.ones(2, 3)
+    assert VisionModalitySubmodules({"a": Takes()}).encode({"a": {"pixel_values": x}}) is not None
+    assert AudioModalitySubmodules({"a": Takes()}).encode({"a": {"input_features": x}}).shape == (2, 3)
+
+
+def test_an_encoder_with_any_keywords_gets_them_unchanged():
+    class Anything(nn.Module):
+        def forward(self, **inputs):
+            return inputs["pixel_values"]
+
+    images = VisionModalitySubmodules({"a": Anything()})
+    images.check_inputs("images", {"a": {"pixel_values": 1, "other": 2}})
+    assert images.encode({"a": {"pixel_values": torch.ones(1, 2)}}).shape == (1, 2)
+
+
+def test_decoders_share_a_projection_or_have_their_own():
+    for projections in ([nn.Linear(6, 8)], [nn.Linear(6, 8), nn.Linear(6, 8)]):
+        decoders = {"a": tiny.LinearDecoder(width=8), "b": tiny.LinearDecoder(width=8)}
+        images = VisionModalitySubmodules(decoders=decoders, output_projections=projections)
+        hidden = torch.randn(3, 6, requires_grad=True)
+        terms = images.loss(hidden, {"b": {"pixels": torch.zeros(3, tiny.PIXELS)}})
+        assert terms["a"].count == 0 and terms["b"].count == 3 * tiny.PIXELS
+        (terms["a"].sum + terms["b"].sum).backward()
+        assert all(parameter.grad is not None for parameter in images.parameters())
+        assert images.decode(hidden, "a").shape == (3, tiny.PIXELS)
+
+
+def test_without_any_targets_every_parameter_gets_zeros():
+    images = VisionModalitySubmodules(
+        decoders={"a": tiny.LinearDecoder(width=8)}, output_projections=[nn.Linear(6, 8)]
+    )
+    terms = images.loss(None, {})
+    assert isinstance(terms["a"], LossTerm)
+    terms["a"].sum.backward()
+    assert all(parameter.grad.eq(0).all() for parameter in images.parameters())
+
+
+def test_context_parallel_shares_add_up():
+    torch.manual_seed(0)
+    images = VisionModalitySubmodules(decoders={"a": tiny.LinearDecoder(width=8)})
+    hidden, targets = torch.randn(5, 8), {"a": {"pixels": torch.randn(5, tiny.PIXELS)}}
+    whole = images.loss(hidden, targets)["a"]
+    parts = [images.loss(hidden, targets, share=(rank, 3))["a"] for rank in range(3)]
+    torch.testing.assert_close(sum(part.sum for part in parts), whole.sum)
+    assert sum(part.count for part in parts) == whole.count
+
+
+def test_decode_assembles_images_and_waveforms():
+    class Patches(tiny.LinearDecoder):
+        def sample(self, rows):
+            return rows
+
+    images = VisionModalitySubmodules(decoders={"a": Patches(width=4)}, image_shape=(1, 4, 4))
+    assert images.decode(torch.zeros(8, 4)).shape == (2, 1, 4, 4)
+    plain = VisionModalitySubmodules(decoders={"a": Patches(width=4)})
+    assert plain.decode(torch.zeros(8, 4)).shape == (8, 4)
+    audio = AudioModalitySubmodules(decoders={"a": Patches(width=4)}, frames_per_clip=2)
+    assert audio.decode(torch.zeros(8, 4)).shape == (4, 8)
+    assert audio.assemble(torch.zeros(2, 3, 4)).shape == (2, 3, 4)
+
+
+def test_sampling_options_reach_the_decoder():
+    class Scaled(tiny.LinearDecoder):
+        def sample(self, rows, scale=1.0):
+            return rows * scale
+
+    images = VisionModalitySubmodules(decoders={"a": Scaled(width=4)})
+    assert images.decode(torch.ones(1, 4), options={"scale": 3.0}).sum() == 12
+
+
+def two(rule_a, rule_b):
+    return {"a": tiny.LinearDecoder(8, rule_a), "b": tiny.LinearDecoder(8, rule_b)}
+
+
+A, B = Returns(torch.ones(2, 3)), Returns(torch.ones(2, 3))
+MISTAKES = {
+    "combine": (lambda: ModalitySubmodules(combine="sum"), "combine must be"),
+    "two projections for three": (
+        lambda: ModalitySubmodules({"a": A, "b": B, "c": A}, input_projections=[nn.Linear(3, 4)] * 2),
+        "2 input_projections for 3 encoders",
+    ),
+    "encoder and projection": (
+        lambda: ModalitySubmodules({"a": nn.Linear(2, 3)}, input_projections=[nn.Linear(4, 5)]),
+        "encoder 'a' gives width 3, but its input projection takes width 4",
+    ),
+    "projection and decoder": (
+        lambda: ModalitySubmodules(
+            decoders={"a": tiny.LinearDecoder(8)}, output_projections=[nn.Linear(4, 5)]
+        ),
+        "gives width 5, but decoder 'a' takes width 8",
+    ),
+    "position rules": (
+        lambda: ModalitySubmodules(decoders=two("own", "predecessor")),
+        "must read the same positions",
+    ),
+    "input that tells the answer": (
+        lambda: ModalitySubmodules(
+            decoders={"a": tiny.LinearDecoder(8)},
+            generation_input=TargetInput(hidden_size=8, target_width=2),
+        ),
+        "learn to copy",
+    ),
+    "unequal widths": (
+        lambda: ModalitySubmodules({"a": A, "b": Returns(torch.ones(2, 4))}).encode({"a": FED, "b": FED}),
+        "differ in width",
+    ),
+    "interleaving flat rows": (
+        lambda: ModalitySubmodules({"a": A, "b": B}, combine="interleave").encode({"a": FED, "b": FED}),
+        r"combine='interleave' needs \[n, s, h\]",
+    ),
+    "interleaving unequal counts": (
+        lambda: ModalitySubmodules(
+            {"a": Returns(torch.ones(2, 1, 4)), "b": Returns(torch.ones(3, 1, 4))}, combine="interleave"
+        ).encode({"a": FED, "b": FED}),
+        "differ in item count",
+    ),
+    "one dim": (
+        lambda: ModalitySubmodules({"a": Returns(torch.ones(4))}).encode({"a": FED}),
+        r"returned shape \[4\]",
+    ),
+    "no such decoder": (
+        lambda: ModalitySubmodules(decoders=two("own", "own")).decode(torch.ones(1, 8), "c"),
+        "decoder 'c' is not one of",
+    ),
+    "which decoder": (
+        lambda: ModalitySubmodules(decoders=two("own", "own")).decode(torch.ones(1, 8)),
+        "decoder None is not one of",
+    ),
+    "decoder without projection": (
+        lambda: ModalitySubmodules(decoders={"a": tiny.LinearDecoder(8)}).check_widths("images", 16),
+        "'images': decoder 'a' takes width 8",
+    ),
+    "encoder without projection": (
+        lambda: ModalitySubmodules({"a": nn.Linear(2, 3)}).check_widths("images", 16),
+        "encoder 'a' has output width 3",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_are_named(case):
+    mistake, message = MISTAKES[case]
+    with pytest.raises(ValueError, match=message):
+        mistake()
+
+
+def test_an_encoder_must_return_a_tensor():
+    with pytest.raises(TypeError, match="encoder 'a' returned str"):
+        ModalitySubmodules({"a": Returns(torch.ones(1, 2), str)}).encode({"a": FED})
+
+
+def test_sequence_parallel_projections_and_vision_models_are_refused():
+    config = tiny.language_config(tensor_model_parallel_size=2, sequence_parallel=True)
+    for parts in ({"input_projections": [MegatronModule(config)]}, {"encoders": {"a": VisionModule(config)}}):
+        with pytest.raises(ValueError, match="sequence_parallel=True"):
+            ModalitySubmodules(**parts)
+
+
+def test_from_spec_builds_one_stage_only():
+    spec = tiny.image_spec()
+    first = VisionModalitySubmodules.from_spec(spec, post_process=False)
+    assert first.encoders and first.input_projections
+    assert not first.decoders and not first.output_projections
+    last = VisionModalitySubmodules.from_spec(spec, pre_process=False)
+    assert last.decoders and last.output_projections and not last.encoders
+
+
+def test_modules_that_take_process_groups_get_them():
+    class Wants(nn.Module):
+        def __init__(self, pg_collection=None):
+            super().__init__()
+            self.groups = pg_collection
+
+    spec = ModuleSpec(module=VisionModalitySubmodules, submodules={"encoders": {"a": ModuleSpec(module=Wants)}})
+    groups = object()
+    assert VisionModalitySubmodules.from_spec(spec, pg_collection=groups).encoders["a"].groups is groups
+    given = ModuleSpec(module=Wants, params={"pg_collection": 1})
+    spec = ModuleSpec(module=VisionModalitySubmodules, submodules={"encoders": {"a": given}})
+    assert VisionModalitySubmodules.from_spec(spec, pg_collection=groups).encoders["a"].groups == 1
+
+
+def test_widths_of_what_does_not_tell_are_unknown():
+    assert output_width(nn.Sequential(nn.Linear(2, 3), nn.Flatten())) is None
+    assert input_width(nn.Conv2d(1, 2, 3)) is None
+    assert output_width(nn.Sequential(nn.Linear(2, 3), nn.GELU())) == 3
+    assert output_width(nn.Sequential()) is None and input_width(nn.Sequential()) is None
