@@ -103,7 +103,8 @@ def choose_backend(backend: Backend = "auto") -> Backend:
         return next(name for name, present in installed.items() if present)
     if not installed[backend]:
         raise ValueError(
-            f"backend: {backend!r} cannot be imported here. Install it (the README says how), or pass 'auto' or 'torch'."
+            f"backend: {backend!r} cannot be imported here. Install it (the README says how), or pass 'auto' or "
+            "'torch'."
         )
     return backend
 

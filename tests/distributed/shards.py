@@ -18,7 +18,10 @@ def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def load_whole_weights(
     model: torch.nn.Module, whole: Mapping[str, torch.Tensor], tensor_group: dist.ProcessGroup, gated: bool = False
 ) -> None:
-    """Puts this rank's part of `whole` into `model`. `gated`: ``linear_fc1`` holds gate and value one above the other."""
+    """Puts this rank's part of `whole` into `model`.
+
+    `gated`: ``linear_fc1`` holds gate and value one above the other, and each is cut for itself.
+    """
     rank, size = tensor_group.rank(), tensor_group.size()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

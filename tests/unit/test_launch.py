@@ -46,7 +46,9 @@ def test_sizes_that_are_not_ints_are_refused(size) -> None:
 
 
 @given(*[st.integers(1, 4)] * 5)
-def test_axes_of_a_layout_multiply_to_the_world(tensor: int, pipeline: int, context: int, data: int, expert: int) -> None:
+def test_axes_of_a_layout_multiply_to_the_world(
+    tensor: int, pipeline: int, context: int, data: int, expert: int
+) -> None:
     world = tensor * pipeline * context * data
     if world % (expert * pipeline):
         return

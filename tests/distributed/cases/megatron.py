@@ -1,7 +1,6 @@
 """Megatron-Core on the CPU backend: N gloo ranks equal one, for every axis that needs no GPU."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -9,7 +8,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -153,11 +152,10 @@ def interleaved_pipeline_stages_equal_one_rank(run: Run) -> None:
     _pipeline_equals_one_rank(2, overlap_p2p_comm=True, batch_p2p_comm=False)
 
 
-@contextmanager
 def _data_parallel(
     run: Run, config: TransformerConfig, weights: dict[str, torch.Tensor], distributed: bool, overlap: bool
-):
-    """A wrapped model with `weights`, its optimizer, and a function that takes a step on ids and gives the mean loss."""
+) -> tuple[DistributedDataParallel, MegatronOptimizer, Callable[[torch.Tensor], float]]:
+    """A wrapped model with `weights`, its optimizer, and a function that takes a step on ids and gives its loss."""
     model = model_of(config)
     load_whole_weights(model, weights, run.groups.tp)
     if config.bf16:
@@ -200,7 +198,7 @@ def _data_parallel(
         assert done
         return loss.item()
 
-    yield wrapped, optimizer, step
+    return wrapped, optimizer, step
 
 
 def _trained_by_torch(model: GPTModel, ids: torch.Tensor, steps: int) -> dict[str, torch.Tensor]:
@@ -219,12 +217,12 @@ def data_parallel_training_equals_one_rank_for_every_optimizer(run: Run) -> None
     expected = _trained_by_torch(model, ids, steps=3)
     for distributed in (False, True):
         for overlap in (False, True):
-            with _data_parallel(run, config_of(run), weights, distributed, overlap) as (wrapped, _, step):
-                for _ in range(3):
-                    step(ids.chunk(2)[run.data_rank])
-                if distributed and overlap:
-                    wrapped.start_param_sync(force_sync=True)
-                assert_equal_by_name(whole_weights(wrapped.module), expected, rtol=1e-4, atol=1e-5)
+            wrapped, _, step = _data_parallel(run, config_of(run), weights, distributed, overlap)
+            for _ in range(3):
+                step(ids.chunk(2)[run.data_rank])
+            if distributed and overlap:
+                wrapped.start_param_sync(force_sync=True)
+            assert_equal_by_name(whole_weights(wrapped.module), expected, rtol=1e-4, atol=1e-5)
 
 
 @case(ranks=2, timeout_s=90)
@@ -234,19 +232,19 @@ def bfloat16_training_follows_fp32_and_its_ranks_agree(run: Run) -> None:
     expected = _trained_by_torch(model, ids, steps=3)
     for distributed in (False, True):
         config = config_of(run, bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16)
-        with _data_parallel(run, config, weights, distributed, overlap=distributed) as (wrapped, _, step):
-            curve = [step(ids.chunk(2)[run.data_rank]) for _ in range(3)]
-            if distributed:
-                wrapped.start_param_sync(force_sync=True)
-            assert curve[-1] < curve[0]
-            found = whole_weights(wrapped.module.module)
-            for name, tensor in found.items():
-                assert tensor.dtype == torch.bfloat16
-                # bf16 keeps 8 bits; three steps of at most 0.01 each went through gradients of that precision.
-                torch.testing.assert_close(tensor.float(), expected[name], rtol=1e-2, atol=1e-2)
-                of_rank_0 = tensor.clone()
-                dist.broadcast(of_rank_0, src=0)
-                assert torch.equal(of_rank_0, tensor)
+        wrapped, _, step = _data_parallel(run, config, weights, distributed, overlap=distributed)
+        curve = [step(ids.chunk(2)[run.data_rank]) for _ in range(3)]
+        if distributed:
+            wrapped.start_param_sync(force_sync=True)
+        assert curve[-1] < curve[0]
+        found = whole_weights(wrapped.module.module)
+        for name, tensor in found.items():
+            assert tensor.dtype == torch.bfloat16
+            # bf16 keeps 8 bits; three steps of at most 0.01 each went through gradients of that precision.
+            torch.testing.assert_close(tensor.float(), expected[name], rtol=1e-2, atol=1e-2)
+            of_rank_0 = tensor.clone()
+            dist.broadcast(of_rank_0, src=0)
+            assert torch.equal(of_rank_0, tensor)
 
 
 @case(ranks=2)
@@ -320,17 +318,17 @@ def distributed_optimizers_resume_from_a_checkpoint_exactly(run: Run) -> None:
     for sharding in ("fully_reshardable", "dp_reshardable"):
         directory = shared_directory() / sharding
         directory.mkdir(exist_ok=True)
-        with _data_parallel(run, config_of(run), weights, True, False) as (wrapped, optimizer, step):
+        wrapped, optimizer, step = _data_parallel(run, config_of(run), weights, True, False)
+        step(ids)
+        dist_checkpointing.save(state(wrapped, optimizer, False, sharding), directory)
+        for _ in range(2):
             step(ids)
-            dist_checkpointing.save(state(wrapped, optimizer, False, sharding), directory)
-            for _ in range(2):
-                step(ids)
-            expected = whole_weights(wrapped.module)
+        expected = whole_weights(wrapped.module)
 
-        with _data_parallel(run, config_of(run), zeros, True, False) as (wrapped, optimizer, step):
-            loaded = dist_checkpointing.load(state(wrapped, optimizer, True, sharding), directory)
-            wrapped.module.load_state_dict(loaded["model"])
-            optimizer.load_state_dict(loaded["optimizer"])
-            for _ in range(2):
-                step(ids)
-            assert_equal_by_name(whole_weights(wrapped.module), expected, rtol=0, atol=0)
+        wrapped, optimizer, step = _data_parallel(run, config_of(run), zeros, True, False)
+        loaded = dist_checkpointing.load(state(wrapped, optimizer, True, sharding), directory)
+        wrapped.module.load_state_dict(loaded["model"])
+        optimizer.load_state_dict(loaded["optimizer"])
+        for _ in range(2):
+            step(ids)
+        assert_equal_by_name(whole_weights(wrapped.module), expected, rtol=0, atol=0)
