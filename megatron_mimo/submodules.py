@@ -277,10 +277,9 @@ class ModalitySubmodules(ABC, nn.Module):
             raise ValueError(
                 f"decoder {decoder!r} is not one of {sorted(self.decoders)}; name one of them"
             )
-        samples = self.decoders[decoder].sample(
-            self._output_rows(decoder, hidden), **(options or {})
-        )
-        return self.assemble(samples)
+        module = self.decoders[decoder]
+        samples = module.sample(self._output_rows(decoder, hidden), **(options or {}))
+        return self.assemble(module.render(samples))
 
     def assemble(self, samples: Tensor) -> Tensor:
         """The modality's own form of what a decoder sampled. Here: as it is."""
