@@ -135,7 +135,6 @@ def test_an_input_that_shows_the_answer_is_refused_at_construction(single_proces
         code_model(position_rule="own")
 
 
-@pytest.mark.xfail(strict=True, reason="ModalitySubmodules.decode does not render samples yet")
 def test_decoding_gives_images_of_the_sampled_codes(single_process):
     model = code_model().eval()
     submodule = model.modality_submodules["images"]
