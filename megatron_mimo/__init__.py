@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from megatron_mimo.config import MimoModelConfig
-    from megatron_mimo.launch import initialize, shutdown
+    from megatron_mimo.launch import exit_on_error, initialize, shutdown
     from megatron_mimo.losses import LossTerm, global_counts, total_loss
     from megatron_mimo.model import MimoModel
     from megatron_mimo.output import MimoOutput, ModalityOutput, loss_terms
@@ -30,6 +30,7 @@ _HOMES = {
     "Placement": "placement",
     "VisionModalitySubmodules": "submodules",
     "build_placement": "placement",
+    "exit_on_error": "launch",
     "global_counts": "losses",
     "initialize": "launch",
     "loss_terms": "output",

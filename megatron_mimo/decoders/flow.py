@@ -53,6 +53,7 @@ class FlowDecoder(RectifiedFlowDecoder):
         ValueError: an argument is out of range.
 
     Example:
+        >>> import torch
         >>> decoder = FlowDecoder(width=16, target_width=4, hidden_width=32, depth=2)
         >>> targets = decoder.prepare({"target": torch.zeros(6, 4)})
         >>> decoder.loss(torch.ones(6, 16), targets).count
