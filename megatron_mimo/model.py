@@ -127,8 +127,7 @@ class MimoModel(MegatronModule):
         modality_inputs, modality_targets = self._check_batch(modality_inputs, modality_targets)
         shard = self.shard(input_ids, packed_seq_params)
         self._check_context_parallel(attention_mask, inference_context)
-        if placement is None:
-            placement = self.place(input_ids, packed_seq_params)
+        placement = self._placement(input_ids, packed_seq_params, placement)
         if position_ids is None:
             position_ids = default_positions(input_ids, _boundaries(packed_seq_params))
 
@@ -411,6 +410,18 @@ class MimoModel(MegatronModule):
                 submodule.check_targets(modality, targets[modality])
         return inputs, targets
 
+    def _placement(
+        self, input_ids: Tensor, packed_seq_params: PackedSeqParams | None, made: Placement | None
+    ) -> Placement | None:
+        """The caller's placement or a new one, on the ids' device; None where no stage reads it."""
+        if not self.pre_process and self._tap is None:
+            return None
+        if made is None:
+            return self.place(input_ids, packed_seq_params)
+        if made.device != input_ids.device:
+            return made.to(input_ids.device, non_blocking=True)
+        return made
+
     def _check_context_parallel(self, attention_mask, inference_context) -> None:
         if self.pg_collection.cp.size() == 1:
             return
@@ -422,9 +433,9 @@ class MimoModel(MegatronModule):
         if inference_context is not None:
             raise ValueError("inference_context must be None under context parallelism")
 
-    def _count_generation(self, targets: Nested, placement: Placement) -> dict[str, int | None]:
+    def _count_generation(self, targets: Nested, placement: Placement | None) -> dict[str, int | None]:
         """Generation tokens of each modality in this batch, None where only the device knows."""
-        if not (self.pre_process or self.post_process):
+        if placement is None:
             return {}
         return {
             modality: self._generation_count(modality, targets, placement)
@@ -471,8 +482,11 @@ class MimoModel(MegatronModule):
 
 def _present(given: Nested | None) -> Nested:
     """Without the modalities that have nothing in this batch: None or an empty mapping."""
-    empty = lambda value: value is None or (isinstance(value, Mapping) and not value)
-    return {name: value for name, value in (given or {}).items() if not empty(value)}
+    return {
+        name: value
+        for name, value in (given or {}).items()
+        if value is not None and not (isinstance(value, Mapping) and not value)
+    }
 
 
 def _cut(shard: SequenceShard, tensor: Tensor | None) -> Tensor | None:
