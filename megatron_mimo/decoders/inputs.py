@@ -63,6 +63,10 @@ class GenerationInput(nn.Module, ABC):
             )
         return targets[name]
 
+    def reads(self, decoder: str) -> bool:
+        """Whether this input reads the targets of that decoder of its modality."""
+        return self.decoder in (None, decoder)
+
     def num_rows(self, targets: Targets) -> int | None:
         """Generation tokens that targets stand for, read from shapes; None if it cannot tell."""
         del targets

@@ -114,6 +114,7 @@ def test_an_input_picks_its_decoders_targets():
     assert unnamed.pick({"a": {"target": 1}}) == {"target": 1}
     with pytest.raises(ValueError, match=r"the only decoder, found targets of \['a', 'b'\]"):
         unnamed.pick(targets)
+    assert named.reads("b") and not named.reads("a") and unnamed.reads("a")
     with pytest.raises(ValueError, match="decoder 'b', found"):
         named.pick({"a": {}})
 

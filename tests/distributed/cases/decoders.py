@@ -125,7 +125,7 @@ def kinds() -> dict[str, Kind]:
     }
 
 
-def build(kind: Kind, language: ModuleSpec) -> MimoModel:
+def build(kind: Kind, language: ModuleSpec, **stage: bool) -> MimoModel:
     params = dict(kind.params)
     if kind.sharded:
         params["config"] = language.params["config"]
@@ -149,7 +149,7 @@ def build(kind: Kind, language: ModuleSpec) -> MimoModel:
         modality_submodules={"images": ModuleSpec(module=VisionModalitySubmodules, submodules=parts)},
         special_token_ids={},
     )
-    return MimoModel(config)
+    return MimoModel(config, **stage)
 
 
 def batch(samples: tuple[str, ...]) -> dict[str, Tensor]:
@@ -270,10 +270,29 @@ def model_parallel_ranks_draw_alike(run: Run) -> None:
     assert torch.equal(*every_ranks_noise())
 
 
+@case(ranks=2, pipeline_model_parallel_size=2)
+def the_first_stage_noises_what_the_last_stage_denoises(run: Run) -> None:
+    """The input rule draws on one stage, the decoder on the other, which drops conditions as well."""
+    first = run.pipeline_rank == 0
+    model = build(
+        kinds()["flow"], Setting().spec(run), pre_process=first, post_process=not first
+    )
+    assert bool(model.modality_submodules["images"].decoders) is not first
+    for _ in range(2):
+        given = {"target": torch.zeros(2 * SPAN, 4)}
+        drawn = model.prepare({"images": {"out": given}})["images"]["out"]
+        assert torch.equal(*gathered(torch.cat([drawn["noise"].flatten(), drawn["time"]])))
+
+
 def every_ranks_noise() -> list[Tensor]:
     decoder = FlowDecoder(width=4, target_width=3, hidden_width=4, condition_dropout=0.5)
     prepared = decoder.prepare({"target": torch.zeros(6, 3)}, "images/out")
-    mine = torch.cat([prepared["noise"].flatten(), prepared["time"], prepared["drop"].float()])
+    return gathered(
+        torch.cat([prepared["noise"].flatten(), prepared["time"], prepared["drop"].float()])
+    )
+
+
+def gathered(mine: Tensor) -> list[Tensor]:
     everyones = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyones, mine)
     return everyones
@@ -287,13 +306,9 @@ def sharded_heads_sample_the_codes_that_whole_heads_would(run: Run) -> None:
     (logits,) = decoder.logits(rows)
     head = decoder.heads[0]
     assert head.weight.shape == (4, 6)
-    shards = [torch.empty_like(head.weight) for _ in range(2)]
-    dist.all_gather(shards, head.weight.detach(), group=run.groups.tp)
-    torch.testing.assert_close(logits, rows @ torch.cat(shards).T)
+    torch.testing.assert_close(logits, rows @ torch.cat(gathered(head.weight.detach())).T)
     drawn = decoder.sample(rows, top_k=4, generator=torch.Generator().manual_seed(1))
-    theirs = [torch.empty_like(drawn) for _ in range(2)]
-    dist.all_gather(theirs, drawn, group=run.groups.tp)
-    assert torch.equal(*theirs)
+    assert torch.equal(*gathered(drawn))
 
 
 @case(ranks=2, tensor_model_parallel_size=2)
