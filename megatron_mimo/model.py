@@ -199,7 +199,7 @@ class MimoModel(MegatronModule):
         for modality, submodule in self.modality_submodules.items():
             given, count = inputs.get(modality), counts.get(modality) or 0
             if modality in self.mimo_config.special_token_ids:
-                rows[modality] = self._encode_modality(submodule, given)
+                rows[modality] = self._encode_modality(modality, given, placement)
             if submodule.generation_input is None:
                 continue
             shares_token = generation_table(modality) not in placement.names
@@ -214,10 +214,18 @@ class MimoModel(MegatronModule):
                 rows[modality] = with_idle(rows[modality], [fed])
         return rows
 
-    def _encode_modality(self, submodule: ModalitySubmodules, given: Mapping | None) -> Tensor:
-        nothing = given is None or submodule.encode_is_overridden
-        idle = [submodule.encode_nothing(self.config.hidden_size)] if nothing else []
-        return idle[0] if given is None else with_idle(submodule.encode(given), idle)
+    def _encode_modality(
+        self, modality: str, given: Mapping | None, placement: Placement
+    ) -> Tensor:
+        submodule = self.modality_submodules[modality]
+        if given is None:
+            return submodule.encode_nothing(self.config.hidden_size)
+        rows, rows_per_item = submodule.encode_items(given)
+        if placement.count_on_host(modality) not in (None, rows.shape[0]):
+            placement.check_rows(modality, rows.shape[0], rows_per_item)
+        if submodule.encode_is_overridden:  # it may leave out modules that other ranks use
+            return with_idle(rows, [submodule.encode_nothing(self.config.hidden_size)])
+        return rows
 
     def exchange(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         """The rows that this rank's part of the language model needs.

@@ -127,6 +127,16 @@ class ModalitySubmodules(ABC, nn.Module):
         Args:
             inputs: encoder name -> its keyword inputs; encoders that are not named are skipped.
         """
+        rows, _ = self.encode_items(inputs)
+        return rows
+
+    def encode_items(self, inputs: Inputs) -> tuple[Tensor, list[int] | None]:
+        """`encode(inputs)`, and how many rows each image or clip gave, None where that is unknown.
+
+        The counts serve to name the right sample in an error.
+        """
+        if self.encode_is_overridden:
+            return self.encode(inputs), None
         own = self._own(self.input_projections, self.encoders)
         outputs, idle = {}, []
         for name, encoder in self.encoders.items():
@@ -140,7 +150,15 @@ class ModalitySubmodules(ABC, nn.Module):
         combined = self.combine_rows(outputs)
         if len(self.input_projections) == 1:
             combined = _projected(self.input_projections[0](combined))
-        return with_idle(combined.flatten(0, -2), idle)
+        return with_idle(combined.flatten(0, -2), idle), self._rows_per_item(outputs)
+
+    def _rows_per_item(self, outputs: Mapping[str, Tensor]) -> list[int] | None:
+        if any(rows.dim() != 3 for rows in outputs.values()):
+            return None
+        shapes = [rows.shape for rows in outputs.values()]
+        if self.combine == "interleave":
+            return [sum(shape[1] for shape in shapes)] * shapes[0][0]
+        return [length for count, length, _ in shapes for _ in range(count)]
 
     def encode_nothing(self, width: int) -> Tensor:
         """Rows `[0, width]` in place of `encode` for a batch that has no input of this modality."""

@@ -224,6 +224,15 @@ def test_bad_values_are_refused(model, case):
         model(**mistake(tiny.batch()))
 
 
+def test_a_wrong_count_is_blamed_on_the_sample_that_has_it(model):
+    """Two images of four patches, five tokens in the first sample: totals alone would blame the second."""
+    ids = torch.randint(0, 60, (2, 12))
+    ids[0, 2:7] = ids[1, 2:6] = tiny.READ
+    inputs = {"images": {"patches": {"x": torch.zeros(2, 4, tiny.PIXELS)}}}
+    with pytest.raises(ValueError, match="images: sample 0 has 5 special tokens but 4 embeddings"):
+        model(ids, modality_inputs=inputs)
+
+
 @pytest.mark.parametrize("case", BAD_TYPES)
 def test_bad_types_are_refused(model, case):
     mistake, message = BAD_TYPES[case]
