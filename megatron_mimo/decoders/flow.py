@@ -46,7 +46,7 @@ class FlowDecoder(RectifiedFlowDecoder):
         position_rule: see `Decoder`.
         rows_per_item: rows that share one time, 1 for each row its own.
         config: the language model's config cuts the network's matrices over its tensor-parallel
-            ranks; None keeps them whole on each, which is quicker for a small head.
+            ranks; None keeps them whole on each, which spares a small head its collectives.
         pg_collection: process groups, of which a config makes use of `tp`; None for Megatron's.
 
     Raises:
