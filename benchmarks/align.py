@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import platform
 import statistics
 import time
@@ -37,6 +38,8 @@ from torch import Tensor
 from megatron_mimo.align import align
 from megatron_mimo.placement import build_placement
 from megatron_mimo.sharding import sequence_shard
+
+logger = logging.getLogger(__name__)
 
 SPAN = 64  # positions of one image
 RANKS = 4  # of the sequence- and context-parallel measurements
@@ -467,11 +470,16 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=30)
     parser.add_argument("--output", type=Path, default=Path("out/align.json"))
     arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
 
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    warnings.filterwarnings("ignore", module="megatron")
     dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
     device = torch.device(arguments.device, 0) if arguments.device == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        get_cuda_rng_tracker().add("model-parallel-rng", 1)  # the peer's embedding draws its dropout there
     alone = dist.new_group([0])
     bandwidth = copy_bandwidth(device)
     facts = environment(device, bandwidth)
@@ -481,8 +489,8 @@ def main() -> None:
     sizes = GPU_SIZES if device.type == "cuda" else CPU_SIZES
     for size in sizes:
         if size.name.startswith(arguments.sizes):
+            logger.info("measuring %s", size.name)
             records += measure(size, device, alone, bandwidth, arguments.runs)
-            print(f"measured {size.name}", flush=True)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     shards = list(measure_shards(device)) if device.type == "cuda" and "long".startswith(arguments.sizes) else []

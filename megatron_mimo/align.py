@@ -16,7 +16,7 @@ Modality rows are the same on every tensor-parallel rank and are placed after th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -69,14 +69,16 @@ def align(
     """
     tables = _tables(embeddings, placement)
     _check_layout(input_ids, placement, shard, tp_group, sequence_parallel)
-    if looks_up_only(language_embedding):
-        words = language_embedding.word_embeddings
-        _run_pre_hooks(language_embedding, input_ids, position_ids)
-        _check_vocabulary(input_ids, placement, words.num_embeddings)
+    words = plain_lookup(language_embedding)
+    vocabulary = _vocabulary(language_embedding, placement) if words is None else words.num_embeddings
+    _check_vocabulary(input_ids, placement, vocabulary)
+    if words is not None:
+        if language_embedding._forward_pre_hooks or words._forward_pre_hooks:
+            _run_pre_hooks(language_embedding, words, input_ids, position_ids)
         group = tp_group if tp_group is not None and tp_group.size() > 1 else None
         call = _Call(placement, shard, "lookup", words.vocab_start_index, group)
         return _Align.apply(call, input_ids, words.weight, *tables)
-    text = _embed(language_embedding, input_ids, position_ids, tokentype_ids, placement, shard, tp_group)
+    text = _embed(language_embedding, input_ids, position_ids, tokentype_ids, placement, shard, tp_group, vocabulary)
     return _Align.apply(_Call(placement, shard, "given", 0, tp_group), input_ids, text, *tables)
 
 
@@ -116,26 +118,27 @@ def align_by_token_positions(
     return _Align.apply(_Call(placement, shard, "zero", 0, None, reference.dtype), input_ids, None, *tables)
 
 
-def looks_up_only(language_embedding: nn.Module) -> bool:
-    """Whether the embedding's forward is a vocabulary-parallel lookup and nothing else.
+def plain_lookup(language_embedding: nn.Module) -> VocabParallelEmbedding | None:
+    """The embedding's vocabulary-parallel table if its forward is a lookup there and nothing else, otherwise None.
 
     Only Megatron's own forward is known to be one; a subclass that overrides it, a hook on the output, or an active
     option (learned positions, token types, scaling, dropout, float32 residuals, sharded weights) may add to it.
     """
     if type(language_embedding).forward is not LanguageModelEmbedding.forward:
-        return False
+        return None
     words, config = language_embedding.word_embeddings, language_embedding.config
-    return (
+    plain = (
         type(words).forward is VocabParallelEmbedding.forward
         and not language_embedding.add_position_embedding
         and language_embedding.tokentype_embeddings is None
         and not (config.use_mup and config.mup_embedding_mult != 1.0)
         and not config.fp32_residual_connection
-        and not (language_embedding.embedding_dropout.p > 0 and language_embedding.training)
+        and not (language_embedding.training and language_embedding.embedding_dropout.p > 0)
         and words.gtp_remat_size == 1
         and not _has_output_hooks(language_embedding)
         and not _has_output_hooks(words)
     )
+    return words if plain else None
 
 
 def _has_output_hooks(module: nn.Module) -> bool:
@@ -147,9 +150,10 @@ def _has_output_hooks(module: nn.Module) -> bool:
     )
 
 
-def _run_pre_hooks(language_embedding: nn.Module, input_ids: Tensor, position_ids: Tensor | None) -> None:
+def _run_pre_hooks(
+    language_embedding: nn.Module, words: nn.Module, input_ids: Tensor, position_ids: Tensor | None
+) -> None:
     """What calling the modules would have run first: Megatron's DDP waits there for gathered parameters."""
-    words = language_embedding.word_embeddings
     for hook in language_embedding._forward_pre_hooks.values():
         hook(language_embedding, (input_ids, position_ids))
     for hook in words._forward_pre_hooks.values():
@@ -164,12 +168,13 @@ def _tables(embeddings: Mapping[str, Tensor], placement: Placement) -> list[Tens
             raise ValueError(
                 f"embeddings of {name!r} have no special token in this placement, which reads {list(placement.names)}."
             )
-    tables = [embeddings.get(name) for name in placement.names]
-    width = next((table.shape[-1] for table in tables if table is not None), None)
-    for name, table in zip(placement.names, tables, strict=True):
-        if table is not None and (table.dim() != 2 or table.shape[1] != width):
-            raise ValueError(f"{name}: expected embeddings [N, H] with H = {width}, found {list(table.shape)}.")
+    tables = []
+    for name in placement.names:
+        table = embeddings.get(name)
+        if table is not None and table.dim() != 2:
+            raise ValueError(f"{name}: expected embeddings [N, H], found shape {list(table.shape)}.")
         placement.check_rows(name, 0 if table is None else table.shape[0])
+        tables.append(table)
     return tables
 
 
@@ -199,8 +204,17 @@ def _check_layout(
         )
 
 
-def _check_vocabulary(input_ids: Tensor, placement: Placement, num_embeddings: int) -> None:
+def _vocabulary(language_embedding: nn.Module, placement: Placement) -> int | None:
+    """How many tokens an embedding that is no plain lookup knows; None if nobody says."""
+    if isinstance(language_embedding, LanguageModelEmbedding):
+        return language_embedding.word_embeddings.num_embeddings
+    return placement.vocabulary_size
+
+
+def _check_vocabulary(input_ids: Tensor, placement: Placement, num_embeddings: int | None) -> None:
     """Raises, deferred on the device, for a text id that the table lacks, unless the placement saw to it."""
+    if num_embeddings is None:
+        return
     if placement.vocabulary_size is not None and placement.vocabulary_size <= num_embeddings:
         return
     outside = (placement.source < 0) & ((input_ids < 0) | (input_ids >= num_embeddings))
@@ -225,14 +239,18 @@ def _embed(
     placement: Placement,
     shard: SequenceShard,
     tp_group: ProcessGroup | None,
+    vocabulary: int | None,
 ) -> Tensor:
     """[S_local, B, H]: text rows as the language model's own embedding makes them, for this rank's positions.
 
-    The rows at special positions are those of token 0 and are thrown away, with their gradient.
+    The rows at special positions are those of token 0 and are thrown away, with their gradient. Ids outside the
+    vocabulary, if it is known, read its last row until their check reports them.
     """
     if position_ids is not None and position_ids.dim() == 3:
         position_ids = position_ids[0]
     text_ids = torch.where(placement.source < 0, input_ids, 0)
+    if vocabulary is not None:
+        text_ids = text_ids.clamp(0, vocabulary - 1)
     ids, positions, tokentypes = (
         None if x is None else shard.cut(x) for x in (text_ids, position_ids, tokentype_ids)
     )
@@ -243,8 +261,7 @@ def _embed(
     return text
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
+class _Call(NamedTuple):
     """What one alignment needs beside its tensors.
 
     Attributes:
@@ -285,23 +302,28 @@ class _Align(torch.autograd.Function):
             text_rows = "keep"
         start = call.vocabulary_start
         kernels.gather(out_LBH, text, tables, *plan, held(shard), text_rows=text_rows, vocabulary_start=start)
-        ctx.call = call
-        ctx.like = [None if x is None else (x.shape, x.dtype) for x in (text, *tables)]
-        # Ids are saved, not just kept, so that autograd notices a batch buffer overwritten before backward.
-        ctx.save_for_backward(input_ids_BS)
+        # Autograd's own way to keep a tensor costs the host more than the rest of this function; what matters of it
+        # here is to notice a batch buffer that was overwritten.
+        kept = [None if x is None else (x.shape, x.dtype) for x in (text, *tables)]
+        ctx.kept = (call, input_ids_BS, input_ids_BS._version, kept)
         return out_LBH
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_LBH: Tensor):
-        call, (input_ids_BS,) = ctx.call, ctx.saved_tensors
+        call, input_ids_BS, version, kept = ctx.kept
+        if input_ids_BS._version != version:
+            raise RuntimeError(
+                "input_ids was overwritten between forward and backward, so the embedding's gradient would go to the "
+                "wrong tokens. Give every microbatch a tensor of its own."
+            )
         placement, shard = call.placement, call.shard
         kernels = kernels_for(grad_LBH.device)
         wanted = ctx.needs_input_grad[2:]
         looked_up = call.text_rows == "lookup"
         grads = [
             None if not wants or (index == 0 and not looked_up) else grad_LBH.new_empty(like[0], dtype=like[1])
-            for index, (wants, like) in enumerate(zip(wanted, ctx.like, strict=True))
+            for index, (wants, like) in enumerate(zip(wanted, kept, strict=True))
         ]
         order, whole = None, shard.whole_cp
         if grads[0] is not None:

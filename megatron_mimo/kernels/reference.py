@@ -110,7 +110,11 @@ def gather(
             out_RH[at_R] = 0
             continue
         row_R = _local(row_BS, held)[at_R].clamp_(max=table_NH.shape[0] - 1)
-        out_RH.index_copy_(0, at_R, table_NH.index_select(0, row_R).to(out_RH.dtype))
+        table_NH = table_NH.to(out_RH.dtype)
+        if at_R.numel() == table_NH.shape[0]:  # all of the table: each row goes straight to its place
+            out_RH.index_copy_(0, torch.empty_like(at_R).index_copy_(0, row_R.long(), at_R), table_NH)
+        else:
+            out_RH.index_copy_(0, at_R, table_NH.index_select(0, row_R))
 
 
 def table_gradients(

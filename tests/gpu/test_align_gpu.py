@@ -1,6 +1,6 @@
 """Alignment on a GPU: the fused kernels against the reference, no host sync, and what a bad batch does."""
 
-import itertools
+import random
 import warnings
 from types import SimpleNamespace
 
@@ -49,14 +49,14 @@ def on_gpu(x):
 SHAPES = [(1, 1, 1), (3, 37, 17), (2, 1500, 40), (1, 3000, 33), (2, 64, 4100), (4, 256, 1024)]
 
 
-@pytest.mark.parametrize(("batch", "length", "_"), SHAPES)
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (3, 37), (2, 1500), (1, 3000)])
 @pytest.mark.parametrize(("reads", "generates", "text_is_table"), [(0, 0, True), (1, 1, False), (5, 2, True)])
-def test_plan_equals_the_reference(fused, batch, length, _, reads, generates, text_is_table):
+def test_plan_equals_the_reference(fused, batch, length, reads, generates, text_is_table):
     tokens = (IMAGES, AUDIO, VIDEO, -1, 7)[:reads]
     ids = draw_ids(batch, length, tokens, 64)
     arguments = (tokens, (IMAGES, 3)[:generates])
     settings = {"text_is_table": text_is_table, "vocabulary_size": 50}
-    for dtype in (torch.int64, torch.int32):
+    for dtype in (torch.int64, torch.int32)[: 1 + generates]:
         here = ids.clamp(-(2**31), 2**31 - 1).to(dtype)
         expected = reference.plan(here, *arguments, **settings)
         for ours, theirs in zip(fused.plan(here.cuda(), *arguments, **settings), expected, strict=True):
@@ -78,61 +78,87 @@ def tables_of(counts, hidden: int, dtype: torch.dtype, layout: str) -> list[torc
     return [shapes[layout](n) for n in counts]
 
 
-@pytest.mark.parametrize(("batch", "length", "hidden"), SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("sharded", [False, True])
-def test_gather_equals_the_reference_bitwise(fused, batch, length, hidden, dtype, sharded):
-    tokens = (IMAGES, AUDIO, VIDEO, -1, 7, 8)
+def drawn_cases(choices: dict[str, list], count: int) -> list[tuple]:
+    """`count` combinations, the same at every run; each one compiles kernels of its own, so not all of them."""
+    draw = random.Random(0)
+    return [tuple(draw.choice(options) for options in choices.values()) for _ in range(count)]
+
+
+CHOICES = {
+    "shape": SHAPES,
+    "dtype": [torch.float32, torch.bfloat16, torch.float16],
+    "sharded": [False, True],
+    "layout": ["contiguous", "sliced", "transposed", "float32", "short", "long", "missing"],
+}
+
+
+def held_positions(length: int, sharded: bool) -> torch.Tensor | None:
+    """Half of the positions in any order, or all."""
+    return torch.randperm(length)[: (length + 1) // 2] if sharded else None
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "sharded", "layout", "text_rows"),
+    drawn_cases(CHOICES | {"text_rows": ["lookup", "lookup", "given", "zero", "keep"]}, 24),
+)
+@pytest.mark.parametrize("with_tables", [True, False])
+def test_gather_equals_the_reference_bitwise(fused, shape, dtype, sharded, layout, text_rows, with_tables):
+    batch, length, hidden = shape
+    tokens = (IMAGES, AUDIO, VIDEO, -1, 7)
     ids = draw_ids(batch, length, tokens, 64)
     source, row, _, counts = reference.plan(ids, tokens, (), text_is_table=False, vocabulary_size=None)
-    held = torch.randperm(length)[: (length + 1) // 2] if sharded else None
+    held = held_positions(length, sharded)
     rows = length if held is None else held.numel()
-    text = {
-        "lookup": torch.randn(40, hidden).to(dtype),
-        "given": torch.randn(rows, batch, hidden).to(dtype),
-        "zero": None,
-        "keep": None,
-    }
-    layouts = ["contiguous", "sliced", "transposed", "float32", "short", "long", "missing"]
-    for text_rows, layout in itertools.product(text, [*layouts, None]):
-        tables = [] if layout is None else tables_of(counts[:-1].sum(1).tolist(), hidden, dtype, layout)
-        expected = torch.full((rows, batch, hidden), 7.0, dtype=dtype)
-        ours = expected.cuda()
-        plan = (ids, source, row, held)
-        settings = {"text_rows": text_rows, "vocabulary_start": 10}
-        reference.gather(expected, text[text_rows], tables, *plan, **settings)
-        fused.gather(ours, on_gpu(text[text_rows]), [on_gpu(x) for x in tables], *map(on_gpu, plan), **settings)
-        assert torch.equal(ours.cpu(), expected), (text_rows, layout)
+    text = {"lookup": (40, hidden), "given": (rows, batch, hidden)}.get(text_rows)
+    text = None if text is None else torch.randn(text).to(dtype)
+    tables = tables_of(counts[:-1].sum(1).tolist(), hidden, dtype, layout) if with_tables else []
+    expected = torch.full((rows, batch, hidden), 7.0, dtype=dtype)
+    ours = expected.cuda()
+    plan = (ids, source, row, held)
+    settings = {"text_rows": text_rows, "vocabulary_start": 10}
+    reference.gather(expected, text, tables, *plan, **settings)
+    fused.gather(ours, on_gpu(text), [on_gpu(x) for x in tables], *map(on_gpu, plan), **settings)
+    assert torch.equal(ours.cpu(), expected)
 
 
-@pytest.mark.parametrize(("batch", "length", "hidden"), SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("sharded", [False, True])
-def test_table_gradients_equal_the_reference_bitwise(fused, batch, length, hidden, dtype, sharded):
+@pytest.mark.parametrize(
+    ("shape", "dtype", "sharded", "layout"),
+    [case for case in drawn_cases(CHOICES, 16) if case[3] not in ("transposed", "missing")],
+)
+def test_table_gradients_equal_the_reference_bitwise(fused, shape, dtype, sharded, layout):
+    batch, length, hidden = shape
     tokens = (IMAGES, AUDIO, VIDEO, -1, 7, 8)
     ids = draw_ids(batch, length, tokens, 64)
     *_, positions, counts = reference.plan(ids, tokens, (), text_is_table=False, vocabulary_size=None)
-    held = torch.randperm(length)[: (length + 1) // 2] if sharded else None
-    rows = length if held is None else held.numel()
-    local_row = None
+    held = held_positions(length, sharded)
+    rows, local_row = length, None
     if held is not None:
+        rows = held.numel()
         local_row = torch.full((length,), -1, dtype=torch.int32)
         local_row[held] = torch.arange(rows, dtype=torch.int32)
     grad = torch.randn(rows, batch, hidden).to(dtype)
-    for layout in ("contiguous", "sliced", "short", "long", "float32"):
-        expected = tables_of(counts[:-1].sum(1).tolist(), hidden, dtype, layout)
-        expected[1] = None
-        ours = [None if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).cuda() for x in expected]
-        reference.table_gradients(expected, grad, positions, length, local_row)
-        fused.table_gradients(ours, grad.cuda(), positions.cuda(), length, on_gpu(local_row))
-        for a, b in zip(ours, expected, strict=True):
-            assert b is None or torch.equal(a.cpu(), b), layout
+    expected = tables_of(counts[:-1].sum(1).tolist(), hidden, dtype, layout)
+    expected[1] = None
+    ours = [None if x is None else torch.full_like(x.cuda(), torch.nan) for x in expected]
+    reference.table_gradients(expected, grad, positions, length, local_row)
+    fused.table_gradients(ours, grad.cuda(), positions.cuda(), length, on_gpu(local_row))
+    for a, b in zip(ours, expected, strict=True):
+        assert b is None or torch.equal(a.cpu(), b)
 
 
-@pytest.mark.parametrize(("batch", "length", "hidden"), SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((1, 1, 1), torch.float32),
+        ((3, 37, 17), torch.bfloat16),
+        ((2, 1500, 40), torch.float32),
+        ((2, 64, 4100), torch.bfloat16),
+        ((4, 256, 1024), torch.bfloat16),
+    ],
+)
 @pytest.mark.parametrize("distinct", [1, 3, 64])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_vocabulary_gradient_sums_each_token_in_high_precision(fused, batch, length, hidden, distinct, dtype):
+def test_vocabulary_gradient_sums_each_token_in_high_precision(fused, shape, dtype, distinct):
+    batch, length, hidden = shape
     ids = draw_ids(batch, length, (IMAGES,), distinct)
     source = reference.plan(ids, (IMAGES,), (), text_is_table=False, vocabulary_size=None)[0]
     grad = torch.randn(length, batch, hidden).to(dtype)
