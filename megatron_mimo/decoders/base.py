@@ -195,6 +195,19 @@ class Decoder(nn.Module, ABC):
                 f"{list(optional)}, found {sorted(targets)}."
             )
 
+    def check_shapes(self, targets: Targets, **expected: tuple[int, ...]) -> None:
+        """Refuses targets of another shape than expected; those that are not there pass.
+
+        Raises:
+            ValueError: naming the target and both shapes.
+        """
+        for name, shape in expected.items():
+            if name in targets and tuple(targets[name].shape) != shape:
+                raise ValueError(
+                    f"{type(self).__name__}'s {name} must have shape {list(shape)} beside its other "
+                    f"targets, got {list(targets[name].shape)}"
+                )
+
 
 def weighted_sum(values: Tensor, weight: Tensor | None) -> LossTerm:
     """The sum of a per-element loss over elements that count, and how many those are.

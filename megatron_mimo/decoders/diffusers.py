@@ -147,6 +147,8 @@ class DiffusersDecoder(Decoder):
         if rows.shape[0] == 0:
             return self.zero_loss(rows)
         self.check_targets(targets, ("target", "step", "noise"), ("weight", "drop"))
+        items = (rows.shape[0] // self.rows_per_item,)
+        self.check_shapes(targets, step=items, drop=items, noise=(*items, *self.sample_shape))
         clean, noise, step = targets["target"].float(), targets["noise"].float(), targets["step"]
         condition = self.condition_dropout(rows, targets.get("drop"))
         x, time, wanted = self.objective(clean, noise, step)

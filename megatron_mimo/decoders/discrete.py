@@ -118,6 +118,7 @@ class DiscreteDecoder(Decoder):
         self.check_rows(rows, expected=targets["codes"].shape[0])
         if rows.shape[0] == 0:
             return self.zero_loss(rows)
+        self.check_shapes(targets, drop=(rows.shape[0],))
         codes = targets["codes"].reshape(rows.shape[0], -1)
         logits = self._local_logits(self.condition_dropout(rows, targets.get("drop")))
         losses = torch.stack(

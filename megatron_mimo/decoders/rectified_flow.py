@@ -247,6 +247,8 @@ class RectifiedFlowDecoder(Decoder):
             return self.zero_loss(rows)
         self.check_targets(targets, ("target", "time", "noise"), ("weight", "drop"))
         clean, noise, time = targets["target"], targets["noise"], targets["time"]
+        items = (rows.shape[0] // self.rows_per_item,)
+        self.check_shapes(targets, time=items, drop=items, noise=tuple(clean.shape))
         condition = self.condition_dropout(rows, targets.get("drop"))
         predicted = self.velocity(condition, noised(clean, noise, time), time)
         error = (predicted.float() - (noise.float() - clean.float())).square().mean(dim=-1)

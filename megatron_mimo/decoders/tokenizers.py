@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,20 @@ if TYPE_CHECKING:  # Megatron takes seconds to import and is not needed where mo
     from megatron.core.transformer.spec_utils import ModuleSpec
 
 
+@runtime_checkable
+class Codec(Protocol):
+    """What a tokenizer wraps: media to codes or latents, and back."""
+
+    def encode(self, media: Tensor) -> Tensor: ...
+
+    def decode(self, tokens: Tensor) -> Tensor: ...
+
+
 class Tokenizer(nn.Module, ABC):
     """A frozen module that turns media into rows of tokens and back.
 
     Args:
-        module: the codec, or its spec. It has `encode(media) -> Tensor` and
-            `decode(Tensor) -> media`.
+        module: a `Codec`, or its spec.
         tokens_per_item: `T`.
 
     Raises:
@@ -36,12 +44,11 @@ class Tokenizer(nn.Module, ABC):
     def __init__(self, module: nn.Module | ModuleSpec, tokens_per_item: int) -> None:
         super().__init__()
         self.module = built(module)
-        for method in ("encode", "decode"):
-            if not callable(getattr(self.module, method, None)):
-                raise TypeError(
-                    f"{type(self).__name__} needs a codec with encode(media) and decode(tokens); "
-                    f"{type(self.module).__name__} has no {method}"
-                )
+        if not isinstance(self.module, Codec):
+            raise TypeError(
+                f"{type(self).__name__} needs a codec with encode(media) and decode(tokens); "
+                f"{type(self.module).__name__} lacks one or both. Wrap it in a module that has them."
+            )
         self.tokens_per_item = tokens_per_item
         self.requires_grad_(False)
         self.eval()

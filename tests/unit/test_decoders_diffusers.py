@@ -241,6 +241,13 @@ def test_a_target_of_another_shape_is_refused():
         decoder().num_rows({"target": torch.zeros(2, 1, 4, 4)})
 
 
+def test_draws_of_another_shape_are_refused():
+    made = decoder()
+    targets = made.prepare({"target": torch.zeros(2, 1, 8, 8), "step": torch.zeros(1).long()})
+    with pytest.raises(ValueError, match=r"step must have shape \[2\].*got \[1\]"):
+        made.loss(torch.zeros(6, 12), targets)
+
+
 def test_without_the_library_the_error_says_how_to_install_it(monkeypatch):
     def missing(name):
         raise ImportError(name)

@@ -160,6 +160,13 @@ def test_codes_of_several_codebooks_need_their_second_dim():
         )
 
 
+def test_a_drop_of_another_shape_is_refused():
+    decoder = DiscreteDecoder(width=6, codebook_sizes=4, condition_dropout=0.1)
+    targets = {"codes": torch.zeros(3, dtype=torch.long), "drop": torch.ones(1).bool()}
+    with pytest.raises(ValueError, match=r"drop must have shape \[3\].*got \[1\]"):
+        decoder.loss(torch.zeros(3, 6), targets)
+
+
 def test_media_without_a_tokenizer_are_refused():
     with pytest.raises(ValueError, match=r"lack \['codes'\]"):
         DiscreteDecoder(width=6, codebook_sizes=4).num_rows({"media": torch.zeros(1, 3, 4, 4)})

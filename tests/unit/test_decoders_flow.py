@@ -221,6 +221,17 @@ def test_dropping_without_a_null_condition_is_refused():
         decoder.loss(torch.zeros(1, 6), targets)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("time", torch.zeros(1)), ("noise", torch.zeros(1, 4)), ("drop", torch.zeros(1).bool())],
+)
+def test_draws_of_another_shape_are_refused_not_broadcast(name, value):
+    decoder = head(condition_dropout=0.1)
+    targets = decoder.prepare({"target": torch.zeros(2, 4), name: value})
+    with pytest.raises(ValueError, match=rf"FlowDecoder's {name} must have shape \[2"):
+        decoder.loss(torch.zeros(2, 6), targets)
+
+
 def test_the_loss_needs_prepared_targets():
     with pytest.raises(ValueError, match=r"lack \['time', 'noise'\]"):
         head().loss(torch.zeros(1, 6), {"target": torch.zeros(1, 4)})

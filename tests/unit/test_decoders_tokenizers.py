@@ -138,7 +138,7 @@ def test_several_codebooks_stay_apart():
 
 
 def test_a_codec_without_both_directions_is_refused():
-    with pytest.raises(TypeError, match="Identity has no encode"):
+    with pytest.raises(TypeError, match="Identity lacks one or both"):
         CodeTokenizer(nn.Identity(), grid=(2,))
 
 

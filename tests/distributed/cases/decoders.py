@@ -15,6 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from megatron_mimo import MimoModel, VisionModalitySubmodules, loss_terms, total_loss
+from megatron_mimo.checkpoint import sharded_state_dict
 from megatron_mimo.decoders import (
     CodeInput,
     Decoder,
@@ -307,6 +308,8 @@ def sharded_heads_sample_the_codes_that_whole_heads_would(run: Run) -> None:
     head = decoder.heads[0]
     assert head.weight.shape == (4, 6)
     torch.testing.assert_close(logits, rows @ torch.cat(gathered(head.weight.detach())).T)
+    saved = sharded_state_dict(decoder)["heads.0.weight"]
+    assert (saved.global_shape, saved.global_offset) == ((8, 6), (4 * run.tensor_rank, 0))
     drawn = decoder.sample(rows, top_k=4, generator=torch.Generator().manual_seed(1))
     assert torch.equal(*gathered(drawn))
 
