@@ -220,7 +220,7 @@ class ModalitySubmodules(ABC, nn.Module):
         """
         prepared = {}
         for name, target in targets.items():
-            takes = self.decoders[name] if name in self.decoders else self.generation_input
+            takes = self._reader_of(name)
             prepared[name] = target if takes is None else takes.prepare(target, f"{stream}/{name}")
         return prepared
 
@@ -228,11 +228,18 @@ class ModalitySubmodules(ABC, nn.Module):
         """Generation tokens that each decoder's targets stand for, read from shapes."""
         counts = {}
         for name, target in targets.items():
-            takes = self.decoders[name] if name in self.decoders else self.generation_input
+            takes = self._reader_of(name)
             count = None if takes is None else takes.num_rows(target)
             if count is not None:
                 counts[name] = count
         return counts
+
+    def _reader_of(self, name: str) -> Decoder | GenerationInput | None:
+        """Who reads a decoder's targets on this stage: itself, or what feeds its positions."""
+        if name in self.decoders:
+            return self.decoders[name]
+        feed = self.generation_input
+        return feed if feed is not None and feed.reads(name) else None
 
     def generation_rows(self, targets: Inputs | None, num_rows: int, width: int) -> Tensor:
         """Rows `[num_rows, width]` that the language model sees at the generation tokens."""
@@ -285,6 +292,7 @@ class ModalitySubmodules(ABC, nn.Module):
             hidden: `[N, H]` hidden states at the generation tokens.
             decoder: which one; may be left out where there is only one.
             options: keyword options of the decoder's `sample`, e.g. steps or a temperature.
+                `unconditional_rows`, hidden states `[N, H]` too, go through the same projection.
 
         Raises:
             ValueError: no such decoder, or several and none named.
@@ -295,8 +303,11 @@ class ModalitySubmodules(ABC, nn.Module):
             raise ValueError(
                 f"decoder {decoder!r} is not one of {sorted(self.decoders)}; name one of them"
             )
-        module = self.decoders[decoder]
-        samples = module.sample(self._output_rows(decoder, hidden), **(options or {}))
+        module, options = self.decoders[decoder], dict(options or {})
+        if options.get("unconditional_rows") is not None:
+            unconditional = options["unconditional_rows"]
+            options["unconditional_rows"] = self._output_rows(decoder, unconditional)
+        samples = module.sample(self._output_rows(decoder, hidden), **options)
         return self.assemble(module.render(samples))
 
     def assemble(self, samples: Tensor) -> Tensor:

@@ -161,6 +161,18 @@ def test_sampling_options_reach_the_decoder():
     assert images.decode(torch.ones(1, 4), options={"scale": 3.0}).sum() == 12
 
 
+def test_unconditional_rows_go_through_the_output_projection():
+    class Guided(tiny.LinearDecoder):
+        def sample(self, rows, unconditional_rows=None):
+            return rows - unconditional_rows
+
+    projection = nn.Linear(3, 4)
+    images = VisionModalitySubmodules(decoders={"a": Guided(width=4)}, output_projections=[projection])
+    hidden, without = torch.randn(2, 3), torch.randn(2, 3)
+    found = images.decode(hidden, options={"unconditional_rows": without})
+    torch.testing.assert_close(found, projection(hidden) - projection(without))
+
+
 def two(rule_a, rule_b):
     return {"a": tiny.LinearDecoder(8, rule_a), "b": tiny.LinearDecoder(8, rule_b)}
 
