@@ -9,6 +9,7 @@ from megatron.core.transformer.utils import (
     make_sharded_tensors_for_checkpoint,
     sharded_state_dict_default,
 )
+from megatron.core.utils import get_tensor_model_parallel_group_if_none
 from torch import nn
 
 
@@ -38,7 +39,14 @@ def sharded_state_dict(
     module._save_to_state_dict(own, "", keep_vars=True)
     state.update(
         make_sharded_tensors_for_checkpoint(
-            own, prefix, {}, sharded_offsets, dp_cp_group=metadata["dp_cp_group"]
+            own,
+            prefix,
+            {},
+            sharded_offsets,
+            # Replicated over both groups: without the first, every tensor-parallel rank would
+            # claim to hold the copy that is written.
+            tp_group=get_tensor_model_parallel_group_if_none(None),
+            dp_cp_group=metadata["dp_cp_group"],
         )
     )
     for name, child in module.named_children():

@@ -1,6 +1,7 @@
 """Start and end a run: process groups, device and random numbers, under ``torchrun`` or plain ``python``."""
 
 import logging
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
@@ -281,6 +282,9 @@ def _exit_now(error: BaseException) -> None:
     sys.excepthook(type(error), error, error.__traceback__)
     sys.stdout.flush()
     sys.stderr.flush()
+    # Helper processes (data loaders, dist_checkpointing's writers) would outlive this one and hold its output open.
+    for child in multiprocessing.active_children():
+        child.kill()
     # _exit rather than exit: destructors of process groups may wait for ranks that will never answer.
     os._exit(1)
 

@@ -1,0 +1,147 @@
+"""Microbatches from the one rank that reads them to the ranks that need them.
+
+Rank 0 of a tensor-parallel group reads; every pipeline stage reads for itself and keeps what its stage
+needs. At the start of a step all its microbatches are read into host memory and what their losses
+count is added up over the data-parallel ranks, because each loss is divided by the count of the whole
+step. Group by group, a step takes
+
+    one all-reduce of the counts over the data-parallel group (readers on the last stage alone),
+    one message with counts and layouts over the tensor-parallel group,
+    one broadcast of bytes over the tensor-parallel group for each microbatch, when its turn comes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_mimo.training.transfer import Layout, pack, unpack
+
+Batch = Mapping[str, object]
+Counts = dict[str, float]
+
+# Keywords of MimoModel.forward by where in the pipeline they are needed; others go to every stage.
+FIRST_ONLY = ("modality_inputs",)
+LAST_ONLY = ("labels", "loss_mask")
+ENDS_ONLY = ("modality_targets", "placement")
+
+
+def part_for_stage(batch: Batch, *, first: bool, last: bool) -> dict[str, object]:
+    """What one pipeline stage needs of a batch: middle stages see token ids, positions and masks.
+
+    Args:
+        batch: keyword arguments of `MimoModel.forward`.
+        first, last: whether the stage is the first, the last; both without a pipeline.
+
+    Example:
+        >>> batch = {"input_ids": 1, "labels": 2, "modality_inputs": 3, "modality_targets": 4}
+        >>> part_for_stage(batch, first=True, last=False)
+        {'input_ids': 1, 'modality_inputs': 3, 'modality_targets': 4}
+    """
+    unneeded = () if first else FIRST_ONLY
+    unneeded += () if last else LAST_ONLY
+    unneeded += () if first or last else ENDS_ONLY
+    return {name: value for name, value in batch.items() if name not in unneeded}
+
+
+@dataclass
+class StepBatches:
+    """The microbatches of one step that are still to come, and what the whole step counts.
+
+    Attributes:
+        counts: name -> sum over all microbatches and data-parallel ranks.
+        microbatch_counts: the same of each microbatch of this data-parallel rank.
+    """
+
+    counts: Counts
+    microbatch_counts: deque[Counts]
+    _layouts: deque[Layout]
+    _buffers: deque[Tensor]
+    _device: torch.device
+    _group: dist.ProcessGroup
+
+    def __len__(self) -> int:
+        return len(self._layouts)
+
+    def next(self) -> tuple[dict[str, object], Counts]:
+        """The next microbatch on this rank's device, and its counts.
+
+        Collective over the tensor-parallel group: one broadcast from its rank 0.
+        """
+        layout, counts = self._layouts.popleft(), self.microbatch_counts.popleft()
+        if self._buffers:
+            buffer = self._buffers.popleft().to(self._device, non_blocking=True)
+        else:
+            buffer = torch.empty(layout.size, dtype=torch.uint8, device=self._device)
+        if self._group.size() > 1 and layout.size:
+            dist.broadcast(buffer, group=self._group, group_src=0)
+        return unpack(layout, buffer), counts
+
+
+def read_step(
+    iterator: Iterator[Batch] | None,
+    microbatches: int,
+    *,
+    keep: Callable[[Batch], Batch],
+    count: Callable[[Batch], Counts],
+    tensor_group: dist.ProcessGroup,
+    data_group: dist.ProcessGroup | None,
+    device: torch.device,
+) -> StepBatches:
+    """Reads the next `microbatches` batches; every rank of the tensor-parallel group calls it.
+
+    Args:
+        iterator: gives batches of CPU tensors; used on rank 0 of the tensor-parallel group alone.
+        microbatches: how many.
+        keep: what this pipeline stage needs of a batch.
+        count: what a batch counts, under the same names, in the same order, for every batch.
+        tensor_group: gets the batches.
+        data_group: to add the counts up over; None leaves them this rank's.
+        device: where the batches are wanted.
+
+    Raises:
+        RuntimeError: the data ended within the step.
+    """
+    layouts, buffers, counts = [], [], []
+    if tensor_group.rank() == 0:
+        pin = device.type == "cuda"
+        for index in range(microbatches):
+            batch = _next_batch(iterator, index, microbatches)
+            layout, buffer = pack(keep(batch), pin)
+            layouts.append(layout)
+            buffers.append(buffer)
+            counts.append(count(batch))
+    total = _sum_over(counts, data_group, device) if tensor_group.rank() == 0 else {}
+    if tensor_group.size() > 1:
+        message = [total, counts, layouts]
+        dist.broadcast_object_list(message, group=tensor_group, group_src=0)
+        total, counts, layouts = message
+    return StepBatches(total, deque(counts), deque(layouts), deque(buffers), device, tensor_group)
+
+
+def _next_batch(iterator: Iterator[Batch] | None, index: int, microbatches: int) -> Batch:
+    try:
+        return next(iterator)
+    except StopIteration:
+        raise RuntimeError(
+            f"the data ended after {index} of the step's {microbatches} microbatches. Give an iterator "
+            "that does not end before training does, or train fewer steps."
+        ) from None
+
+
+def _sum_over(
+    counts: list[Counts], group: dist.ProcessGroup | None, device: torch.device
+) -> Counts:
+    """Each name's sum over microbatches and `group`. float64: counts of tokens pass 2 ** 24."""
+    names = list(counts[0])
+    summed = [sum(each[name] for each in counts) for name in names]
+    if group is not None and group.size() > 1:
+        packed = torch.tensor(summed, dtype=torch.float64, device=device)
+        dist.all_reduce(packed, group=group)
+        summed = packed.tolist()
+    return dict(zip(names, summed))

@@ -1,0 +1,157 @@
+"""Checkpoints of a training run in `megatron.core.dist_checkpointing`'s format.
+
+Weights and optimizer state can be read by another layout; the random numbers of dropout are those of
+the same layout only, and start anew in another.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from megatron_mimo.launch import Run
+from megatron_mimo.model import MimoModel
+
+logger = logging.getLogger(__name__)
+
+_COMPLETE = "complete"  # written last: a directory without it was cut short
+
+
+def save(
+    directory: Path,
+    step: int,
+    chunks: Sequence[MimoModel],
+    optimizer: MegatronOptimizer,
+    schedule: OptimizerParamScheduler,
+    run: Run,
+) -> Path:
+    """Writes `directory/step_<step>` and gives its path. Collective over all ranks.
+
+    A checkpoint of the same step that is there is replaced.
+    """
+    path = directory / f"step_{step:08d}"
+    if run.rank == 0:
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+    dist.barrier()
+    # Before its first update an optimizer has no state to save.
+    updated = schedule.num_steps > 0
+    state = _state(chunks, optimizer if updated else None, run, loading=False)
+    state |= {
+        "step": step,
+        "updated": updated,
+        "layout": vars(run.layout),
+        "schedule": schedule.state_dict(),
+    }
+    dist_checkpointing.save(state, str(path), content_metadata=_saved(_metadata(run)))
+    dist.barrier()
+    if run.rank == 0:
+        (path / _COMPLETE).touch()
+        logger.info("saved step %d to %s", step, path)
+    return path
+
+
+def load(
+    path: Path,
+    chunks: Sequence[MimoModel],
+    optimizer: MegatronOptimizer,
+    schedule: OptimizerParamScheduler,
+    run: Run,
+) -> int:
+    """Reads a checkpoint into model, optimizer and schedule, and gives the number of steps it has behind it.
+
+    Collective over all ranks.
+
+    Raises:
+        FileNotFoundError: there is no complete checkpoint at `path`.
+    """
+    if not (path / _COMPLETE).exists():
+        raise FileNotFoundError(
+            f"no complete checkpoint at {path}. Give the directory step_... that save() returned; one "
+            f"without a file {_COMPLETE!r} was cut short while it was written."
+        )
+    common = dist_checkpointing.load_common_state_dict(str(path))
+    same_layout = common["layout"] == vars(run.layout)
+    updated = common["updated"]
+    wanted = _state(
+        chunks, optimizer if updated else None, run, loading=True, random=same_layout
+    )
+    state = dist_checkpointing.load(wanted, str(path))
+    for index, chunk in enumerate(chunks):
+        chunk.load_state_dict(state[f"model{index}"])
+    if updated:
+        optimizer.load_state_dict(state["optimizer"])
+    else:
+        optimizer.reload_model_params()  # its own float32 copies of half-precision weights
+    schedule.load_state_dict(state["schedule"])
+    if same_layout:
+        _set_random_state(state["random"])
+    return state["step"]
+
+
+def latest(directory: Path) -> Path | None:
+    """The complete checkpoint of the most steps in `directory`, None if there is none."""
+    complete = [path.parent for path in directory.glob(f"step_*/{_COMPLETE}")]
+    return max(complete, default=None)
+
+
+def _state(
+    chunks: Sequence[MimoModel],
+    optimizer: MegatronOptimizer | None,
+    run: Run,
+    *,
+    loading: bool,
+    random: bool = True,
+) -> dict:
+    """What is saved or wanted, as sharded tensors and objects."""
+    metadata = _metadata(run)
+    state: dict = {
+        f"model{index}": chunk.sharded_state_dict(metadata=metadata)
+        for index, chunk in enumerate(chunks)
+    }
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(
+            dict(state), is_loading=loading, metadata=metadata
+        )
+    if random:
+        state["random"] = ShardedObject("random", _random_state(), (run.world_size,), (run.rank,))
+    return state
+
+
+def _metadata(run: Run) -> dict:
+    # Fully reshardable: a checkpoint of one layout can be read by any other.
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": run.groups.dp_cp,
+    }
+
+
+def _saved(metadata: dict) -> dict:
+    return {name: value for name, value in metadata.items() if name != "dp_cp_group"}
+
+
+def _random_state() -> dict:
+    return {
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _set_random_state(state: dict) -> None:
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["device"])
+    get_cuda_rng_tracker().set_states(state["tracker"])

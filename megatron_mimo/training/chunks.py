@@ -1,0 +1,113 @@
+"""A pipeline stage's part of the model, wrapped as Megatron's schedules and optimizers take it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
+from megatron.core.transformer.module import Float16Module
+from torch import nn
+
+from megatron_mimo.config import MimoModelConfig
+from megatron_mimo.launch import Run
+from megatron_mimo.model import MimoModel
+from megatron_mimo.training.control import TrainingControl
+
+#: `(pipeline_rank, vp_stage) -> config`: layer specs describe one stage's layers, so a pipeline asks
+#: for them stage by stage.
+ConfigOfStage = Callable[[int, int | None], MimoModelConfig]
+
+
+def build_chunks(config: ConfigOfStage, run: Run, control: TrainingControl) -> list[MimoModel]:
+    """This rank's model chunks, one without an interleaved pipeline, on its device.
+
+    Args:
+        config: of each stage.
+        run: the layout and its process groups.
+        control: what is frozen and compiled.
+    """
+    virtual = run.layout.virtual_pipeline_model_parallel_size
+    stages = run.layout.pipeline_model_parallel_size
+    chunks = []
+    for vp_stage in (None,) if virtual is None else range(virtual):
+        model = MimoModel(
+            config(run.pipeline_rank, vp_stage),
+            pre_process=run.pipeline_rank == 0 and vp_stage in (None, 0),
+            post_process=run.pipeline_rank == stages - 1 and vp_stage in (None, (virtual or 1) - 1),
+            vp_stage=vp_stage,
+            pg_collection=run.groups,
+        )
+        control.apply(model)
+        for parameter in model.parameters():
+            set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+        chunks.append(model.to(run.device))
+    return chunks
+
+
+def wrap_chunks(
+    chunks: list[MimoModel], run: Run, ddp: DistributedDataParallelConfig
+) -> list[DistributedDataParallel]:
+    """The chunks in half precision where their configuration says so, in Megatron's DDP.
+
+    Args:
+        chunks: from `build_chunks`.
+        run: the layout and its process groups.
+        ddp: options of the gradient reduction.
+    """
+    wrapped = []
+    for index, chunk in enumerate(chunks):
+        config = chunk.config
+        inner: nn.Module = Float16Module(config, chunk) if config.fp16 or config.bf16 else chunk
+        wrapped.append(
+            DistributedDataParallel(
+                config,
+                replace(ddp),  # DDP writes the bucket size that it chose into its configuration
+                inner,
+                # Chunks after the first finish while others still compute: nothing to overlap in pieces.
+                disable_bucketing=index > 0,
+                pg_collection=run.groups,
+            )
+        )
+    return wrapped
+
+
+def hook_schedule(
+    chunks: list[DistributedDataParallel], control: TrainingControl, scale_loss: Callable
+) -> None:
+    """Tells Megatron's schedules, through the model's configuration, how gradients are handled.
+
+    Args:
+        chunks: this rank's.
+        control: what happens to gradients after their reduction.
+        scale_loss: the optimizer's loss scale.
+    """
+    config, ddp = chunks[0].module.config, chunks[0].ddp_config
+    one_or_all = (lambda of_each: of_each[0]) if len(chunks) == 1 else (lambda of_each: of_each)
+    config.finalize_model_grads_func = control.finalize_func()
+    config.grad_scale_func = scale_loss
+    if ddp.overlap_grad_reduce:
+        config.no_sync_func = one_or_all([chunk.no_sync for chunk in chunks])
+    if ddp.overlap_grad_reduce and len(chunks) > 1:
+        config.grad_sync_func = [chunk.start_grad_sync for chunk in chunks]
+
+
+@contextmanager
+def parameters_gathered(
+    chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer
+) -> Iterator[None]:
+    """Within it, every rank holds whole weights, however the distributed optimizer gathers them.
+
+    With `overlap_param_gather` the weights of a step arrive with the next forward pass in training.
+    """
+    overlapped = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
+    if overlapped:
+        optimizer.prepare_model_params_for_param_sync()
+    for chunk in overlapped:
+        chunk.disable_forward_pre_hook(param_sync=True)
+    yield
+    for chunk in overlapped:
+        chunk.enable_forward_pre_hook()

@@ -1,0 +1,237 @@
+"""Which parts of a model train, how fast, and which encoders are compiled.
+
+Parts are named as they are configured:
+
+    language_model                       everything of the language model
+    encoders, input_projections, generation_input, decoders, output_projections
+                                         that part of every modality
+    images                               a whole modality
+    images/encoders, images/decoders     one part of it
+    images/encoders/clip                 one encoder or decoder
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, ParamKey, get_standard_config_overrides
+from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
+from megatron.core.utils import unwrap_model
+from torch import nn
+
+from megatron_mimo.config import SUBMODULE_KEYS, MimoModelConfig
+from megatron_mimo.model import MimoModel
+
+LANGUAGE_MODEL = "language_model"
+
+
+@dataclass(frozen=True)
+class TrainingControl:
+    """How the parts of a model train. Everything trains alike unless said otherwise.
+
+    Args:
+        frozen: parts without gradient and optimizer state.
+        embedding_rows: token ids whose rows of the language model's embedding train while the
+            table's other rows stay as they are, e.g. new special tokens of a frozen language model.
+            Tied output weights follow.
+        learning_rate: part -> factor on the learning rate.
+        weight_decay: part -> factor on the weight decay of those of its parameters that have any.
+        compiled: encoders to run through `torch.compile`, named as parts.
+
+    Example:
+        >>> control = TrainingControl(frozen=("language_model", "images/encoders"), learning_rate={"decoders": 10})
+    """
+
+    frozen: Sequence[str] = ()
+    embedding_rows: Sequence[int] = ()
+    learning_rate: Mapping[str, float] = field(default_factory=dict)
+    weight_decay: Mapping[str, float] = field(default_factory=dict)
+    compiled: Sequence[str] = ()
+
+    def check(self, config: MimoModelConfig) -> None:
+        """Refuses parts and token ids that the model does not have; needs no rank.
+
+        Raises:
+            ValueError: naming the option, the part and what there is.
+        """
+        for option in ("frozen", "learning_rate", "weight_decay", "compiled"):
+            for part in getattr(self, option):
+                parameter_prefixes(part, config, option)
+        for part in self.compiled:
+            if "encoders" not in part.split("/"):
+                raise ValueError(
+                    f"compiled: {part!r} is no encoder. Name encoders, such as 'encoders' or "
+                    "'images/encoders'."
+                )
+        for option in ("learning_rate", "weight_decay"):
+            for part, factor in getattr(self, option).items():
+                if not factor >= 0:
+                    raise ValueError(f"{option}[{part!r}] must be at least 0, got {factor}")
+        vocabulary = config.language_model.params.get("vocab_size")
+        for row in self.embedding_rows:
+            if row < 0 or vocabulary is not None and row >= vocabulary:
+                raise ValueError(
+                    f"embedding_rows: {row} is outside the vocabulary [0, {vocabulary}): it has no row. "
+                    "Give ids inside it, or enlarge the language model's vocab_size."
+                )
+
+    def apply(self, model: MimoModel) -> None:
+        """Freezes and compiles the parts of `model`; before it is wrapped in DDP."""
+        frozen = self._prefixes(self.frozen, model.mimo_config)
+        for name, parameter in model.named_parameters():
+            if name.startswith(frozen):
+                parameter.requires_grad_(False)
+        if self.embedding_rows:
+            for weight in _embedding_weights(model):
+                weight.requires_grad_(True)
+        compiled = self._prefixes(self.compiled, model.mimo_config)
+        for modality, submodule in model.modality_submodules.items():
+            for name, encoder in submodule.encoders.items():
+                if f"modality_submodules.{modality}.encoders.{name}.".startswith(compiled):
+                    encoder.compile()
+
+    def finalize_func(self):
+        """What goes into `TransformerConfig.finalize_model_grads_func`: Megatron's, then the row mask.
+
+        After the reduction, because some kernels add the gradient of a tied output layer straight
+        into the reduction buffer, where no hook on the parameter sees it.
+        """
+        if not self.embedding_rows:
+            return finalize_model_grads
+        return partial(_finalize_with_rows, rows=frozenset(self.embedding_rows))
+
+    def overrides(
+        self, optimizer: OptimizerConfig, config: MimoModelConfig
+    ) -> dict[ParamKey, ParamGroupOverride]:
+        """Megatron's parameter-group overrides, its standard ones included.
+
+        Args:
+            optimizer: whose learning rate and weight decay the factors multiply.
+            config: of the model, which says what the parts are called.
+        """
+        overrides = dict(get_standard_config_overrides(optimizer))
+        without_decay = tuple(overrides)[:1]  # the standard key of biases and norms
+        for part, factor in self.learning_rate.items():
+            override: ParamGroupOverride = {"max_lr": optimizer.lr * factor}
+            if optimizer.min_lr is not None:
+                override["min_lr"] = optimizer.min_lr * factor
+            overrides[self._key("learning_rate", part, config)] = override
+        for part, factor in self.weight_decay.items():
+            key = self._key("weight_decay", part, config, without_decay)
+            overrides[key] = {"wd_mult": float(factor)}
+        if self.embedding_rows:
+            # Adam's decoupled decay would shrink the rows that have no gradient.
+            overrides[_key("embedding_rows", lambda p, name: _is_embedding_weight(p, name))] = {
+                "wd_mult": 0.0
+            }
+        return overrides
+
+    def _key(
+        self, option: str, part: str, config: MimoModelConfig, excluded: tuple[ParamKey, ...] = ()
+    ) -> ParamKey:
+        prefixes = parameter_prefixes(part, config, option)
+        rows = bool(self.embedding_rows) and option == "weight_decay"
+
+        def matches(parameter: nn.Parameter, name: str) -> bool:
+            if not _unwrapped(name).startswith(prefixes):
+                return False
+            if rows and _is_embedding_weight(parameter, name):
+                return False
+            return not any(key.matches(parameter, name) for key in excluded)
+
+        return _key(f"{option} {part}", matches)
+
+    @staticmethod
+    def _prefixes(parts: Sequence[str], config: MimoModelConfig) -> tuple[str, ...]:
+        return tuple(prefix for part in parts for prefix in parameter_prefixes(part, config, "parts"))
+
+
+def parameter_prefixes(part: str, config: MimoModelConfig, option: str = "part") -> tuple[str, ...]:
+    """What the names of a part's parameters begin with, in an unwrapped `MimoModel`.
+
+    Args:
+        part: see the top of this file.
+        config: of the model.
+        option: what named the part, for the error.
+
+    Raises:
+        ValueError: the model has no such part.
+
+    Example:
+        >>> from megatron.core.transformer.spec_utils import ModuleSpec
+        >>> config = MimoModelConfig(ModuleSpec(module=object), {"images": ModuleSpec(module=object)})
+        >>> parameter_prefixes("images/encoders", config)
+        ('modality_submodules.images.encoders.',)
+    """
+    if part == LANGUAGE_MODEL:
+        return ("language_model.",)
+    if part in SUBMODULE_KEYS:
+        return tuple(f"modality_submodules.{name}.{part}." for name in config.modality_submodules)
+    modality, *rest = part.split("/")
+    if modality in config.modality_submodules and _exists(modality, rest, config):
+        return (".".join(["modality_submodules", modality, *rest, ""]),)
+    raise ValueError(
+        f"{option}: the model has no part {part!r}. Expected 'language_model', one of "
+        f"{list(SUBMODULE_KEYS)}, or one of the modalities {sorted(config.modality_submodules)}, such "
+        "as 'images', 'images/encoders' or 'images/encoders/clip'."
+    )
+
+
+def _exists(modality: str, rest: list[str], config: MimoModelConfig) -> bool:
+    if not rest:
+        return True
+    if rest[0] not in SUBMODULE_KEYS or len(rest) > 2:
+        return False
+    names = config.submodule_specs(modality).get(rest[0])
+    return len(rest) == 1 or isinstance(names, Mapping) and rest[1] in names
+
+
+def _key(name: str, matches) -> ParamKey:
+    return ParamKey(with_name_predicate=ParamWithNamePredicate(name=name, fn=matches))
+
+
+def _unwrapped(name: str) -> str:
+    """A parameter's name without what wrappers put before it."""
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
+    return name
+
+
+def _is_embedding_weight(parameter: nn.Parameter, name: str) -> bool:
+    if _unwrapped(name) == "language_model.embedding.word_embeddings.weight":
+        return True
+    # Megatron marks the copy of a tied embedding on the last pipeline stage.
+    return _unwrapped(name) == "language_model.output_layer.weight" and getattr(
+        parameter, "shared_embedding", False
+    )
+
+
+def _embedding_weights(model: MimoModel) -> Iterator[nn.Parameter]:
+    """The word embedding on the first stage, and its copy where the output weights are tied to it."""
+    for name, parameter in model.named_parameters():
+        if _is_embedding_weight(parameter, name):
+            yield parameter
+
+
+def _finalize_with_rows(model_chunks, num_tokens=None, *, rows: frozenset[int], **options) -> None:
+    """Megatron's finalize_model_grads; then zeros in the embedding's gradient outside `rows`."""
+    finalize_model_grads(model_chunks, num_tokens, **options)
+    for chunk in model_chunks:
+        mimo = unwrap_model(chunk)
+        for weight in _embedding_weights(mimo):
+            first = weight.shape[0] * mimo.pg_collection.tp.rank()
+            local = sorted(row - first for row in rows if first <= row < first + weight.shape[0])
+            _zero_rows_except(weight.main_grad, local)
+
+
+def _zero_rows_except(gradient: torch.Tensor, rows: Sequence[int]) -> None:
+    """Zeros in all but `rows` (ascending) of `[V / tp, H]`; slices, since a mask would be copied there."""
+    start = 0
+    for row in [*rows, gradient.shape[0]]:
+        gradient[start:row].zero_()
+        start = row + 1

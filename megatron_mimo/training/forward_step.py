@@ -1,0 +1,195 @@
+"""The forward step that Megatron's schedules call for every microbatch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core.utils import unwrap_model
+from torch import Tensor, nn
+
+from megatron_mimo.draws import restart_draws
+from megatron_mimo.losses import LossTerm
+from megatron_mimo.model import MimoModel
+from megatron_mimo.output import loss_terms
+from megatron_mimo.training import counts as names
+from megatron_mimo.training.batches import Batch, Counts, StepBatches, part_for_stage, read_step
+from megatron_mimo.training.loss import StepScale, loss_func
+
+
+class ForwardStep:
+    """`forward_step(data_iterator, model) -> (outputs, loss_func)` for a `MimoModel`.
+
+    One object serves training and evaluation, and every chunk of an interleaved pipeline. In training
+    the first microbatch of a step reads all of the step's, because their losses are divided by the
+    counts of the whole step; in evaluation each is read when its turn comes.
+
+    Args:
+        microbatches: gives the number of microbatches of the current training step.
+        step: gives the index of the current training step; equal on all ranks.
+        seed: of the decoders' draws, which start anew at each step.
+        on_step: called on the last pipeline stage with the counts of a training step, before it runs.
+
+    Example:
+        >>> forward_step = ForwardStep(microbatches=lambda: 4, step=lambda: 0, seed=1234)
+    """
+
+    def __init__(
+        self,
+        *,
+        microbatches: Callable[[], int],
+        step: Callable[[], int],
+        seed: int,
+        on_step: Callable[[Counts], None] | None = None,
+    ) -> None:
+        self._microbatches, self._step, self._seed, self._on_step = microbatches, step, seed, on_step
+        self._steps: dict[int | None, StepBatches] = {}
+        self._agreed: set[str] = set()
+        self._evaluated: dict[int | None, int] = {}
+
+    def __call__(self, data_iterator: Iterator[Batch] | None, model: nn.Module):
+        """One microbatch through `model`, and the function that makes its loss.
+
+        Args:
+            data_iterator: batches of CPU tensors, keyword arguments of `MimoModel.forward`; used on
+                rank 0 of the tensor-parallel group alone.
+            model: a `MimoModel`, or wrappers of Megatron's around one.
+
+        Returns:
+            `(outputs, loss_func)`: hidden states `[S_local, B, H]` before the last pipeline stage.
+        """
+        mimo = unwrap_model(model)
+        step, scale = self._current_step(data_iterator, mimo)
+        batch, counted = step.next()
+        if mimo.pre_process:
+            batch = with_inputs_in_encoder_dtype(batch, mimo)
+        outputs, loss_mask = model(**batch)
+        if not mimo.post_process:
+            return outputs, None
+        if scale is not None:
+            self._check_counts(loss_terms(outputs, loss_mask), counted, mimo)
+        return outputs, partial(
+            loss_func,
+            loss_mask=loss_mask,
+            weights=mimo.loss_weights,
+            names=["text", *names.decoders_of(mimo)],
+            scale=scale,
+        )
+
+    def _current_step(
+        self, iterator: Iterator[Batch] | None, mimo: MimoModel
+    ) -> tuple[StepBatches, StepScale | None]:
+        """This chunk's remaining microbatches, read where none are left, and the step's scale."""
+        chunk = mimo.vp_stage
+        if not mimo.training:
+            # The same draws in every evaluation, and none that training would go on from.
+            self._evaluated[chunk] = self._evaluated.get(chunk, 0) + 1
+            self._restart_draws(mimo, -self._evaluated[chunk])
+            return self._read(iterator, mimo, 1), None
+        self._evaluated[chunk] = 0
+        step = self._steps.get(chunk)
+        if not step:
+            step = self._steps[chunk] = self._read(iterator, mimo, self._microbatches())
+            self._restart_draws(mimo, self._step())
+            if mimo.post_process and self._on_step is not None:
+                self._on_step(step.counts)
+        return step, self._scale(step.counts, mimo) if mimo.post_process else None
+
+    def _restart_draws(self, mimo: MimoModel, step: int) -> None:
+        if mimo.pre_process or mimo.post_process:  # the stages that draw
+            restart_draws(self._seed, mimo.pg_collection.dp.rank(), step)
+
+    def _read(self, iterator: Iterator[Batch] | None, mimo: MimoModel, number: int) -> StepBatches:
+        groups = mimo.pg_collection
+        return read_step(
+            iterator,
+            number,
+            keep=partial(part_for, model=mimo),
+            count=partial(names.count_batch, model=mimo) if mimo.post_process else _nothing,
+            tensor_group=groups.tp,
+            data_group=groups.dp if mimo.post_process and mimo.training else None,
+            device=next(mimo.parameters()).device,
+        )
+
+    def _scale(self, counts: Counts, mimo: MimoModel) -> StepScale:
+        terms = ["text", *names.decoders_of(mimo)]
+        return StepScale(
+            counts={name: counts[names.term(name)] for name in terms},
+            tokens=counts[names.TOKENS],
+            parts=self._microbatches() * mimo.pg_collection.dp_cp.size(),
+            per_token=mimo.config.calculate_per_token_loss,
+        )
+
+    def _check_counts(self, terms: Mapping[str, LossTerm], counted: Counts, mimo: MimoModel) -> None:
+        """Holds the counts told ahead against those of the losses, once for every term: it waits."""
+        for name in terms:  # in one order on every rank: there is a collective in the loop
+            if name in self._agreed:
+                continue
+            self._agreed.add(name)
+            found = terms[name].count.detach().double().clone()
+            if mimo.pg_collection.cp.size() > 1:
+                dist.all_reduce(found, group=mimo.pg_collection.cp)
+            expected = counted[names.term(name)]
+            if abs(found.item() - expected) > 1e-3 * max(expected, 1.0):
+                raise ValueError(
+                    f"loss term {name!r} counted {found.item():g} but {expected:g} were told ahead. The "
+                    "decoder's loss_shape (or count) must say what its loss sums over."
+                )
+
+
+def part_for(batch: Batch, model: MimoModel) -> Batch:
+    """What a model's pipeline stage needs of a batch.
+
+    A first stage needs the targets of modalities whose generation tokens are fed from them, no other.
+
+    Args:
+        batch: keyword arguments of `MimoModel.forward`.
+        model: of the stage.
+    """
+    part = part_for_stage(batch, first=model.pre_process, last=model.post_process)
+    if model.post_process or not part.get("modality_targets"):
+        return part
+    fed = {
+        modality: target
+        for modality, target in part["modality_targets"].items()
+        if modality not in model.modality_submodules  # the model refuses it with a message
+        or model.modality_submodules[modality].generation_input is not None
+    }
+    return {**part, "modality_targets": fed}
+
+
+def with_inputs_in_encoder_dtype(batch: Batch, model: MimoModel) -> Batch:
+    """The batch with floating inputs in the dtype of their encoder's parameters.
+
+    A model in bfloat16 is fed float32 pixels by its dataset. Encoders without parameters get their
+    inputs as they are.
+
+    Args:
+        batch: keyword arguments of `MimoModel.forward`.
+        model: of the first pipeline stage.
+    """
+    dtypes = {
+        (modality, name): next((p.dtype for p in encoder.parameters() if p.is_floating_point()), None)
+        for modality, submodule in model.modality_submodules.items()
+        for name, encoder in submodule.encoders.items()
+    }
+    inputs = {
+        modality: {
+            name: _cast(keywords, dtypes.get((modality, name))) for name, keywords in encoders.items()
+        }
+        for modality, encoders in (batch.get("modality_inputs") or {}).items()
+    }
+    return {**batch, "modality_inputs": inputs} if inputs else batch
+
+
+def _cast(keywords: Mapping[str, object], dtype: torch.dtype | None) -> dict[str, object]:
+    def casts(value: object) -> bool:
+        return dtype is not None and isinstance(value, Tensor) and value.is_floating_point()
+
+    return {name: value.to(dtype) if casts(value) else value for name, value in keywords.items()}
+
+
+def _nothing(batch: Batch) -> Counts:
+    return {}

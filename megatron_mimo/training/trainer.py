@@ -1,0 +1,381 @@
+"""A small training loop on Megatron's parts, for a laptop, a notebook or a few GPUs.
+
+The same few lines train on every layout: one process, tensor, sequence, pipeline, context, expert and
+data parallelism. For long runs on many machines there is `megatron.training.pretrain`
+(`examples/pretrain_mimo.py`), which uses the same forward step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import (
+    OptimizerParamScheduler,
+    get_canonical_lr_for_logging,
+)
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_mimo.config import MimoModelConfig
+from megatron_mimo.launch import Run, exit_on_error
+from megatron_mimo.model import MimoModel
+from megatron_mimo.training import checkpoints
+from megatron_mimo.training.batches import Batch
+from megatron_mimo.training.chunks import (
+    ConfigOfStage,
+    build_chunks,
+    hook_schedule,
+    parameters_gathered,
+    wrap_chunks,
+)
+from megatron_mimo.training.control import TrainingControl
+from megatron_mimo.training.forward_step import ForwardStep
+from megatron_mimo.training.layouts import check_layout, check_sequence_length
+from megatron_mimo.training.progress import Progress
+from megatron_mimo.training.stop import StopRequest
+
+#: `(step, rank, size) -> microbatches`: what one of `size` data-parallel ranks trains on in a step. A
+#: pure function: every pipeline stage asks for itself, and a resumed run asks again. Each microbatch
+#: holds keyword arguments of `MimoModel.forward`, on the CPU.
+StepData = Callable[[int, int, int], Sequence[Batch]]
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """How long and how often.
+
+    Args:
+        steps: of the whole run; the learning rate's schedule ends there.
+        warmup_steps: over which the learning rate rises from 0.
+        decay: its course afterwards, down to the optimizer's `min_lr`.
+        seed: of the decoders' draws.
+        evaluate_every: steps between evaluations; None evaluates when asked.
+        evaluation_steps: steps of data that an evaluation takes.
+        save_every: steps between checkpoints; None saves at the end, and at a SIGTERM.
+        directory: of the checkpoints; None saves none.
+        progress: show a progress bar on the last rank.
+    """
+
+    steps: int
+    warmup_steps: int = 0
+    decay: Literal["constant", "linear", "cosine"] = "cosine"
+    seed: int = 1234
+    evaluate_every: int | None = None
+    evaluation_steps: int = 1
+    save_every: int | None = None
+    directory: Path | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "evaluate_every", "evaluation_steps", "save_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"TrainerSettings: {name} must be at least 1, got {value}")
+        if not 0 <= self.warmup_steps < self.steps:
+            raise ValueError(
+                f"TrainerSettings: warmup_steps must lie in [0, steps = {self.steps}), got "
+                f"{self.warmup_steps}"
+            )
+        if self.save_every is not None and self.directory is None:
+            raise ValueError(
+                f"TrainerSettings: save_every {self.save_every} needs a directory to save to"
+            )
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did; equal on all ranks.
+
+    Args:
+        step: its index, from 0.
+        losses: term -> mean over the whole batch, and `"loss"`, the weighted sum. Terms that the
+            batch counted nothing of are left out.
+        learning_rate: of parameters without a factor of their own.
+        gradient_norm: before clipping; None where the optimizer does not compute it.
+        skipped: the gradients had an infinity or NaN, and no weight changed (fp16).
+        seconds: wall-clock time.
+    """
+
+    step: int
+    losses: Mapping[str, float]
+    learning_rate: float
+    gradient_norm: float | None
+    skipped: bool
+    seconds: float
+
+
+@dataclass
+class History:
+    """What a run reported.
+
+    Args:
+        steps: a report for each step.
+        evaluations: step -> losses of the evaluation after it.
+        stopped: a SIGTERM ended the run before its last step.
+    """
+
+    steps: list[StepReport] = field(default_factory=list)
+    evaluations: dict[int, Mapping[str, float]] = field(default_factory=dict)
+    stopped: bool = False
+
+
+class Trainer:
+    """A model with its optimizer, on the layout of a run.
+
+    Args:
+        config: of the model; under pipeline parallelism a function that gives it stage by stage.
+        run: from `megatron_mimo.initialize`.
+        settings: how long and how often.
+        optimizer: Megatron's options: kind, learning rate, weight decay, clipping, the distributed
+            optimizer. `bf16`, `fp16` and `params_dtype` follow the model's configuration.
+        ddp: Megatron's options of the gradient reduction.
+        control: which parts train, and how fast.
+
+    Raises:
+        ValueError: a layout that cannot work, or options that contradict each other.
+
+    Example:
+        >>> run = megatron_mimo.initialize()                                      # doctest: +SKIP
+        >>> trainer = Trainer(config, run, TrainerSettings(steps=100))            # doctest: +SKIP
+        >>> history = trainer.train(lambda step, rank, size: [batch])             # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        config: MimoModelConfig | ConfigOfStage,
+        run: Run,
+        settings: TrainerSettings,
+        *,
+        optimizer: OptimizerConfig | None = None,
+        ddp: DistributedDataParallelConfig | None = None,
+        control: TrainingControl | None = None,
+    ) -> None:
+        of_stage = config if callable(config) else lambda pipeline_rank, vp_stage: config
+        self.run, self.settings, self.control = run, settings, control or TrainingControl()
+        whole = of_stage(run.pipeline_rank, 0)
+        check_layout(run.layout, whole)
+        self.control.check(whole)
+        self.models = build_chunks(of_stage, run, self.control)
+        ddp = ddp or DistributedDataParallelConfig()
+        optimizer = _with_precision_of(self.models[0], optimizer or OptimizerConfig(lr=1e-3), ddp)
+        self.chunks = wrap_chunks(self.models, run, ddp)
+        self.optimizer = get_megatron_optimizer(
+            optimizer,
+            self.chunks,
+            config_overrides=self.control.overrides(optimizer, whole),
+            use_gloo_process_groups=False,
+            pg_collection=run.groups,
+        )
+        self.schedule = _schedule(self.optimizer, optimizer, settings)
+        hook_schedule(self.chunks, self.control, self.optimizer.scale_loss)
+        self.steps_done = 0
+        self._microbatches = 1
+        self._forward_step = ForwardStep(
+            microbatches=lambda: self._microbatches,
+            step=lambda: self.steps_done,
+            seed=settings.seed,
+        )
+
+    def train(self, data: StepData, evaluation: StepData | None = None) -> History:
+        """Trains to `settings.steps`, from where the trainer stands.
+
+        On several ranks an exception on one of them ends the job at once, and a SIGTERM to one
+        saves a checkpoint (where there is a directory) at the end of the current step.
+
+        Args:
+            data: to train on.
+            evaluation: to evaluate on; asked for steps `0 .. settings.evaluation_steps - 1`.
+        """
+        settings, history = self.settings, History()
+        shown = settings.progress and self.run.rank == self.run.world_size - 1
+        with exit_on_error(), StopRequest(self.run.device) as stop, Progress(settings.steps, shown) as bar:
+            while self.steps_done < settings.steps and not history.stopped:
+                report = self.train_step(data)
+                history.steps.append(report)
+                bar.show(self.steps_done, report.losses, report.seconds)
+                if evaluation is not None and _due(self.steps_done, settings.evaluate_every):
+                    history.evaluations[self.steps_done] = self.evaluate(evaluation)
+                history.stopped = stop.received()
+                if _due(self.steps_done, settings.save_every) or history.stopped:
+                    self.save()
+            if settings.save_every is None and not history.stopped:
+                self.save()
+        return history
+
+    def train_step(self, data: StepData) -> StepReport:
+        """One optimizer step on `data` of step `steps_done`. Collective over all ranks."""
+        started = time.perf_counter()
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        logged = self._run(data, self.steps_done, forward_only=False)
+        succeeded, norm, _ = self.optimizer.step()
+        losses, norm, succeeded = self._agree(logged, norm, succeeded)
+        learning_rate = get_canonical_lr_for_logging(self.optimizer.param_groups)
+        if succeeded:
+            self.schedule.step(increment=1)
+        self.steps_done += 1
+        seconds = time.perf_counter() - started
+        return StepReport(
+            self.steps_done - 1, losses, learning_rate, norm, not succeeded, seconds
+        )
+
+    @torch.no_grad()
+    def evaluate(self, data: StepData) -> dict[str, float]:
+        """Mean of every term over steps `0 .. settings.evaluation_steps - 1` of `data`, and the weighted loss.
+
+        Collective over all ranks.
+        """
+        with parameters_gathered(self.chunks, self.optimizer):
+            for chunk in self.chunks:
+                chunk.eval()
+            logged = []
+            for step in range(self.settings.evaluation_steps):
+                logged += self._run(data, step, forward_only=True)
+            for chunk in self.chunks:
+                chunk.train()
+        losses, _, _ = self._agree(logged, None, True)
+        weights = self.models[-1].loss_weights
+        weighted = {name: weights.get(name.partition("/")[0], 1.0) * mean for name, mean in losses.items()}
+        return losses | {"loss": sum(weighted.values())}
+
+    def save(self) -> Path | None:
+        """Writes a checkpoint of this moment to `settings.directory` and gives its path; None without one.
+
+        Collective over all ranks.
+        """
+        if self.settings.directory is None:
+            return None
+        with parameters_gathered(self.chunks, self.optimizer):
+            return checkpoints.save(
+                self.settings.directory, self.steps_done, self.models, self.optimizer, self.schedule, self.run
+            )
+
+    def load(self, path: Path | None = None) -> int:
+        """Goes on from a checkpoint, and gives the number of steps it has behind it.
+
+        Collective over all ranks.
+
+        Args:
+            path: of the checkpoint; None for the latest one in `settings.directory`, if there is any.
+        """
+        if path is None and self.settings.directory is not None:
+            path = checkpoints.latest(self.settings.directory)
+        if path is not None:
+            self.steps_done = checkpoints.load(
+                path, self.models, self.optimizer, self.schedule, self.run
+            )
+        return self.steps_done
+
+    # Below: what a step needs ---------------------------------------------------------------
+
+    def _run(self, data: StepData, step: int, *, forward_only: bool) -> list[dict[str, Tensor]]:
+        """Runs the schedule over a step's microbatches; gives their reports on the last stage."""
+        reads = self.run.groups.tp.rank() == 0
+        batches = data(step, self.run.data_rank, self.run.layout.data_parallel_size) if reads else ()
+        self._microbatches, (batch_size, length) = self._shape(batches)
+        return get_forward_backward_func()(
+            forward_step_func=self._forward_step,
+            # Every chunk of an interleaved pipeline goes through the same batches.
+            data_iterator=[iter(batches) for _ in self.chunks] if len(self.chunks) > 1 else iter(batches),
+            model=self.chunks,
+            num_microbatches=self._microbatches,
+            seq_length=length,
+            micro_batch_size=batch_size,
+            forward_only=forward_only,
+        )
+
+    def _shape(self, batches: Sequence[Batch]) -> tuple[int, tuple[int, int]]:
+        """Number of microbatches and `(B, S)`, told by the rank that reads to its tensor-parallel group."""
+        group = self.run.groups.tp
+        shapes = [tuple(batch["input_ids"].shape) for batch in batches]
+        if group.rank() == 0:
+            self._check_shapes(shapes)
+        message = [len(shapes), shapes[0] if shapes else None]
+        if group.size() > 1:
+            dist.broadcast_object_list(message, group=group, group_src=0)
+        return tuple(message)
+
+    def _check_shapes(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        if not shapes:
+            raise ValueError("a step has no microbatch: the data must give at least one for every step")
+        config = self.models[0].config
+        if self.run.layout.pipeline_model_parallel_size > 1 and not config.variable_seq_lengths:
+            if len(set(shapes)) > 1:
+                raise ValueError(
+                    f"microbatches of shapes {sorted(set(shapes))}: pipeline stages exchange hidden "
+                    "states of one shape. Pad them alike, or set TransformerConfig.variable_seq_lengths."
+                )
+        for _, length in set(shapes):
+            check_sequence_length(length, self.run.layout, config)
+
+    def _agree(
+        self, logged: list[dict[str, Tensor]], norm: float | None, succeeded: bool
+    ) -> tuple[dict[str, float], float | None, bool]:
+        """Losses, gradient norm and success as all ranks shall know them."""
+        groups = self.run.groups
+        losses = _means(logged, groups.dp_cp) if logged else {}
+        if groups.pp.size() > 1:
+            message = [losses]
+            dist.broadcast_object_list(message, group=groups.pp, group_src=groups.pp.size() - 1)
+            losses = message[0]
+        if groups.mp.size() > 1:
+            # A stage where everything is frozen has no norm and cannot fail.
+            stages: list = [None] * groups.mp.size()
+            dist.all_gather_object(stages, (norm, bool(succeeded)), group=groups.mp)
+            norm = max((one for one, _ in stages if one is not None), default=None)
+            succeeded = all(one for _, one in stages)
+        return losses, norm, bool(succeeded)
+
+
+def _means(logged: Sequence[Mapping[str, Tensor]], group: dist.ProcessGroup) -> dict[str, float]:
+    """Each term's mean over microbatches and `group`; terms that counted nothing are left out."""
+    names = list(logged[0])
+    sums = torch.stack([torch.stack([each[name] for each in logged]).sum(0) for name in names])
+    dist.all_reduce(sums, group=group)
+    means = {name: total / count for name, (total, count) in zip(names, sums.tolist()) if count}
+    return {name.removesuffix(" loss"): mean for name, mean in means.items()}
+
+
+def _due(steps: int, every: int | None) -> bool:
+    return every is not None and steps % every == 0
+
+
+def _with_precision_of(
+    model: MimoModel, optimizer: OptimizerConfig, ddp: DistributedDataParallelConfig
+) -> OptimizerConfig:
+    """The optimizer's options in the model's precision; its distributed form must be DDP's too."""
+    if optimizer.use_distributed_optimizer != ddp.use_distributed_optimizer:
+        raise ValueError(
+            f"use_distributed_optimizer: the optimizer has {optimizer.use_distributed_optimizer}, DDP "
+            f"{ddp.use_distributed_optimizer}. Give both the same."
+        )
+    config = model.config
+    return replace(
+        optimizer, bf16=config.bf16, fp16=config.fp16, params_dtype=config.params_dtype
+    )
+
+
+def _schedule(optimizer, config: OptimizerConfig, settings: TrainerSettings) -> OptimizerParamScheduler:
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr or 0.0,
+        lr_warmup_steps=settings.warmup_steps,
+        lr_decay_steps=settings.steps,
+        lr_decay_style=settings.decay,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
