@@ -30,6 +30,8 @@ def model_config(run: Run, **changes):
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
         sequence_parallel=layout.tensor_model_parallel_size > 1,
+        overlap_p2p_comm=layout.virtual_pipeline_model_parallel_size is not None,
+        batch_p2p_comm=layout.virtual_pipeline_model_parallel_size is None,
         **changes,
     )
 
