@@ -8,9 +8,9 @@ wheel; full lookup and `masked_scatter`, as Hugging Face models do it; full look
 indices. Ours with the plan given, and with the plan built on the device. All of them give the same [S, B, H] rows,
 which is checked before anything is timed.
 
-On a GPU a call is timed with CUDA events in two states: `busy`, queued behind work that also clears the L2 cache, as
-in the middle of a step, so that host time shows only where the host is slower than the device or waits for it; and
-`idle`, on an empty queue, so that every launch shows. The floor is the bytes that must move, each once, over the
+On a GPU a call is timed with CUDA events in two states: `busy`, queued behind half a millisecond of other work (which
+clears the L2 cache too), as in the middle of a step, so that host time shows only where the host waits for the device;
+and `idle`, on an empty queue, so that every launch shows. The floor is the bytes that must move, each once, over the
 copy bandwidth that this device reaches here. Under sequence and context parallelism one of four ranks is measured,
 its collectives replaced by torch's fake process group, which allocates and moves nothing.
 """
@@ -42,6 +42,7 @@ from megatron_mimo.sharding import sequence_shard
 logger = logging.getLogger(__name__)
 
 SPAN = 64  # positions of one image
+BUSY_CYCLES = 1_000_000  # half a millisecond: longer than the host takes for any call that does not wait
 RANKS = 4  # of the sequence- and context-parallel measurements
 
 
@@ -279,15 +280,14 @@ Calls = dict[str, Callable[[], object]]
 
 
 def times(calls: Calls, device: torch.device, runs: int, state: str = "busy") -> dict[str, list[float]]:
-    """Seconds of each run of each call. The calls take turns, so that whatever else the machine does hits them alike."""
-    for call in calls.values():
-        for _ in range(3 if device.type == "cuda" else 1):
-            call()
+    """Seconds of each run of each call. On the CPU the calls take turns: whatever else runs there hits them alike."""
     clocks: dict[str, list[float]] = {name: [] for name in calls}
     clock = _gpu_clock(device, state) if device.type == "cuda" else _cpu_seconds
-    for _ in range(runs):
+    turns = 1 if device.type == "cuda" else runs
+    for _ in range(turns):
         for name, call in calls.items():
-            clocks[name].append(clock(call))
+            call()
+            clocks[name] += [clock(call) for _ in range(runs // turns)]
     return clocks
 
 
@@ -305,6 +305,7 @@ def _gpu_clock(device: torch.device, state: str) -> Callable[[Callable[[], objec
     def seconds(call: Callable[[], object]) -> float:
         if state == "busy":
             cache.zero_()
+            torch.cuda._sleep(BUSY_CYCLES)
         start.record()
         call()
         end.record()

@@ -69,6 +69,7 @@ def align(
     """
     tables = _tables(embeddings, placement)
     _check_layout(input_ids, placement, shard, tp_group, sequence_parallel)
+    _check_tokentypes(language_embedding, tokentype_ids)
     words = plain_lookup(language_embedding)
     vocabulary = _vocabulary(language_embedding, placement) if words is None else words.num_embeddings
     _check_vocabulary(input_ids, placement, vocabulary)
@@ -202,6 +203,17 @@ def _check_layout(
             f"the shard splits the sequence over {shard.tp_size} tensor-parallel ranks, but sequence parallelism "
             f"splits it over {size}."
         )
+
+
+def _check_tokentypes(language_embedding: nn.Module, tokentype_ids: Tensor | None) -> None:
+    """Raises `ValueError` where Megatron's embedding needs token types it is not given, or the other way round."""
+    if not isinstance(language_embedding, LanguageModelEmbedding):
+        return
+    has_types = language_embedding.tokentype_embeddings is not None
+    if has_types and tokentype_ids is None:
+        raise ValueError("the language model's embedding adds token types: pass tokentype_ids [B, S].")
+    if not has_types and tokentype_ids is not None:
+        raise ValueError("the language model's embedding has no token types: leave tokentype_ids out.")
 
 
 def _vocabulary(language_embedding: nn.Module, placement: Placement) -> int | None:

@@ -29,7 +29,7 @@ class Arrival:
             self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._host.copy_(values, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(values.device))
+            self._event.record()
         else:
             self._host = values
 

@@ -441,36 +441,43 @@ def _verify_rows(
         rows_per_item: rows of each item, in order.
         spans: int64 [number of spans, 3], if known.
     """
-    found = _rows_by_sample(counts, n_rows, rows_per_item)
-    if found != counts and spans is not None and len(spans) == len(rows_per_item):
-        # One span an item: each item's own span says in which sample it stands. Only to name the sample, since
-        # images without a token between them share a span.
-        by_span = [0] * len(counts)
-        for sample, rows in zip(spans[:, 0].tolist(), rows_per_item, strict=True):
-            by_span[sample] += rows
-        found = by_span if by_span != counts else found
+    total = sum(counts)
+    if rows_per_item is None:
+        found = _rows_by_total(counts, n_rows)
+    else:
+        found = _rows_by_item(counts, rows_per_item)
+        if found != counts and spans is not None and len(spans) == len(rows_per_item):
+            # One span an item: each item's own span says in which sample it stands. Only to name the sample, since
+            # images without a token between them share a span.
+            by_span = [0] * len(counts)
+            for sample, rows in zip(spans[:, 0].tolist(), rows_per_item, strict=True):
+                by_span[sample] += rows
+            found = by_span if by_span != counts else found
     for sample, (tokens, rows) in enumerate(zip(counts, found, strict=True)):
         if tokens != rows:
             embeddings = "embeddings" if kind == "special" else "target rows"
             raise ValueError(
-                f"{name}: sample {sample} has {tokens} {kind} tokens but {rows} {embeddings} (batch: {sum(counts)} "
+                f"{name}: sample {sample} has {tokens} {kind} tokens but {rows} {embeddings} (batch: {total} "
                 f"{kind} tokens, {n_rows} {embeddings}). Give each {kind} token one "
                 f"{embeddings.removesuffix('s')}."
             )
 
 
-def _rows_by_sample(counts: list[int], n_rows: int, rows_per_item: tuple[int, ...] | None) -> list[int]:
-    """How many rows each sample gets.
+def _rows_by_total(counts: list[int], n_rows: int) -> list[int]:
+    """How many rows each sample gets if they are dealt out in order; the last one takes what is left over."""
+    found = []
+    for tokens in counts:
+        found.append(min(tokens, n_rows - sum(found)))
+    found[-1] = n_rows - sum(found[:-1])
+    return found
 
-    Totals alone only tell where the rows run out: they are dealt out in order and the last sample takes what is
-    left. With items, whole items are dealt out, as many as it takes to fill each sample.
-    """
+
+def _rows_by_item(counts: list[int], rows_per_item: tuple[int, ...]) -> list[int]:
+    """How many rows each sample gets if it takes whole items, in order, until its tokens have one each."""
     found = [0] * len(counts)
     sample, last = 0, len(counts) - 1
-    for rows in rows_per_item or [1] * min(n_rows, sum(counts)):
+    for rows in rows_per_item:
         while sample < last and found[sample] >= counts[sample]:
             sample += 1
         found[sample] += rows
-    if rows_per_item is None:
-        found[last] += max(n_rows - sum(counts), 0)
     return found

@@ -161,10 +161,11 @@ def sequence_shard(
             f"{cp_size * tp_size * (2 if cp_size > 1 and tp_size % 2 else 1)}."
         )
     device = torch.device(device)
+    if cu_seqlens is not None:
+        _check_boundaries(cu_seqlens, sequence_length, chunks)
     if cu_seqlens is None or cp_size == 1:
         return _unpacked_shard(sequence_length, cp_rank, cp_size, tp_rank, tp_size, device)
     positions = _packed_positions(cu_seqlens.to(device, non_blocking=True), sequence_length, cp_rank, cp_size)
-    _check_boundaries(cu_seqlens, sequence_length, chunks)
     return SequenceShard(sequence_length, positions, tp_rank, tp_size, device)
 
 

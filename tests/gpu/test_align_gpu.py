@@ -212,13 +212,19 @@ def test_align_is_bitwise_upstreams(run, dtype):
     *mine, my_weight = torch.autograd.grad(ours, inputs, grad)
     for a, b in zip(mine, theirs, strict=True):
         assert torch.equal(a, b)
-    # Both sum a token's rows in float32 and round once; the order of the sum may differ.
-    torch.testing.assert_close(my_weight, their_weight, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
+    exact = torch.zeros(512, 96, dtype=torch.float64)
+    order = reference.vocabulary_order(ids.cpu(), placement.source.cpu(), None, 0, 512)
+    reference.vocabulary_gradient(exact, grad.cpu().double(), order)
+    errors = [(weight.cpu().double() - exact).abs().max() for weight in (my_weight, their_weight)]
+    # In float32 both differ from it by the order of their sums alone.
+    assert errors[0] <= max(errors[1], 1e-5), "further from the exact sum than the embedding's own backward"
 
 
 def test_align_runs_without_a_host_sync(run):
     words = embedding(64, 32, torch.bfloat16, run.groups.tp)
-    ids = draw_ids(2, 48, (IMAGES,), 64).pin_memory()
+    ids = draw_ids(2, 48, (IMAGES,), 64)
+    ids[:, 0] = 5  # so that every generation token has a predecessor
+    ids = ids.pin_memory()
     images = torch.randn(int((ids == IMAGES).sum()), 32, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     boundaries = torch.tensor([0, 16, 48], dtype=torch.int32, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
@@ -238,7 +244,8 @@ def test_align_runs_without_a_host_sync(run):
     placement.generation_positions("images", images.shape[0])
     placement.generation_positions("images", images.shape[0], rule="predecessor")
     torch.cuda.set_sync_debug_mode("default")
-    deferred._waiting.clear()  # a predecessor may well be missing in random ids
+    torch.cuda.synchronize()
+    deferred.report()
 
 
 @pytest.mark.parametrize("found", [0, 3, 9])
@@ -250,6 +257,8 @@ def test_a_wrong_count_does_not_fault_and_raises_when_the_next_step_begins(run, 
     ids = ids.cuda()
     images = torch.randn(found, 32, device="cuda", requires_grad=True)
     shard = sequence_shard(8, device="cuda")
+    build_placement(ids, {"images": IMAGES}, vocabulary_size=64)  # pinned memory comes with a sync at first
+    torch.cuda.synchronize()
     torch.cuda._sleep(200_000_000)  # keeps the device busy, so that the counts cannot be there yet
     placement = build_placement(ids, {"images": IMAGES}, vocabulary_size=64)
     rows = align(words, ids, None, {"images": images}, placement, shard, run.groups.tp)
@@ -269,6 +278,8 @@ def test_a_text_id_outside_the_vocabulary_does_not_fault_and_is_reported(run):
     ids = torch.tensor([[1, 2, 3, 4], [5, 10**15, -7, 6]]).cuda()
     shard = sequence_shard(4, device="cuda")
     for vocabulary_size in (64, None):
+        build_placement(torch.zeros_like(ids), {}, vocabulary_size=vocabulary_size)
+        torch.cuda.synchronize()
         torch.cuda._sleep(200_000_000)
         placement = build_placement(ids, {}, vocabulary_size=vocabulary_size)
         rows = align(words, ids, None, {}, placement, shard, run.groups.tp)
