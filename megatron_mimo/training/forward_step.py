@@ -30,7 +30,8 @@ class ForwardStep:
         microbatches: gives the number of microbatches of the current training step.
         step: gives the index of the current training step; equal on all ranks.
         seed: of the decoders' draws, which start anew at each step.
-        on_step: called on the last pipeline stage with the counts of a training step, before it runs.
+        on_step: called on the last pipeline stage with the index and the counts of a training step,
+            before it runs.
 
     Example:
         >>> forward_step = ForwardStep(microbatches=lambda: 4, step=lambda: 0, seed=1234)
@@ -42,7 +43,7 @@ class ForwardStep:
         microbatches: Callable[[], int],
         step: Callable[[], int],
         seed: int,
-        on_step: Callable[[Counts], None] | None = None,
+        on_step: Callable[[int, Counts], None] | None = None,
     ) -> None:
         self._microbatches, self._step, self._seed, self._on_step = microbatches, step, seed, on_step
         self._steps: dict[int | None, StepBatches] = {}
@@ -94,7 +95,7 @@ class ForwardStep:
             step = self._steps[chunk] = self._read(iterator, mimo, self._microbatches())
             self._restart_draws(mimo, self._step())
             if mimo.post_process and self._on_step is not None:
-                self._on_step(step.counts)
+                self._on_step(self._step(), step.counts)
         return step, self._scale(step.counts, mimo) if mimo.post_process else None
 
     def _restart_draws(self, mimo: MimoModel, step: int) -> None:

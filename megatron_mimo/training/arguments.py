@@ -1,0 +1,102 @@
+"""Command-line arguments for what Megatron has no argument of its own."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping, Sequence
+
+from megatron_mimo.launch import Layout
+from megatron_mimo.training.control import TrainingControl
+
+
+def add_mimo_args(parser: ArgumentParser) -> ArgumentParser:
+    """`parser` with the arguments of multimodal training; `extra_args_provider` of Megatron's parser.
+
+    Parts are named as in `megatron_mimo.training.control`: `language_model`, `encoders`,
+    `images/encoders`, `images/decoders/pixels`, ...
+
+    Example:
+        >>> args = add_mimo_args(ArgumentParser()).parse_args(["--freeze", "encoders", "--lr-factor", "decoders=10"])
+        >>> args.freeze, args.lr_factor
+        (['encoders'], [('decoders', 10.0)])
+    """
+    group = parser.add_argument_group("multimodal training")
+    group.add_argument("--freeze", nargs="+", default=[], metavar="PART", help="parts that do not train")
+    group.add_argument(
+        "--train-embedding-rows", nargs="+", type=int, default=[], metavar="ID",
+        help="token ids whose embedding rows train while the table's other rows stay as they are",
+    )  # fmt: skip
+    group.add_argument(
+        "--lr-factor", nargs="+", type=_factor, default=[], metavar="PART=FACTOR",
+        help="factors on the learning rate of parts",
+    )  # fmt: skip
+    group.add_argument(
+        "--weight-decay-factor", nargs="+", type=_factor, default=[], metavar="PART=FACTOR",
+        help="factors on the weight decay of parts",
+    )  # fmt: skip
+    group.add_argument(
+        "--modality-loss-weight", nargs="+", type=_factor, default=[], metavar="MODALITY=WEIGHT",
+        help="weights of the modalities' loss terms, 1 where none is given",
+    )  # fmt: skip
+    group.add_argument(
+        "--compile-encoders", nargs="+", default=[], metavar="PART",
+        help="encoders to run through torch.compile",
+    )  # fmt: skip
+    group.add_argument(
+        "--encoder-recompute-granularity", choices=["full", "selective"], default=None,
+        help="activation recomputation of the encoders, as --recompute-granularity is the language model's",
+    )  # fmt: skip
+    group.add_argument(
+        "--device-peak-tflops", type=float, default=None,
+        help="dense peak of one device in its training precision, for the MFU; known for common GPUs",
+    )  # fmt: skip
+    return parser
+
+
+def control_from_args(args: Namespace) -> TrainingControl:
+    """Which parts train, as the command line says."""
+    return TrainingControl(
+        frozen=args.freeze,
+        embedding_rows=args.train_embedding_rows,
+        learning_rate=once_each("--lr-factor", args.lr_factor),
+        weight_decay=once_each("--weight-decay-factor", args.weight_decay_factor),
+        compiled=args.compile_encoders,
+    )
+
+
+def layout_from_args(args: Namespace) -> Layout:
+    """The layout that Megatron's arguments ask for.
+
+    Raises:
+        ValueError: it does not fit the world, naming the argument to change.
+    """
+    return Layout(
+        world_size=args.world_size,
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+    )
+
+
+def once_each(option: str, pairs: Sequence[tuple[str, float]]) -> Mapping[str, float]:
+    """Pairs of a command-line option as a mapping.
+
+    Raises:
+        ValueError: a name is given twice.
+    """
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{option}: {name!r} is given {names.count(name)} times; give it once")
+    return dict(pairs)
+
+
+def _factor(text: str) -> tuple[str, float]:
+    """`"part=2"` -> `("part", 2.0)`; argparse reports what it raises."""
+    name, equals, factor = text.partition("=")
+    if not (name and equals):
+        raise ValueError(f"expected NAME=NUMBER, found {text!r}")
+    return name, float(factor)

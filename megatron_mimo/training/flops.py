@@ -1,0 +1,217 @@
+"""Floating-point operations of a step, counted in the open.
+
+Every weight matrix meets every row once, and a matrix product takes two operations for each weight:
+
+    forward of a part = 2 * weights * rows  +  4 * (attention width) * rows * (keys each row sees)
+
+A backward pass costs as much again for the gradient of the weights, where they train, and as much again
+for the gradient of the input, where something before the part trains. What activation recomputation
+repeats is not counted: these are the model's operations, not the hardware's. Not counted either are
+norms, activations, losses and the lookup of embeddings, which multiply no matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+from megatron.core.tensor_parallel import VocabParallelEmbedding
+from megatron.core.transformer.attention import Attention
+from megatron.core.transformer.enums import AttnMaskType
+from torch import nn
+
+from megatron_mimo.model import MimoModel
+from megatron_mimo.training import counts as names
+from megatron_mimo.training.batches import Counts
+
+LANGUAGE = "language_model"
+
+# Dense peak in bfloat16 and float16 as the makers' data sheets state it, without sparsity, TFLOP/s.
+# The first name that a device's name contains counts.
+STATED_PEAKS = {
+    "B200": 2250.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "GH200": 989.4,
+    "H200": 989.4,
+    "H100": 989.4,
+    "L40S": 362.0,
+    "A100": 312.0,
+    "A10": 125.0,
+}
+
+
+@dataclass(frozen=True)
+class PartSize:
+    """What a part of the model multiplies with, over all tensor- and expert-parallel ranks and stages.
+
+    Args:
+        weights: elements of weight matrices that each row meets.
+        trained: those of them that train.
+        attention: sum over its attention layers of heads times channels, half of it where the mask
+            is causal.
+        rows_per_item: positions of one item inside an encoder; 0 where it has one for each row.
+    """
+
+    weights: float = 0.0
+    trained: float = 0.0
+    attention: float = 0.0
+    rows_per_item: float = 0.0
+
+    @property
+    def trains(self) -> bool:
+        """Whether any of it trains."""
+        return self.trained > 0
+
+
+def part_sizes(chunks: Sequence[MimoModel]) -> dict[str, PartSize]:
+    """Size of every part by name: `language_model`, `images/encoders/clip`, `images/decoders/pixels`, ...
+
+    Collective over the pipeline-parallel group: one all-reduce of a few numbers.
+
+    Args:
+        chunks: this rank's, before or after they are wrapped.
+    """
+    parts = {name: PartSize() for name in _part_names(chunks[0])}
+    for chunk in chunks:
+        for name, module in _parts_here(chunk).items():
+            parts[name] = _sum(parts[name], _size(module, chunk))
+    group = chunks[0].pg_collection.pp
+    if group.size() == 1:
+        return parts
+    device = next(chunks[0].parameters()).device
+    packed = torch.tensor(
+        [list(vars(part).values()) for part in parts.values()], dtype=torch.float64, device=device
+    )
+    dist.all_reduce(packed, group=group)
+    return {name: PartSize(*values) for name, values in zip(parts, packed.tolist())}
+
+
+def step_flops(sizes: Mapping[str, PartSize], counts: Counts, *, training: bool = True) -> dict[str, float]:
+    """Operations of a step by part, over all ranks.
+
+    Args:
+        sizes: from `part_sizes`.
+        counts: of the step, from `megatron_mimo.training.counts`.
+        training: count the backward pass too.
+
+    Example:
+        >>> counts = {"positions": 10.0, "samples": 2.0}
+        >>> step_flops({"language_model": PartSize(weights=100.0, trained=100.0)}, counts)
+        {'language_model': 6000.0}
+    """
+    flops = {}
+    before = any(size.trains for name, size in sizes.items() if name != LANGUAGE)
+    for name, size in sizes.items():
+        rows, keys = _rows_and_keys(name, size, counts)
+        forward = 2 * size.weights * rows + 4 * size.attention * rows * keys
+        trained = size.trained / size.weights if size.weights else 0.0
+        inputs = size.trains or before and not _reads(name)
+        flops[name] = forward * (1 + trained + inputs if training else 1)
+    return flops
+
+
+def stated_peak(device_name: str) -> float | None:
+    """Dense 16-bit peak of a GPU in FLOP/s as its data sheet states it; None for a device not listed.
+
+    Example:
+        >>> stated_peak("NVIDIA H100 80GB HBM3")
+        989400000000000.0
+    """
+    peaks = (peak for name, peak in STATED_PEAKS.items() if name in device_name)
+    peak = next(peaks, None)
+    return None if peak is None else peak * 1e12
+
+
+def _part_names(model: MimoModel) -> list[str]:
+    """Every part of the whole model, the same on all stages."""
+    found = [LANGUAGE]
+    for modality, spec in model.mimo_config.modality_submodules.items():
+        parts = spec.submodules or {}
+        for kind in ("encoders", "decoders"):
+            found += [f"{modality}/{kind}/{name}" for name in parts.get(kind) or {}]
+        for kind in ("input_projections", "output_projections", "generation_input"):
+            found += [f"{modality}/{kind}"] if parts.get(kind) else []
+    return found
+
+
+def _parts_here(model: MimoModel) -> dict[str, nn.Module]:
+    """The parts that this chunk has."""
+    parts: dict[str, nn.Module] = {LANGUAGE: model.language_model}
+    for modality, submodule in model.modality_submodules.items():
+        for kind in ("encoders", "decoders"):
+            for name, module in submodule.get_submodule(kind).items():
+                parts[f"{modality}/{kind}/{name}"] = module
+        for kind in ("input_projections", "output_projections"):
+            if len(submodule.get_submodule(kind)):
+                parts[f"{modality}/{kind}"] = submodule.get_submodule(kind)
+        if submodule.generation_input is not None:
+            parts[f"{modality}/generation_input"] = submodule.generation_input
+    return parts
+
+
+def _size(module: nn.Module, model: MimoModel) -> PartSize:
+    """Size of a part of this chunk, over all ranks that share its layers."""
+    # A tied output layer multiplies the very table that the embedding looks up.
+    tied = module is model.language_model and model.share_embeddings_and_output_weights
+    lookups = set() if tied and model.post_process else _lookup_weights(module)
+    weights = trained = 0.0
+    for name, parameter in module.named_parameters():
+        # Other matrices (learned queries, positions, class tokens) are added, not multiplied with.
+        multiplies = parameter.dim() >= 2 and "weight" in name.rpartition(".")[2]
+        if not multiplies or id(parameter) in lookups:
+            continue
+        elements = parameter.numel() * _share(parameter, model)
+        weights += elements
+        trained += elements if parameter.requires_grad else 0.0
+    attention = sum(_attention_width(layer) for layer in module.modules() if isinstance(layer, Attention))
+    rows = float(module.seq_length) if isinstance(module, CLIPViTModel) else 0.0
+    return PartSize(weights, trained, attention, rows)
+
+
+def _lookup_weights(module: nn.Module) -> set[int]:
+    """Ids of tables that are looked up, not multiplied."""
+    kinds = (nn.Embedding, VocabParallelEmbedding)
+    return {id(layer.weight) for layer in module.modules() if isinstance(layer, kinds)}
+
+
+def _share(parameter: nn.Parameter, model: MimoModel) -> float:
+    """How many ranks' shards a row meets for each one that is here."""
+    groups, config = model.pg_collection, model.config
+    if not getattr(parameter, "allreduce", True):  # an expert's
+        ranks = groups.ep.size() * groups.expt_tp.size()
+        return ranks * config.moe_router_topk / config.num_moe_experts
+    return groups.tp.size() if getattr(parameter, "tensor_model_parallel", False) else 1.0
+
+
+def _attention_width(layer: Attention) -> float:
+    width = layer.config.num_attention_heads * layer.config.kv_channels
+    return width * (0.5 if layer.attn_mask_type == AttnMaskType.causal else 1.0)
+
+
+def _sum(one: PartSize, other: PartSize) -> PartSize:
+    return PartSize(*(a + b for a, b in zip(vars(one).values(), vars(other).values())))
+
+
+def _reads(name: str) -> bool:
+    """Whether a part stands before the language model."""
+    return name.split("/")[1:2] in (["encoders"], ["input_projections"], ["generation_input"])
+
+
+def _rows_and_keys(name: str, size: PartSize, counts: Counts) -> tuple[float, float]:
+    """Rows that go through a part in the step, and how many rows each attends to."""
+    if name == LANGUAGE:
+        positions = counts[names.POSITIONS]
+        return positions, positions / max(counts[names.SAMPLES], 1.0)
+    modality, kind, *module = name.split("/")
+    if kind == "encoders":
+        items = counts[names.items(modality, module[0])]
+        rows = items * size.rows_per_item if size.rows_per_item else counts.get(names.rows_read(modality), 0.0)
+        return rows, rows / max(items, 1.0)
+    if kind == "input_projections":
+        return counts.get(names.rows_read(modality), 0.0), 0.0
+    rows = counts.get(names.rows_written(modality), 0.0)
+    return rows, 0.0

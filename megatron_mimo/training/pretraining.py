@@ -1,0 +1,264 @@
+"""`megatron.training.pretrain`, from the installed wheel, with a `MimoModel`.
+
+Megatron's arguments, optimizer, schedule, checkpoints, logging and signal handling serve as they are.
+Replaced are the model provider, the forward step and the batches.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Protocol
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.enums import ModelType
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+from megatron_mimo.config import MimoModelConfig
+from megatron_mimo.cpu import disable_cpu_backend, enable_cpu_backend
+from megatron_mimo.draws import STATE, seed_draws
+from megatron_mimo.launch import exit_on_error, initialize
+from megatron_mimo.model import MimoModel
+from megatron_mimo.training.arguments import add_mimo_args, control_from_args, layout_from_args
+from megatron_mimo.training.batches import Counts
+from megatron_mimo.training.control import TrainingControl
+from megatron_mimo.training.flops import PartSize, part_sizes
+from megatron_mimo.training.forward_step import ForwardStep
+from megatron_mimo.training.layouts import check_layout
+from megatron_mimo.training.sampling import microbatches_of
+from megatron_mimo.training.throughput import Throughput, log_to_megatron, peak_of_all
+
+
+class Recipe(Protocol):
+    """What is trained on what; a module with these functions is one."""
+
+    def model_config(self, args: Namespace, pipeline_rank: int, vp_stage: int | None) -> MimoModelConfig:
+        """The model of a pipeline stage, from Megatron's arguments. Needs no process group."""
+
+    def datasets(self, args: Namespace, samples: Sequence[int | None]) -> tuple[Sequence | None, ...]:
+        """Datasets to train, validate and test on, each of which gives a sample for an index.
+
+        `samples` are the numbers of samples that the run will ask of each.
+        """
+
+    def collate(self, samples: Sequence) -> dict[str, object]:
+        """Keyword arguments of `MimoModel.forward` for the samples of a microbatch, on the CPU."""
+
+
+class ModelProvider:
+    """`model_provider(pre_process, post_process, vp_stage, config, pg_collection)` as Megatron calls it.
+
+    Args:
+        model_config: of a stage, `(args, pipeline_rank, vp_stage)`.
+        args: Megatron's.
+        control: which parts train.
+    """
+
+    def __init__(
+        self,
+        model_config: Callable[[Namespace, int, int | None], MimoModelConfig],
+        args: Namespace,
+        control: TrainingControl,
+    ) -> None:
+        self._model_config, self._args, self._control = model_config, args, control
+        self._chunks: list[MimoModel] = []
+        #: Of the whole model's parts, once every chunk of this rank is built.
+        self.sizes: dict[str, PartSize] = {}
+
+    def __call__(
+        self,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+        config=None,
+        pg_collection=None,
+    ) -> MimoModel:
+        """The model of one stage, or of one chunk of an interleaved pipeline.
+
+        The last chunk's call is collective over the pipeline-parallel group.
+
+        Raises:
+            ValueError: a `config` of the caller's: the recipe makes it.
+        """
+        if config is not None:
+            raise ValueError(
+                "model_provider got a TransformerConfig, expected None: the recipe's model_config makes the "
+                "configuration of every part. Set what it shall hold by Megatron's arguments."
+            )
+        seed_draws_once(self._args.seed)
+        rank = parallel_state.get_pipeline_model_parallel_rank()
+        model = MimoModel(
+            self._model_config(self._args, rank, vp_stage),
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+            pg_collection=pg_collection,
+        )
+        self._control.apply(model)
+        model.config.finalize_model_grads_func = self._control.finalize_func()
+        self._chunks.append(model)
+        if len(self._chunks) == (self._args.virtual_pipeline_model_parallel_size or 1):
+            self.sizes, self._chunks = part_sizes(self._chunks), []
+        return model
+
+
+def seed_draws_once(seed: int) -> None:
+    """Seeds the decoders' draws after Megatron has seeded its own numbers, once a process."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    if STATE not in get_cuda_rng_tracker().get_states():
+        seed_draws(seed, parallel_state.get_data_parallel_rank())
+
+
+def dataset_provider(recipe: Recipe, args: Namespace):
+    """`train_valid_test_datasets_provider` as Megatron calls it: endless microbatches of a recipe's datasets.
+
+    Args:
+        recipe: gives datasets and batches.
+        args: Megatron's; with them the number of samples that an earlier run consumed.
+
+    Raises:
+        ValueError: another kind of loader than `external` is asked for.
+    """
+    if args.dataloader_type != "external":
+        raise ValueError(
+            f"--dataloader-type {args.dataloader_type}: multimodal batches are nested, and Megatron's own "
+            "loaders cannot collate them. Leave the argument out, or give 'external'."
+        )
+
+    def provide(samples: Sequence[int | None], vp_stage: int | None = None):
+        """Microbatches to train, validate and test on; None where there is no dataset."""
+        del vp_stage  # every chunk of an interleaved pipeline goes through the same batches
+        consumed = (args.consumed_train_samples, args.consumed_valid_samples, 0)
+        sizes = (args.micro_batch_size, args.eval_micro_batch_size, args.eval_micro_batch_size)
+        return tuple(
+            None
+            if dataset is None
+            else microbatches_of(
+                dataset,
+                recipe.collate,
+                start=start,
+                micro_batch_size=size,
+                rank=parallel_state.get_data_parallel_rank(),
+                size=parallel_state.get_data_parallel_world_size(),
+                workers=args.num_workers,
+            )
+            for dataset, start, size in zip(recipe.datasets(args, samples), consumed, sizes)
+        )
+
+    return provide
+
+
+def pretrain(recipe: Recipe, defaults: dict[str, object] | None = None) -> None:
+    """Trains a recipe as the command line says; with Megatron's arguments and `add_mimo_args`'.
+
+    Without a GPU it runs on gloo, on the CPU.
+
+    Args:
+        recipe: what is trained on what.
+        defaults: Megatron's arguments that the command line need not give.
+
+    Raises:
+        ValueError: a layout that cannot work, before any process group is built.
+    """
+    on_cpu = not torch.cuda.is_available()
+    with exit_on_error(), ExitStack() as until_trained:
+        if on_cpu:
+            enable_cpu_backend()
+            until_trained.callback(disable_cpu_backend)
+        # Importing these configures logging; importing megatron_mimo does not.
+        from megatron.training import pretrain as megatron_pretrain
+        from megatron.training.argument_utils import pretrain_cfg_container_from_args
+        from megatron.training.arguments import parse_and_validate_args
+
+        args = parse_and_validate_args(
+            add_mimo_args,
+            # Batches are nested: Megatron's own loaders cannot collate them.
+            args_defaults={"dataloader_type": "external", **(defaults or {})},
+        )
+        layout, control = layout_from_args(args), control_from_args(args)
+        whole = recipe.model_config(args, layout.pipeline_model_parallel_size - 1, 0)
+        check_layout(layout, whole, args.seq_length)
+        control.check(whole)
+        if on_cpu:
+            _initialize_cpu(args)
+        until_trained.enter_context(_wheel_fitted(control, whole, on_cpu))
+        provider = ModelProvider(recipe.model_config, args, control)
+        megatron_pretrain(
+            pretrain_cfg_container_from_args(args),
+            dataset_provider(recipe, args),
+            ModelType.encoder_or_decoder,
+            ForwardStep(
+                microbatches=get_num_microbatches,
+                step=lambda: args.curr_iteration,
+                seed=args.seed,
+                on_step=_throughput(args, provider),
+            ),
+            provider,
+        )
+
+
+def _throughput(args: Namespace, provider: ModelProvider) -> Callable[[int, Counts], None]:
+    """What notes the start of a step; the model's size is known when the first one starts."""
+    peak = peak_of_all(args.world_size, args.bf16 or args.fp16, args.device_peak_tflops)
+
+    @cache
+    def throughput() -> Throughput:
+        return Throughput(provider.sizes, peak, log_to_megatron(args), args.log_interval)
+
+    return lambda step, counts: throughput().start_step(step, counts)
+
+
+def _initialize_cpu(args: Namespace) -> None:
+    """Process groups, which Megatron's own set-up builds only where there is a GPU."""
+    initialize(
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        args.virtual_pipeline_model_parallel_size,
+        args.context_parallel_size,
+        args.expert_model_parallel_size,
+        args.expert_tensor_parallel_size,
+        seed=args.seed,
+        backend="gloo",
+        timeout_s=60.0 * args.distributed_timeout_minutes,
+    )
+
+
+@contextmanager
+def _wheel_fitted(control: TrainingControl, config: MimoModelConfig, on_cpu: bool) -> Iterator[None]:
+    """Within it, `megatron.training` from the wheel does what it leaves no argument for.
+
+    It asks a function of its own for the parameter groups' overrides. It compiles its dataset helpers by
+    a Makefile, which the wheel lacks because it brings them compiled. And it starts without a GPU only
+    if told so by a keyword that `pretrain` does not pass on.
+    """
+    from megatron.core.datasets import utils
+    from megatron.training import training
+
+    ask = training.get_megatron_optimizer_config
+
+    def with_parts(args: Namespace):
+        optimizer, _ = ask(args)
+        return optimizer, control.overrides(optimizer, config)
+
+    replacements: list[tuple[ModuleType, str, Callable]] = [
+        (training, "get_megatron_optimizer_config", with_parts)
+    ]
+    if find_spec("megatron.core.datasets.helpers_cpp") is not None:
+        replacements.append((utils, "compile_helpers", lambda: None))
+    if on_cpu:
+        start = partial(training.initialize_megatron, allow_no_cuda=True)
+        replacements.append((training, "initialize_megatron", start))
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]
+    for owner, name, replacement in replacements:
+        setattr(owner, name, replacement)
+    try:
+        yield
+    finally:
+        for owner, name, original in before:
+            setattr(owner, name, original)

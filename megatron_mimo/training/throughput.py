@@ -1,0 +1,109 @@
+"""How fast a run goes: tokens, rows of each modality, images, operations, and their share of the peak."""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+
+import torch
+
+from megatron_mimo.training import counts as names
+from megatron_mimo.training.batches import Counts
+from megatron_mimo.training.flops import PartSize, stated_peak, step_flops
+
+Rates = dict[str, float]
+
+
+class Throughput:
+    """Rates of the steps since the last report. Time is read at the start of each step.
+
+    A step of Megatron's waits for the device before it ends (it reads the gradient norm), so the
+    host's clock at the start of the next one is the step's time.
+
+    Args:
+        sizes: of the model's parts.
+        peak: of all devices together in FLOP/s; None leaves the MFU out.
+        report: called with the index of the step about to start and the rates since the last call.
+        every: steps between reports.
+    """
+
+    def __init__(
+        self,
+        sizes: Mapping[str, PartSize],
+        peak: float | None,
+        report: Callable[[int, Rates], None],
+        every: int,
+    ) -> None:
+        self._sizes, self._peak, self._report, self._every = sizes, peak, report, every
+        self._summed: Counts = {}
+        self._started: float | None = None
+        self._steps = 0
+
+    def start_step(self, step: int, counts: Counts) -> None:
+        """Takes note of a step that starts now, and reports the ones before it where it is time."""
+        now = time.perf_counter()
+        if self._steps >= self._every:
+            self._report(step, self.rates(now - self._started))
+            self._summed, self._started, self._steps = {}, now, 0
+        if self._started is None:
+            self._started = now
+        self._summed = {name: self._summed.get(name, 0.0) + count for name, count in counts.items()}
+        self._steps += 1
+
+    def rates(self, seconds: float) -> Rates:
+        """By name of the log, for what went through in `seconds`."""
+        counts, rates = self._summed, {}
+        rates["tokens/s"] = counts[names.POSITIONS] / seconds
+        rates["samples/s"] = counts[names.SAMPLES] / seconds
+        for name, count in counts.items():
+            if name.startswith(("rows read ", "rows written ")):
+                kind, modality = name.removeprefix("rows ").split(" ")
+                rates[f"{modality} tokens {kind}/s"] = count / seconds
+            elif name.startswith("items "):
+                rates[f"{name.removeprefix('items ')} items/s"] = count / seconds
+        flops = step_flops(self._sizes, counts)
+        for part, operations in flops.items():
+            rates[f"{part} TFLOP/s"] = operations / seconds / 1e12
+        rates["TFLOP/s"] = sum(flops.values()) / seconds / 1e12
+        if self._peak is not None:
+            rates["MFU"] = sum(flops.values()) / seconds / self._peak
+        return rates
+
+
+def peak_of_all(devices: int, half_precision: bool, given_tflops: float | None = None) -> float | None:
+    """Peak of all devices of a run in FLOP/s, None where nobody states it.
+
+    Args:
+        devices: how many.
+        half_precision: whether the model computes in bfloat16 or float16, which the stated peaks are for.
+        given_tflops: of one device, in place of its data sheet's.
+    """
+    if given_tflops is not None:
+        return given_tflops * 1e12 * devices
+    if not (half_precision and torch.cuda.is_available()):
+        return None
+    peak = stated_peak(torch.cuda.get_device_name())
+    return None if peak is None else peak * devices
+
+
+def log_to_megatron(args: Namespace) -> Callable[[int, Rates], None]:
+    """A report to where `megatron.training` reports: the last rank's stdout, TensorBoard, W&B."""
+
+    def report(step: int, rates: Rates) -> None:
+        from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+
+        line = " | ".join(f"{name}: {rate:.4g}" for name, rate in rates.items())
+        print(f" throughput of iterations up to {step} | {line}", flush=True)
+        writer, wandb = get_tensorboard_writer(), get_wandb_writer()
+        for name, rate in rates.items():
+            if writer:
+                writer.add_scalar(f"throughput/{name}", rate, step)
+            if wandb:
+                wandb.log({f"throughput/{name}": rate}, step)
+
+    return report if args.rank == args.world_size - 1 else _silent
+
+
+def _silent(step: int, rates: Rates) -> None:
+    """Every rank of the last stage keeps count, one tells."""
