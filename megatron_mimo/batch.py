@@ -22,11 +22,11 @@ def check_token_tensors(
     Args:
         input_ids: `[B, S]` int64 or int32, global sequence.
         position_ids: `[B, S]`, or `[k, B, S]` for rotary embeddings with k sections.
-        attention_mask: `[B or 1, ..., S]`, as the language model takes it.
+        attention_mask: bool `[B or 1, heads or 1, S or 1, S]`, True where a position is hidden.
         labels, loss_mask: `[B, S]`.
 
     Raises:
-        TypeError: not a tensor, or ids that are no integers.
+        TypeError: not a tensor, ids that are no integers, or an attention mask that is not bool.
         ValueError: an empty batch, or shapes that differ from `input_ids`'.
     """
     given = {"input_ids": input_ids}
@@ -46,7 +46,6 @@ def check_token_tensors(
         raise ValueError(f"input_ids must be [B, S], got {list(input_ids.shape)}")
     if input_ids.numel() == 0:
         raise ValueError(f"empty batch: input_ids has shape {list(input_ids.shape)}")
-    batch_size, length = input_ids.shape
     for name in ("labels", "loss_mask"):
         if name in given:
             _check_shape(name, given[name], given[name].shape == input_ids.shape, input_ids)
@@ -54,9 +53,7 @@ def check_token_tensors(
         fits = position_ids.dim() in (2, 3) and position_ids.shape[-2:] == input_ids.shape
         _check_shape("position_ids", position_ids, fits, input_ids)
     if attention_mask is not None:
-        shape = attention_mask.shape
-        fits = len(shape) >= 2 and shape[0] in (1, batch_size) and shape[-1] == length
-        _check_shape("attention_mask", attention_mask, fits, input_ids)
+        _check_attention_mask(attention_mask, input_ids)
 
 
 def check_modalities(name: str, given: Mapping[str, object] | None, known: Mapping) -> None:
@@ -75,6 +72,22 @@ def check_modalities(name: str, given: Mapping[str, object] | None, known: Mappi
             raise ValueError(
                 f"{name} has modality {modality!r}, but the model's modalities are {sorted(known)}"
             )
+
+
+def _check_attention_mask(attention_mask: Tensor, input_ids: Tensor) -> None:
+    if attention_mask.dtype != torch.bool:
+        raise TypeError(
+            f"attention_mask must be bool, True where a position is hidden, got {attention_mask.dtype}"
+        )
+    batch_size, length = input_ids.shape
+    if attention_mask.dim() != 4:
+        raise ValueError(
+            f"attention_mask must be [B or 1, heads or 1, S or 1, S], got {list(attention_mask.shape)}. From "
+            "a [B, S] mask of tokens to keep, make ~keep[:, None, None, :] and join the causal mask."
+        )
+    samples, _, queries, keys = attention_mask.shape
+    fits = samples in (1, batch_size) and queries in (1, length) and keys == length
+    _check_shape("attention_mask", attention_mask, fits, input_ids)
 
 
 def _check_shape(name: str, value: Tensor, fits: bool, input_ids: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -33,7 +33,8 @@ class MimoModelConfig:
         generation_token_ids: modality name -> the id whose hidden states feed its decoders.
             May equal the modality's special token id. Unless a `generation_input` feeds
             these positions, the id is looked up in the vocabulary and must lie inside it.
-        modality_loss_weights: modality name -> weight of its loss terms in the total, default 1.
+        modality_loss_weights: modality name, or `text`, -> weight of its loss terms in the total,
+            default 1.
 
     Raises:
         TypeError: an argument, a spec or an id has the wrong type.
@@ -66,8 +67,9 @@ class MimoModelConfig:
             _check_mapping(name, getattr(self, name))
         for modality, spec in self.modality_submodules.items():
             _check_modality_spec(modality, spec)
-        for name in ("special_token_ids", "generation_token_ids", "modality_loss_weights"):
-            self._check_names(name)
+        for name in ("special_token_ids", "generation_token_ids"):
+            self._check_names(name, self.modality_submodules)
+        self._check_names("modality_loss_weights", ("text", *self.modality_submodules))
         self._check_token_ids()
         self._check_weights()
         self._check_connections()
@@ -97,9 +99,9 @@ class MimoModelConfig:
         _check_mapping("modality_submodules", modality_submodules)
         return replace(self, modality_submodules={**self.modality_submodules, **modality_submodules})
 
-    def _check_names(self, name: str) -> None:
+    def _check_names(self, name: str, known: Collection[str]) -> None:
         for modality in getattr(self, name):
-            if modality not in self.modality_submodules:
+            if modality not in known:
                 raise ValueError(
                     f"{name} names modality {modality!r}, but modality_submodules has "
                     f"{sorted(self.modality_submodules)}. Add its spec or remove the entry."

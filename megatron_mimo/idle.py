@@ -16,8 +16,8 @@ from torch import Tensor, nn
 _DDP = "megatron.core.distributed.distributed_data_parallel"
 
 
-def stand_in(modules: Iterable[nn.Module], width: int = 1) -> Tensor:
-    """An empty tensor `[0, width]` in place of what `modules` would have computed here.
+def stand_in(modules: Iterable[nn.Module], like: Tensor | None = None) -> Tensor:
+    """An empty tensor `[0, H]` in place of what `modules` would have computed here.
 
     Call it where they would have run. It sets off the parameter gathers that they would have set
     off, and its backward pass gives each of their trainable parameters a gradient of zeros, one after
@@ -25,24 +25,26 @@ def stand_in(modules: Iterable[nn.Module], width: int = 1) -> Tensor:
 
     Args:
         modules: in the order in which they would have run.
-        width: of the rows that are not there.
+        like: any tensor whose last dim is `H`, with the dtype and device of the missing rows; None
+            for `[0, 1]` like the first parameter.
 
     Returns:
-        `[0, width]`, rank-local, dtype and device of the first parameter (float32 without one).
+        `[0, H]`, rank-local.
 
     Example:
         >>> layer = nn.Linear(2, 2)
-        >>> with_idle(torch.ones(3), [stand_in([layer])]).sum().backward()
+        >>> with_idle(torch.ones(3), [stand_in([layer], like=torch.ones(2))]).sum().backward()
         >>> layer.bias.grad
         tensor([0., 0.])
     """
     modules = list(modules)
     for module in modules:
         _gather_parameters(module)
-    parameters = [parameter for module in modules for parameter in module.parameters()]
-    like = parameters[0] if parameters else torch.empty(0)
-    anchor = like.new_empty(0, width)
-    for parameter in dict.fromkeys(parameters):
+    parameters = list(dict.fromkeys(p for module in modules for p in module.parameters()))
+    if like is None:
+        like = parameters[0].detach().flatten()[:1] if parameters else torch.empty(1)
+    anchor = like.new_empty(0, like.shape[-1])
+    for parameter in parameters:
         if parameter.requires_grad and torch.is_grad_enabled():
             anchor = _ZeroGradient.apply(anchor, parameter)
     return anchor

@@ -6,11 +6,12 @@ import dataclasses
 import functools
 import inspect
 import types
+from typing import Self
 
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_mimo.build import build, constructor_parameters
 
@@ -71,24 +72,36 @@ def _check_interleaving(config: TransformerConfig) -> None:
         )
 
 
-class HiddenStateTap:
-    """Keeps the final norm's output of each forward pass until it is taken.
+class HiddenStates:
+    """Keeps what the transformer stack gave while the language model ran.
 
     The decoders read the very states that the logits come from, so the language model runs once.
-    A forward hook on its transformer stack serves every model class alike.
+    A forward hook serves every model class alike; it is there only as long as the `with` block.
 
     Args:
-        language_model: a model whose transformer stack is `decoder`, on the last pipeline stage.
+        stack: the language model's transformer stack, on the last pipeline stage.
+
+    Attributes:
+        last: `[S_local, B, H]` of the last forward pass, after the final norm, rank-local.
+
+    Example:
+        >>> stack = nn.Linear(2, 2)
+        >>> with HiddenStates(stack) as states:
+        ...     output = stack(stack.weight)
+        >>> states.last is output
+        True
     """
 
-    def __init__(self, language_model: MegatronModule) -> None:
-        self._hidden: Tensor | None = None
-        language_model.decoder.register_forward_hook(self._keep)
+    def __init__(self, stack: nn.Module) -> None:
+        self._stack = stack
+        self.last: Tensor | None = None
+
+    def __enter__(self) -> Self:
+        self._hook = self._stack.register_forward_hook(self._keep)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._hook.remove()
 
     def _keep(self, module, inputs, output) -> None:
-        self._hidden = output[0] if isinstance(output, tuple) else output
-
-    def take(self) -> Tensor:
-        """`[S_local, B, H]` of the last forward pass, rank-local; the tap lets go of it."""
-        hidden, self._hidden = self._hidden, None
-        return hidden
+        self.last = output[0] if isinstance(output, tuple) else output

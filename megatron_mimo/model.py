@@ -18,7 +18,7 @@ from megatron_mimo.batch import check_modalities, check_token_tensors, default_p
 from megatron_mimo.checkpoint import sharded_state_dict
 from megatron_mimo.config import MimoModelConfig, generation_table
 from megatron_mimo.idle import with_idle
-from megatron_mimo.language import HiddenStateTap, build_language_model
+from megatron_mimo.language import HiddenStates, build_language_model
 from megatron_mimo.output import MimoOutput, ModalityOutput
 from megatron_mimo.placement import Placement, build_placement
 from megatron_mimo.route import route
@@ -80,8 +80,7 @@ class MimoModel(MegatronModule):
             }
         )
         self.language_model = language_model
-        generates = post_process and bool(config.generation_token_ids)
-        self._tap = HiddenStateTap(self.language_model) if generates else None
+        self._generates = post_process and bool(config.generation_token_ids)
         self._language_keywords = inspect.signature(self.language_model.forward).parameters.keys()
         logger.info("MimoModel: %s", self.extra_repr())
 
@@ -106,7 +105,8 @@ class MimoModel(MegatronModule):
             attention_mask: as the language model takes it; None for its own causal mask. A mask
                 replaces the causal one of attention without TransformerEngine.
             labels: `[B, S]` next-token ids. With them the language model returns per-token loss.
-            loss_mask: `[B, S]`, returned cut to this context-parallel rank.
+            loss_mask: `[B, S]`, returned cut to this context-parallel rank; None with labels counts
+                every label that is not negative.
             modality_inputs: modality -> encoder -> its keyword inputs.
             modality_targets: modality -> decoder -> its keyword targets, for training.
             packed_seq_params: boundaries of packed sequences (`qkv_format="thd"`, B = 1).
@@ -131,7 +131,7 @@ class MimoModel(MegatronModule):
         if position_ids is None:
             position_ids = default_positions(input_ids, _boundaries(packed_seq_params))
 
-        counts = self._count_generation(modality_targets, placement)
+        counts = self._count_generation(modality_inputs, modality_targets, placement)
         self._check_missing_inputs(modality_inputs, counts, placement)
 
         targets = self.prepare(modality_targets)
@@ -140,15 +140,20 @@ class MimoModel(MegatronModule):
             rows = self.encode(modality_inputs, targets, counts, placement)
             rows = self.exchange(rows)
             decoder_input = self.align(input_ids, position_ids, rows, placement, shard)
+        if labels is not None and loss_mask is None:
+            loss_mask = (labels >= 0).float()
         labels, loss_mask = _cut(shard, labels), _cut(shard, loss_mask)
-        language = self.run_language_model(
+        language, states = self.run_language_model(
             decoder_input, position_ids, attention_mask, labels, loss_mask,
             packed_seq_params, inference_context,
         )
-        if self._tap is None:
-            return language, loss_mask
-        hidden = self.route(self._tap.take(), counts, placement, shard)
-        return MimoOutput(language, self.decode_losses(hidden, targets)), loss_mask
+        outputs = language
+        if self._generates:
+            hidden = self.route(states, counts, placement, shard)
+            outputs = MimoOutput(language, self.decode_losses(states, hidden, targets))
+        if placement is not None and not self.training:
+            placement.raise_deferred()  # no next step will
+        return outputs, loss_mask
 
     # The stages, in the order of the flow --------------------------------------------------
 
@@ -205,7 +210,7 @@ class MimoModel(MegatronModule):
             shares_token = generation_table(modality) not in placement.names
             if shares_token and given is not None:
                 count = 0  # its positions read
-            fed = submodule.generation_rows(targets.get(modality), count, self.config.hidden_size)
+            fed = submodule.generation_rows(targets.get(modality), count, self._rows_like)
             if not shares_token:
                 rows[generation_table(modality)] = fed
             elif count:
@@ -219,13 +224,19 @@ class MimoModel(MegatronModule):
     ) -> Tensor:
         submodule = self.modality_submodules[modality]
         if given is None:
-            return submodule.encode_nothing(self.config.hidden_size)
+            return submodule.encode_nothing(self._rows_like)
         rows, rows_per_item = submodule.encode_items(given)
-        if placement.count_on_host(modality) not in (None, rows.shape[0]):
-            placement.check_rows(modality, rows.shape[0], rows_per_item)
+        if rows_per_item is not None and len(rows_per_item) == 1:
+            rows_per_item = None  # one item may hold the rows of several samples, packed
+        placement.check_rows(modality, rows.shape[0], rows_per_item)
         if submodule.encode_is_overridden:  # it may leave out modules that other ranks use
-            return with_idle(rows, [submodule.encode_nothing(self.config.hidden_size)])
+            return with_idle(rows, [submodule.encode_nothing(self._rows_like)])
         return rows
+
+    @property
+    def _rows_like(self) -> Tensor:
+        """A tensor with the width, dtype and device of embedded rows."""
+        return self.language_model.embedding.word_embeddings.weight
 
     def exchange(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         """The rows that this rank's part of the language model needs.
@@ -257,19 +268,25 @@ class MimoModel(MegatronModule):
         loss_mask: Tensor | None,
         packed_seq_params: PackedSeqParams | None,
         inference_context,
-    ) -> Tensor:
-        """What the language model returns: hidden states, logits or per-token loss."""
+    ) -> tuple[Tensor, Tensor]:
+        """What the language model returns (hidden states, logits or per-token loss), and its states.
+
+        The states are the transformer stack's output `[S_local, B, H]`, on the last pipeline stage
+        after the final norm.
+        """
         known = {"loss_mask": loss_mask} if "loss_mask" in self._language_keywords else {}
-        return self.language_model(
-            input_ids=None,  # decoder_input stands in for the lookup
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            decoder_input=decoder_input,
-            labels=labels,
-            packed_seq_params=packed_seq_params,
-            inference_context=inference_context,
-            **known,
-        )
+        with HiddenStates(self.language_model.decoder) as states:
+            output = self.language_model(
+                input_ids=None,  # decoder_input stands in for the lookup
+                position_ids=position_ids,
+                attention_mask=attention_mask,
+                decoder_input=decoder_input,
+                labels=labels,
+                packed_seq_params=packed_seq_params,
+                inference_context=inference_context,
+                **known,
+            )
+        return output, states.last
 
     def route(
         self,
@@ -289,16 +306,23 @@ class MimoModel(MegatronModule):
         return rows
 
     def decode_losses(
-        self, hidden: Mapping[str, Tensor], targets: Nested
+        self, states: Tensor, hidden: Mapping[str, Tensor], targets: Nested
     ) -> dict[str, ModalityOutput]:
-        """Each output modality's hidden states and its decoders' loss terms."""
+        """Each output modality's hidden states and its decoders' loss terms.
+
+        Args:
+            states: `[S_local, B, H]`, which rows that are not there would look like.
+            hidden: modality -> `[N, H]`.
+            targets: prepared targets.
+        """
         context = self.pg_collection.cp
         share = (context.rank(), context.size())
         outputs = {}
         for modality in self.mimo_config.generation_token_ids:
             rows = hidden.get(modality)
             submodule = self.modality_submodules[modality]
-            outputs[modality] = ModalityOutput(rows, submodule.loss(rows, targets.get(modality, {}), share))
+            read = states if rows is None else rows
+            outputs[modality] = ModalityOutput(rows, submodule.loss(read, targets.get(modality, {}), share))
         return outputs
 
     def decode(
@@ -313,9 +337,14 @@ class MimoModel(MegatronModule):
 
         Returns:
             Modality -> decoder -> its samples, of modalities with generation tokens.
+
+        Raises:
+            ValueError: options for a modality or decoder that the model lacks.
         """
         options = options or {}
         check_modalities("options", options, outputs.modalities)
+        for modality, of_decoders in options.items():
+            self.modality_submodules[modality].check_decoder_names(f"options[{modality!r}]", of_decoders)
         return {
             modality: {
                 name: self.modality_submodules[modality].decode(
@@ -367,9 +396,9 @@ class MimoModel(MegatronModule):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """Weight of each modality's loss terms, 1 where the configuration names none."""
+        """Weight of the loss terms of text and of each modality, 1 where the configuration names none."""
         weights = self.mimo_config.modality_loss_weights
-        return {name: weights.get(name, 1.0) for name in self.mimo_config.modality_submodules}
+        return {name: weights.get(name, 1.0) for name in ("text", *self.mimo_config.modality_submodules)}
 
     def extra_repr(self) -> str:
         """One line: tokens, stage and sharding."""
@@ -411,6 +440,13 @@ class MimoModel(MegatronModule):
                     f"{sorted(self.mimo_config.generation_token_ids)}: no hidden state is decoded "
                     "for it. Configure its generation token and a decoder, or drop the targets."
                 )
+        for modality in inputs:
+            if modality not in self.mimo_config.special_token_ids:
+                raise ValueError(
+                    f"modality_inputs has {modality!r}, but special_token_ids has "
+                    f"{sorted(self.mimo_config.special_token_ids)}: its rows have nowhere to go. "
+                    "Configure its special token or drop the inputs."
+                )
         for modality, submodule in self.modality_submodules.items():
             if self.pre_process and modality in inputs:
                 submodule.check_inputs(modality, inputs[modality])
@@ -422,13 +458,29 @@ class MimoModel(MegatronModule):
         self, input_ids: Tensor, packed_seq_params: PackedSeqParams | None, made: Placement | None
     ) -> Placement | None:
         """The caller's placement or a new one, on the ids' device; None where no stage reads it."""
-        if not self.pre_process and self._tap is None:
+        if not self.pre_process and not self._generates:
             return None
         if made is None:
             return self.place(input_ids, packed_seq_params)
+        if (made.cu_seqlens is None) != (_boundaries(packed_seq_params) is None):
+            raise ValueError(
+                "placement and packed_seq_params disagree on whether sequences are packed; make the "
+                "placement with model.place(input_ids, packed_seq_params)"
+            )
         if made.device != input_ids.device:
             return made.to(input_ids.device, non_blocking=True)
+        if input_ids.device.type == "cpu":
+            self._check_made_from(made, input_ids)
         return made
+
+    def _check_made_from(self, made: Placement, input_ids: Tensor) -> None:
+        """Refuse another batch's placement (on the CPU, where looking costs no wait)."""
+        tables = self.mimo_config.reading_tables
+        fits = made.source.shape == input_ids.shape and made.names == tuple(tables)
+        for index, token_id in enumerate(tables.values() if fits else ()):
+            fits = fits and torch.equal(made.source == index, input_ids == token_id)
+        if not fits:
+            raise ValueError("placement was not made from these input_ids; make it with model.place")
 
     def _check_context_parallel(self, attention_mask, inference_context) -> None:
         if self.pg_collection.cp.size() == 1:
@@ -441,13 +493,19 @@ class MimoModel(MegatronModule):
         if inference_context is not None:
             raise ValueError("inference_context must be None under context parallelism")
 
-    def _count_generation(self, targets: Nested, placement: Placement | None) -> dict[str, int | None]:
+    def _count_generation(
+        self, inputs: Nested, targets: Nested, placement: Placement | None
+    ) -> dict[str, int | None]:
         """Generation tokens of each modality in this batch, None where only the device knows."""
         if placement is None:
             return {}
+        special = self.mimo_config.special_token_ids
         return {
-            modality: self._generation_count(modality, targets, placement)
-            for modality in self.mimo_config.generation_token_ids
+            # Where reading and generating share a token, inputs say that this batch reads.
+            modality: self._generation_count(
+                modality, targets, placement, modality in inputs and special.get(modality) == token_id
+            )
+            for modality, token_id in self.mimo_config.generation_token_ids.items()
         }
 
     def _check_missing_inputs(
@@ -462,19 +520,20 @@ class MimoModel(MegatronModule):
                 placement.check_rows(modality, 0)
 
     def _generation_count(
-        self, modality: str, targets: Nested, placement: Placement
+        self, modality: str, targets: Nested, placement: Placement, reads: bool
     ) -> int | None:
         """Generation tokens of the batch as the host knows them, checked against the targets."""
         known = placement.generation_count(modality)
+        submodule = self.modality_submodules[modality]
         if modality in targets:
-            submodule = self.modality_submodules[modality]
-            for count in submodule.count_target_rows(targets[modality]).values():
-                placement.check_generation(modality, count)
+            for name, count in submodule.count_target_rows(targets[modality]).items():
+                placement.check_generation(modality, count, submodule.span_of(name))
                 known = count
-        elif known is None and not self.training:
-            known = int(placement.generation_total(modality))  # inference waits for the device here
+        elif self.training:
+            if submodule.decoders and not reads:
+                placement.check_generation(modality, 0)
         elif known is None:
-            placement.check_generation(modality, 0)
+            known = int(placement.generation_total(modality))  # inference waits for the device here
         return known
 
     def _row_groups(self):

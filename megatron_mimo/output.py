@@ -44,12 +44,22 @@ def loss_terms(outputs: Tensor | MimoOutput, loss_mask: Tensor | None = None) ->
     """Every term of one microbatch by name: `text`, and `modality/decoder` for each decoder.
 
     Args:
-        outputs: from `MimoModel.forward` on the last pipeline stage, called with labels.
+        outputs: from `MimoModel.forward` on the last pipeline stage. Without labels the language
+            output is logits, and there is no `text` term.
         loss_mask: the mask that came back beside it.
+
+    Raises:
+        ValueError: there is no term at all: logits of a model that decodes nothing.
     """
-    if isinstance(outputs, Tensor):
-        return {"text": language_term(outputs, loss_mask)}
-    terms = {"text": language_term(outputs.language, loss_mask)}
-    for modality, output in outputs.modalities.items():
-        terms.update({f"{modality}/{name}": term for name, term in output.losses.items()})
+    output = MimoOutput(outputs, {}) if isinstance(outputs, Tensor) else outputs
+    terms = {}
+    if output.language.dim() == 2:  # [B, S / cp] losses; logits have a vocabulary dim too
+        terms["text"] = language_term(output.language, loss_mask)
+    for modality, decoded in output.modalities.items():
+        terms.update({f"{modality}/{name}": term for name, term in decoded.losses.items()})
+    if not terms:
+        raise ValueError(
+            f"no loss in an output of shape {list(output.language.shape)}: these are logits. Call the "
+            "model with labels."
+        )
     return terms

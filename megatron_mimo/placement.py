@@ -168,20 +168,33 @@ class Placement:
             (name, "special", n_rows, items),
         )
 
-    def check_generation(self, name: str, n_rows: int) -> None:
+    def check_generation(self, name: str, n_rows: int, span: int = 1) -> None:
         """Holds the number of target rows against the number of generation tokens, as `check_rows` does.
+
+        Args:
+            name: the modality.
+            n_rows: rows that the targets stand for.
+            span: rows that are decoded together; every run of generation tokens is a whole number of them. (On
+                the device every sample's count is looked at, not every run.)
 
         Raises:
             ValueError: naming the modality, the sample and both counts.
         """
         listing = self._generating(name)
+
+        def verify(counts: list[int], runs: Tensor | None = None) -> None:
+            _verify_rows(name, "generation", counts, n_rows)
+            lengths = list(enumerate(counts)) if runs is None else [(i, b - a) for i, a, b in runs.tolist()]
+            _verify_spans(name, lengths, span)
+
         if self.host is not None:
-            _verify_rows(name, "generation", self.host.counts[listing.index], n_rows)
+            runs = self.host.spans(listing, self.sequence_length) if span > 1 else None
+            verify(self.host.counts[listing.index], runs)
             return
         deferred.check(
             self.arrival,
-            lambda counts: _verify_rows(name, "generation", counts[listing.index].tolist(), n_rows),
-            (name, "generation", n_rows),
+            lambda counts: verify(counts[listing.index].tolist()),
+            (name, "generation", n_rows, span),
         )
 
     def raise_deferred(self) -> None:
@@ -421,6 +434,20 @@ def _check_vocabulary(placement: Placement) -> None:
         verify(torch.tensor(placement.host.counts))
     else:
         deferred.check(placement.arrival, verify, "vocabulary")
+
+
+def _verify_spans(name: str, lengths: list[tuple[int, int]], span: int) -> None:
+    """Raises `ValueError` for a run of generation tokens that is no whole number of spans.
+
+    Args:
+        lengths: (sample, number of tokens) of each run.
+    """
+    for sample, length in lengths:
+        if length % span:
+            raise ValueError(
+                f"{name}: sample {sample} has {length} generation tokens in a row, which is no whole number of spans of "
+                f"{span}. The decoder makes each item from {span} of them: place that many for every item."
+            )
 
 
 def _verify_rows(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -43,8 +43,10 @@ class ModalitySubmodules(ABC, nn.Module):
         generation_input: what the language model sees at the generation tokens; None for the
             token's own embedding.
         combine: how rows of several encoders follow each other. `"concatenate"`: all of the
-            first, then all of the second. `"interleave"`: item by item (both return
-            `[n, s, h]` with equal n), for encoders that see the same images.
+            first, then all of the second. `"interleave"`: item by item (all return `[n, s, h]`
+            with equal n), for encoders that see the same images. None concatenates, and refuses
+            where several encoders return the same number of items, two or more, since that looks
+            like the same images.
 
     Raises:
         ValueError: projections that match neither one nor each of their encoders or decoders,
@@ -67,7 +69,7 @@ class ModalitySubmodules(ABC, nn.Module):
         input_projections: Sequence[nn.Module] | None = None,
         output_projections: Sequence[nn.Module] | None = None,
         generation_input: GenerationInput | None = None,
-        combine: Literal["concatenate", "interleave"] = "concatenate",
+        combine: Literal["concatenate", "interleave"] | None = None,
     ) -> None:
         super().__init__()
         self.encoders = nn.ModuleDict(encoders or {})
@@ -75,8 +77,8 @@ class ModalitySubmodules(ABC, nn.Module):
         self.input_projections = nn.ModuleList(input_projections or [])
         self.output_projections = nn.ModuleList(output_projections or [])
         self.generation_input = generation_input
-        if combine not in ("concatenate", "interleave"):
-            raise ValueError(f"combine must be 'concatenate' or 'interleave', got {combine!r}")
+        if combine not in ("concatenate", "interleave", None):
+            raise ValueError(f"combine must be 'concatenate', 'interleave' or None, got {combine!r}")
         self.combine = combine
         _check_count("input_projections", self.input_projections, "encoders", self.encoders)
         _check_count("output_projections", self.output_projections, "decoders", self.decoders)
@@ -127,7 +129,7 @@ class ModalitySubmodules(ABC, nn.Module):
         Args:
             inputs: encoder name -> its keyword inputs; encoders that are not named are skipped.
         """
-        rows, _ = self.encode_items(inputs)
+        rows, _ = self._encode_items(inputs)
         return rows
 
     def encode_items(self, inputs: Inputs) -> tuple[Tensor, list[int] | None]:
@@ -137,13 +139,16 @@ class ModalitySubmodules(ABC, nn.Module):
         """
         if self.encode_is_overridden:
             return self.encode(inputs), None
+        return self._encode_items(inputs)
+
+    def _encode_items(self, inputs: Inputs) -> tuple[Tensor, list[int] | None]:
         own = self._own(self.input_projections, self.encoders)
         outputs, idle = {}, []
         for name, encoder in self.encoders.items():
             if name not in inputs:
                 idle.append(stand_in([encoder, *own.get(name, ())]))
                 continue
-            rows = _rows(name, encoder(**self._keywords(name, inputs[name])))
+            rows = self._run_encoder(name, inputs[name])
             for projection in own.get(name, ()):
                 rows = _projected(projection(rows))
             outputs[name] = rows
@@ -160,16 +165,22 @@ class ModalitySubmodules(ABC, nn.Module):
             return [sum(shape[1] for shape in shapes)] * shapes[0][0]
         return [length for count, length, _ in shapes for _ in range(count)]
 
-    def encode_nothing(self, width: int) -> Tensor:
-        """Rows `[0, width]` in place of `encode` for a batch that has no input of this modality."""
+    def encode_nothing(self, like: Tensor) -> Tensor:
+        """Rows `[0, H]` in place of `encode` for a batch that has no input of this modality.
+
+        Args:
+            like: any tensor whose last dim is `H`, with the rows' dtype and device.
+        """
         writing = {"decoders", "output_projections", "generation_input"}
-        return stand_in((part for name, part in self.named_children() if name not in writing), width)
+        return stand_in((part for name, part in self.named_children() if name not in writing), like)
 
     def combine_rows(self, outputs: Mapping[str, Tensor]) -> Tensor:
         """One `[N, h]` or `[n, s, h]` from the outputs of several encoders, in their order."""
         if len(outputs) == 1:
             return next(iter(outputs.values()))
-        if self.combine == "concatenate":
+        if self.combine is None:
+            _check_not_the_same_items({name: rows.shape for name, rows in outputs.items()})
+        if self.combine != "interleave":
             flat = {name: rows.flatten(0, -2) for name, rows in outputs.items()}
             _check_equal("width", {name: rows.shape[-1] for name, rows in flat.items()})
             return torch.cat(list(flat.values()))
@@ -241,20 +252,20 @@ class ModalitySubmodules(ABC, nn.Module):
         feed = self.generation_input
         return feed if feed is not None and feed.reads(name) else None
 
-    def generation_rows(self, targets: Inputs | None, num_rows: int, width: int) -> Tensor:
-        """Rows `[num_rows, width]` that the language model sees at the generation tokens."""
+    def generation_rows(self, targets: Inputs | None, num_rows: int, like: Tensor) -> Tensor:
+        """Rows `[num_rows, H]` that the language model sees at the generation tokens."""
         if not num_rows:
-            return stand_in([self.generation_input], width)
+            return stand_in([self.generation_input], like)
         target = None if not targets else self.generation_input.pick(targets)
         return self.generation_input(target, num_rows)
 
     def loss(
-        self, hidden: Tensor | None, targets: Inputs, share: tuple[int, int] = (0, 1)
+        self, hidden: Tensor, targets: Inputs, share: tuple[int, int] = (0, 1)
     ) -> dict[str, LossTerm]:
         """Loss term of every decoder, on every rank the same names; zero over zero without targets.
 
         Args:
-            hidden: `[N, H]`, all rows of the data-parallel rank's microbatch; None without targets.
+            hidden: `[N, H]`, all rows of the data-parallel rank's microbatch.
             targets: decoder name -> its prepared keyword targets, for all `N` rows.
             share: (rank, size) in the context-parallel group; each rank decodes its contiguous
                 share of the items, and the terms add up over the group.
@@ -266,7 +277,7 @@ class ModalitySubmodules(ABC, nn.Module):
             if name in targets:
                 terms[name] = self._decoder_loss(name, hidden, targets[name], share)
             else:
-                idle = stand_in([*shared, *own.get(name, ()), decoder]).sum(dtype=torch.float32)
+                idle = stand_in([*shared, *own.get(name, ()), decoder], hidden).sum(dtype=torch.float32)
                 terms[name] = LossTerm(idle, idle.new_zeros(()))
         return terms
 
@@ -322,13 +333,26 @@ class ModalitySubmodules(ABC, nn.Module):
             ValueError: an unknown decoder.
         """
         _check_nested(f"modality_targets[{modality!r}]", targets, "decoder name -> its targets")
+        self.check_decoder_names(f"modality_targets[{modality!r}]", targets)
         for name, target in targets.items():
+            _check_nested(f"modality_targets[{modality!r}][{name!r}]", target, "keyword -> value")
+
+    def check_decoder_names(self, where: str, names: Iterable[str]) -> None:
+        """Refuse names that are none of this modality's decoders.
+
+        Raises:
+            ValueError: naming `where`, the name and the decoders there are.
+        """
+        for name in names:
             if name not in self.decoders:
                 raise ValueError(
-                    f"modality_targets[{modality!r}] has targets for decoder {name!r}, but the "
-                    f"modality's decoders are {sorted(self.decoders)}"
+                    f"{where} names decoder {name!r}, but the modality's decoders are "
+                    f"{sorted(self.decoders)}"
                 )
-            _check_nested(f"modality_targets[{modality!r}][{name!r}]", target, "keyword -> value")
+
+    def span_of(self, decoder: str) -> int:
+        """Rows that one item of a decoder takes, 1 where the decoder is on another stage."""
+        return self.decoders[decoder].rows_per_item if decoder in self.decoders else 1
 
     @property
     def position_rule(self) -> str:
@@ -433,6 +457,22 @@ class ModalitySubmodules(ABC, nn.Module):
             key if key in accepted else self.input_aliases.get(key, key): value
             for key, value in keywords.items()
         }
+
+    def _run_encoder(self, name: str, keywords: Mapping[str, Tensor]) -> Tensor:
+        """An encoder's rows; floating-point inputs are cast to what it computes in.
+
+        Megatron's mixed-precision wrapper casts a model's weights and its positional inputs only.
+        """
+        encoder = self.encoders[name]
+        weights = (p.dtype for p in encoder.parameters() if p.is_floating_point())
+        dtype = next(weights, None)
+        cast = {
+            key: value.to(dtype)
+            if dtype is not None and isinstance(value, Tensor) and value.is_floating_point()
+            else value
+            for key, value in self._keywords(name, keywords).items()
+        }
+        return _rows(name, encoder(**cast))
 
 
 class VisionModalitySubmodules(ModalitySubmodules):
@@ -545,6 +585,16 @@ def _check_whole_rows(what: str, module: nn.Module) -> None:
             f"{what} ({type(module).__name__}) has sequence_parallel=True, but it is given whole rows "
             "on every tensor-parallel rank and would take them for shards. Set it to False in the "
             "configuration of encoders and projections; the language model may keep it."
+        )
+
+
+def _check_not_the_same_items(shapes: Mapping[str, torch.Size]) -> None:
+    counts = {shape[0] for shape in shapes.values()}
+    if len(counts) == 1 and max(counts) > 1 and all(len(shape) == 3 for shape in shapes.values()):
+        raise ValueError(
+            f"encoders {sorted(shapes)} each returned {counts.pop()} items. Say how their rows follow each "
+            "other: combine='interleave' (item by item, the same images through each) or "
+            "combine='concatenate' (all items of the first, then all of the second)."
         )
 
 

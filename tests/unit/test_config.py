@@ -77,6 +77,10 @@ def test_a_fed_generation_token_may_lie_outside_the_vocabulary_and_has_its_own_t
     assert made.reading_tables == {"images": 10, "images/generation": -7}
 
 
+def test_text_has_a_weight_too():
+    assert config(modality_loss_weights={"text": 0.1}).modality_loss_weights["text"] == 0.1
+
+
 def test_replacing_submodules_leaves_the_original_alone():
     original = config()
     other = ModuleSpec(module=int)

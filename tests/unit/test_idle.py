@@ -37,9 +37,12 @@ def test_frozen_parameters_and_no_grad_change_nothing():
         assert with_idle(x, [stand_in([nn.Linear(1, 1)])]) is x
 
 
-def test_stand_in_is_empty_rows_of_the_modules_type():
-    rows = stand_in([nn.Linear(1, 1).bfloat16()], width=7)
-    assert rows.shape == (0, 7) and rows.dtype == torch.bfloat16
+def test_stand_in_is_empty_rows_like_those_that_are_missing():
+    like = torch.ones(3, 7, dtype=torch.bfloat16)
+    for modules in ([nn.Linear(1, 1)], [nn.Identity()], []):
+        rows = stand_in(modules, like)
+        assert rows.shape == (0, 7) and rows.dtype == torch.bfloat16
+    assert stand_in([nn.Linear(1, 1).half()]).dtype == torch.float16
     assert stand_in([]).shape == (0, 1)
 
 

@@ -4,11 +4,13 @@ from copy import deepcopy
 
 import pytest
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import nn
 
 import megatron_mimo
-from megatron_mimo import MimoModel, MimoOutput
+from megatron_mimo import MimoModel, MimoOutput, build_placement
 from tests import tiny
 
 
@@ -62,6 +64,97 @@ def test_the_output_half_reaches_the_language_model(model):
     outputs, _ = model(**tiny.batch())
     outputs.modalities["images"].losses["pixels"].sum.backward()
     assert used(model, "language_model.decoder.layers.0")
+
+
+def test_a_shift_between_samples_is_found(model):
+    """Two images of three patches, but two tokens in one sample and four in the other."""
+    ids = torch.randint(0, 60, (2, 12))
+    ids[0, 2:4] = ids[1, 2:6] = tiny.READ
+    inputs = {"images": {"patches": {"x": torch.zeros(2, 3, tiny.PIXELS)}}}
+    with pytest.raises(ValueError, match="images: sample 0 has 2 special tokens but 3 embeddings"):
+        model.eval()(ids, modality_inputs=inputs)
+
+
+def test_spans_that_do_not_fit_the_decoder_are_found(single_process):
+    class Pairs(tiny.LinearDecoder):
+        def __init__(self):
+            super().__init__()
+            self.rows_per_item = 3
+
+    decoders = {"pixels": ModuleSpec(module=Pairs)}
+    model = MimoModel(tiny.mimo_config(), {"images": tiny.image_spec(decoders=decoders)})
+    ids = torch.randint(0, 60, (2, 12))
+    ids[0, 2:4] = ids[1, 2:6] = tiny.WRITE
+    with pytest.raises(ValueError, match="sample 0 has 2 generation tokens in a row.*spans of 3"):
+        model(ids, modality_targets={"images": {"pixels": {"pixels": torch.zeros(6, tiny.PIXELS)}}})
+
+
+def test_one_token_may_read_and_write(single_process):
+    shared = tiny.mimo_config(
+        special_token_ids={"images": tiny.WRITE, "audio": tiny.HEAR},
+        generation_token_ids={"images": tiny.WRITE},
+    )
+    model = MimoModel(shared)
+    ids = torch.tensor([[1, tiny.WRITE, tiny.WRITE, 2]])
+    reads = {"images": {"patches": {"x": torch.zeros(1, 2, tiny.PIXELS)}}}
+    outputs, _ = model(ids, labels=ids, modality_inputs=reads)  # a batch that only reads
+    assert outputs.modalities["images"].losses["pixels"].count == 0
+    writes = {"images": {"pixels": {"pixels": torch.zeros(2, tiny.PIXELS)}}}
+    outputs, _ = model(ids, labels=ids, modality_inputs=reads, modality_targets=writes)
+    assert outputs.modalities["images"].losses["pixels"].count == 2 * tiny.PIXELS
+
+
+def test_bfloat16_under_megatrons_wrapper(single_process):
+    config = tiny.language_config(bf16=True, params_dtype=torch.bfloat16)
+    model = MimoModel(tiny.mimo_config(tiny.language_spec(config)))
+    wrapped = Float16Module(config, model)
+    outputs, loss_mask = wrapped(**tiny.batch())
+    terms = megatron_mimo.loss_terms(outputs, loss_mask)
+    assert all(term.sum.dtype == torch.float32 for term in terms.values())
+    megatron_mimo.total_loss(terms).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    ids = torch.tensor([[1, 2]])
+    tiny.total(model, dict(input_ids=ids, labels=ids)).backward()  # nothing to read or write
+
+
+def test_negative_labels_do_not_count_without_a_mask(model):
+    ids = torch.tensor([[1, 2, 3, 4]])
+    outputs, loss_mask = model(ids, labels=torch.tensor([[2, 3, -100, -100]]))
+    assert loss_mask.tolist() == [[1, 1, 0, 0]]
+    assert megatron_mimo.loss_terms(outputs, loss_mask)["text"].count == 2
+
+
+def test_logits_are_no_loss(model, single_process):
+    outputs, loss_mask = model(torch.tensor([[1, 2, 3]]))
+    assert list(megatron_mimo.loss_terms(outputs, loss_mask)) == ["images/pixels"]
+    with pytest.raises(ValueError, match="these are logits"):
+        megatron_mimo.loss_terms(outputs.language)
+
+
+def test_nothing_of_a_forward_pass_stays_in_the_model(model):
+    before = len(model.language_model.decoder._forward_hooks)
+    arguments = tiny.batch()
+    arguments["modality_targets"]["images"]["pixels"]["pixels"] = torch.zeros(5, tiny.PIXELS + 1)
+    with pytest.raises(RuntimeError):
+        model(**arguments)
+    assert len(model.language_model.decoder._forward_hooks) == before
+
+
+def test_options_of_a_decoder_that_is_not_there_are_refused(model):
+    outputs, _ = model.eval()(torch.tensor([[1, tiny.WRITE]]))
+    with pytest.raises(ValueError, match="names decoder 'pixel'"):
+        model.decode(outputs, {"images": {"pixel": {}}})
+
+
+def test_inputs_that_no_special_token_places_are_refused(single_process):
+    class Own(megatron_mimo.VisionModalitySubmodules):
+        def encode(self, inputs):
+            return torch.zeros(1, tiny.HIDDEN)
+
+    video = {"video": ModuleSpec(module=Own)}
+    model = MimoModel(tiny.mimo_config(), video)
+    with pytest.raises(ValueError, match="modality_inputs has 'video', but special_token_ids has"):
+        model(torch.tensor([[1, 2]]), modality_inputs={"video": {"anything": 1}})
 
 
 def test_text_only_batches_give_zero_gradients_to_every_modality(model):
@@ -162,8 +255,9 @@ def test_the_callers_batch_is_left_alone(model):
     before = deepcopy(arguments)
     model(**arguments)
     assert torch.equal(before["input_ids"], arguments["input_ids"])
-    assert before["modality_inputs"].keys() == arguments["modality_inputs"].keys()
-    assert before["modality_targets"]["images"].keys() == arguments["modality_targets"]["images"].keys()
+    flat_before, flat_after = torch.utils._pytree.tree_flatten(before), torch.utils._pytree.tree_flatten(arguments)
+    assert flat_before[1] == flat_after[1]
+    assert all(torch.equal(a, b) for a, b in zip(flat_before[0], flat_after[0], strict=True))
 
 
 def test_nan_embeddings_pass(model):
@@ -196,19 +290,49 @@ BAD_VALUES = {
     "labels": (change(labels=IDS[:, 1:]), r"labels has shape \[3, 15\]"),
     "loss mask": (change(loss_mask=torch.ones(3)), r"loss_mask has shape \[3\]"),
     "positions": (change(position_ids=torch.zeros(1, 16)), "position_ids has shape"),
-    "attention mask": (change(attention_mask=torch.ones(3, 1, 16, 15)), "attention_mask has shape"),
+    "attention mask": (
+        change(attention_mask=torch.ones(3, 1, 16, 15, dtype=torch.bool)),
+        "attention_mask has shape",
+    ),
+    "flat attention mask": (
+        change(attention_mask=torch.ones(3, 16, dtype=torch.bool)),
+        "attention_mask must be .B or 1, heads",
+    ),
+    "inputs that nothing places": (
+        change(modality_inputs={**tiny.batch()["modality_inputs"], "video": {"x": {}}}),
+        "modality 'video'",
+    ),
+    "no targets": (change(modality_targets={}), "images: sample 0 has 3 generation tokens but 0"),
+    "another batch's placement": (
+        change(placement=build_placement(IDS.roll(1, 1), {"images": tiny.READ, "audio": tiny.HEAR})),
+        "placement was not made from these input_ids",
+    ),
+    "a placement that ignores packing": (
+        change(
+            placement=build_placement(IDS, {"images": tiny.READ, "audio": tiny.HEAR}),
+            packed_seq_params=PackedSeqParams(
+                qkv_format="thd", cu_seqlens_q=torch.tensor([0, 16]), cu_seqlens_kv=torch.tensor([0, 16])
+            ),
+        ),
+        "disagree on whether sequences are packed",
+    ),
     "targets without decoder": (targets(audio={"wave": {"x": 1}}), "generation_token_ids has"),
     "unknown decoder": (targets(images={"codes": {"x": 1}}), "decoder 'codes'"),
     "unknown target modality": (targets(video={"x": {}}), "modality 'video'"),
     "too few targets": (
         targets(images={"pixels": {"pixels": torch.zeros(4, tiny.PIXELS)}}),
-        "images.*generation.*",
+        "images: sample 1 has 2 generation tokens but 1 target rows",
+    ),
+    "too many targets": (
+        targets(images={"pixels": {"pixels": torch.zeros(6, tiny.PIXELS)}}),
+        "images: sample 2 has 0 generation tokens but 1 target rows",
     ),
 }
 BAD_TYPES = {
     "ids": (change(input_ids=[[1]]), "input_ids must be a torch.Tensor"),
     "float ids": (change(input_ids=IDS.float()), "must be int64 or int32"),
     "labels": (change(labels=[[1]]), "labels must be a torch.Tensor"),
+    "float mask": (change(attention_mask=torch.ones(3, 1, 16, 16)), "attention_mask must be bool"),
     "inputs": (change(modality_inputs=[1]), "modality_inputs must map"),
     "nested inputs": (change(modality_inputs={"images": torch.ones(2)}), "must map encoder"),
     "keyword": (change(modality_inputs={"images": {"patches": {"y": 1}}}), "keyword 'y'"),

@@ -50,7 +50,7 @@ def test_encoder_outputs_become_rows(encoder, rows):
 def test_rows_of_several_encoders_follow_each_other():
     encoders = {"a": Returns(torch.zeros(2, 1, 4)), "b": Returns(torch.ones(2, 2, 4))}
     both = {"a": FED, "b": FED}
-    one_after_the_other = VisionModalitySubmodules(encoders).encode(both)
+    one_after_the_other = VisionModalitySubmodules(encoders, combine="concatenate").encode(both)
     assert one_after_the_other[:, 0].tolist() == [0, 0, 1, 1, 1, 1]
     item_by_item = VisionModalitySubmodules(encoders, combine="interleave").encode(both)
     assert item_by_item[:, 0].tolist() == [0, 1, 1, 0, 1, 1]
@@ -84,6 +84,21 @@ def test_a_projection_that_leaves_out_its_bias_gets_it_added():
     images = VisionModalitySubmodules({"a": Returns(torch.ones(2, 3))}, input_projections=[projection])
     expected = nn.functional.linear(torch.ones(2, 3), projection.weight, projection.bias)
     torch.testing.assert_close(images.encode({"a": FED}), expected)
+
+
+def test_an_overridden_encode_may_call_the_default():
+    class Doubled(VisionModalitySubmodules):
+        def encode(self, inputs):
+            return 2 * super().encode(inputs)
+
+    doubled = Doubled({"a": Returns(torch.ones(5, 4))})
+    assert doubled.encode({"a": FED}).sum() == 40
+    assert doubled.encode_items({"a": FED})[1] is None
+
+
+def test_inputs_are_cast_to_what_the_encoder_computes_in():
+    images = VisionModalitySubmodules({"a": nn.Linear(3, 4).bfloat16()})
+    assert images.encode({"a": {"input": torch.ones(2, 3)}}).dtype == torch.bfloat16
 
 
 def test_inputs_may_go_by_the_modalitys_names():
@@ -122,7 +137,7 @@ def test_without_any_targets_every_parameter_gets_zeros():
     images = VisionModalitySubmodules(
         decoders={"a": tiny.LinearDecoder(width=8)}, output_projections=[nn.Linear(6, 8)]
     )
-    terms = images.loss(None, {})
+    terms = images.loss(torch.ones(4, 6), {})
     assert isinstance(terms["a"], LossTerm)
     terms["a"].sum.backward()
     assert all(parameter.grad.eq(0).all() for parameter in images.parameters())
@@ -179,6 +194,12 @@ def two(rule_a, rule_b):
 
 A, B = Returns(torch.ones(2, 3)), Returns(torch.ones(2, 3))
 MISTAKES = {
+    "the same images": (
+        lambda: ModalitySubmodules(
+            {"a": Returns(torch.ones(2, 1, 4)), "b": Returns(torch.ones(2, 1, 4))}
+        ).encode({"a": FED, "b": FED}),
+        "each returned 2 items. Say how their rows follow each other",
+    ),
     "combine": (lambda: ModalitySubmodules(combine="sum"), "combine must be"),
     "two projections for three": (
         lambda: ModalitySubmodules({"a": A, "b": B, "c": A}, input_projections=[nn.Linear(3, 4)] * 2),
