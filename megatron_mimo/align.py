@@ -15,7 +15,7 @@ Modality rows are the same on every tensor-parallel rank and are placed after th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -69,8 +69,9 @@ def align(
     """
     tables = _tables(embeddings, placement)
     _check_layout(input_ids, placement, shard, tp_group, sequence_parallel)
-    _check_tokentypes(language_embedding, tokentype_ids)
     words = plain_lookup(language_embedding)
+    if words is None or tokentype_ids is not None:
+        _check_tokentypes(language_embedding, tokentype_ids)
     vocabulary = _vocabulary(language_embedding, placement) if words is None else words.num_embeddings
     _check_vocabulary(input_ids, placement, vocabulary)
     if words is not None:
@@ -313,7 +314,7 @@ class _Align(torch.autograd.Function):
             _reduced_lookup(out_LBH, text, plan, call)
             text_rows = "keep"
         start = call.vocabulary_start
-        kernels.gather(out_LBH, text, tables, *plan, held(shard), text_rows=text_rows, vocabulary_start=start)
+        kernels.gather(out_LBH, text, tables, *plan, _held(shard), text_rows=text_rows, vocabulary_start=start)
         # Autograd's own way to keep a tensor costs the host more than the rest of this function; what matters of it
         # here is to notice a batch buffer that was overwritten.
         kept = [None if x is None else (x.shape, x.dtype) for x in (text, *tables)]
@@ -341,21 +342,37 @@ class _Align(torch.autograd.Function):
         if grads[0] is not None:
             grads[0].zero_()
             start, rows = call.vocabulary_start, grads[0].shape[0]
-            order = kernels.vocabulary_order(input_ids_BS, placement.source, held(whole), start, rows)
-        local_row = None if whole.is_whole else whole.local_row
-        for columns, part_LBh in _whole_gradient(grad_LBH, call, any(grad is not None for grad in grads)):
-            parts = [None if grad is None else grad[:, columns] for grad in grads]
-            kernels.table_gradients(
-                parts[1:], part_LBh, placement.positions, placement.sequence_length, local_row
-            )
-            if order is not None:
-                kernels.vocabulary_gradient(parts[0], part_LBh, order)
+            order = kernels.vocabulary_order(input_ids_BS, placement.source, _held(whole), start, rows)
+        if any(grad is not None for grad in grads):
+            for columns in _slices(grad_LBH.shape[2], shard.tp_size):
+                _gradients_of_columns(grads, grad_LBH, columns, order, call)
         if call.text_rows == "given" and wanted[0]:
-            grads[0] = kernels.given_gradient(grad_LBH, placement.source, held(shard))
+            grads[0] = kernels.given_gradient(grad_LBH, placement.source, _held(shard))
         return None, None, *grads
 
 
-def held(shard: SequenceShard) -> Tensor | None:
+def _gradients_of_columns(
+    grads: list[Tensor | None], grad_LBH: Tensor, columns: slice, order: tuple[Tensor, Tensor] | None, call: _Call
+) -> None:
+    """Writes these columns of the gradients of text and tables from the gradient of all rows the group holds.
+
+    Without sequence parallelism those are this rank's own. With it they are all-gathered, once for the vocabulary
+    shard and the tables alike; a function of its own, so that one slice is freed before the next is gathered.
+    """
+    kernels, placement, whole = kernels_for(grad_LBH.device), call.placement, call.shard.whole_cp
+    rows_LBh = grad_LBH[:, :, columns].contiguous()
+    if call.shard.tp_size > 1:
+        mine = rows_LBh
+        rows_LBh = mine.new_empty(whole.length, *mine.shape[1:])
+        torch.distributed.all_gather_into_tensor(rows_LBh, mine, group=call.group)
+    parts = [None if grad is None else grad[:, columns] for grad in grads]
+    local_row = None if whole.is_whole else whole.local_row
+    kernels.table_gradients(parts[1:], rows_LBh, placement.positions, placement.sequence_length, local_row)
+    if order is not None:
+        kernels.vocabulary_gradient(parts[0], rows_LBh, order)
+
+
+def _held(shard: SequenceShard) -> Tensor | None:
     """The shard's positions as the kernels take them: None spares them the look-up where it is the identity."""
     return None if shard.is_whole else shard.positions
 
@@ -368,35 +385,25 @@ def _reduced_lookup(out_LBH: Tensor, weight_VH: Tensor, plan: tuple[Tensor, ...]
     """
     kernels, shard, start = kernels_for(out_LBH.device), call.shard, call.vocabulary_start
     if shard.tp_size == 1:
-        kernels.gather(out_LBH, weight_VH, (), *plan, held(shard), text_rows="lookup", vocabulary_start=start)
+        kernels.gather(out_LBH, weight_VH, (), *plan, _held(shard), text_rows="lookup", vocabulary_start=start)
         torch.distributed.all_reduce(out_LBH, group=call.group)
         return
-    whole = shard.whole_cp
     for columns in _slices(out_LBH.shape[2], shard.tp_size):
-        part_VH = weight_VH[:, columns]
-        partial = out_LBH.new_empty(whole.length, out_LBH.shape[1], part_VH.shape[1])
-        kernels.gather(partial, part_VH, (), *plan, held(whole), text_rows="lookup", vocabulary_start=start)
-        reduced = out_LBH.new_empty(shard.length, *partial.shape[1:])
-        torch.distributed.reduce_scatter_tensor(reduced, partial, group=call.group)
-        out_LBH[:, :, columns] = reduced
+        _reduced_columns(out_LBH, weight_VH, columns, plan, call)
 
 
-def _whole_gradient(grad_LBH: Tensor, call: _Call, wanted: bool) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the hidden size with the gradient of all rows the tensor-parallel group holds together.
-
-    Without sequence parallelism that is this rank's own gradient, in one piece. With it each slice is all-gathered,
-    once for the vocabulary shard and the tables alike, and is as large as one shard.
-    """
-    if not wanted:
-        return
-    if call.shard.tp_size == 1:
-        yield slice(None), grad_LBH.contiguous()
-        return
-    for columns in _slices(grad_LBH.shape[2], call.shard.tp_size):
-        part = grad_LBH[:, :, columns].contiguous()
-        whole = part.new_empty(call.shard.cp_length, *part.shape[1:])
-        torch.distributed.all_gather_into_tensor(whole, part, group=call.group)
-        yield columns, whole
+def _reduced_columns(
+    out_LBH: Tensor, weight_VH: Tensor, columns: slice, plan: tuple[Tensor, ...], call: _Call
+) -> None:
+    """One slice of `_reduced_lookup`; a function of its own, so that one slice is freed before the next is made."""
+    kernels, whole = kernels_for(out_LBH.device), call.shard.whole_cp
+    part_VH = weight_VH[:, columns]
+    partial = out_LBH.new_empty(whole.length, out_LBH.shape[1], part_VH.shape[1])
+    start = call.vocabulary_start
+    kernels.gather(partial, part_VH, (), *plan, _held(whole), text_rows="lookup", vocabulary_start=start)
+    reduced = out_LBH.new_empty(call.shard.length, *partial.shape[1:])
+    torch.distributed.reduce_scatter_tensor(reduced, partial, group=call.group)
+    out_LBH[:, :, columns] = reduced
 
 
 def _slices(width: int, count: int) -> list[slice]:

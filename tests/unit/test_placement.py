@@ -1,6 +1,7 @@
 """Token ids -> Placement: rows, counts, spans, and what it says of a bad batch."""
 
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -300,3 +301,27 @@ def test_every_token_is_listed_once_and_points_back(ids, dtype):
         assert torch.equal(placement.row.flatten()[listed[:count].long()], torch.arange(count, dtype=torch.int32))
         spans = placement.spans(name)
         assert (spans[:, 2] - spans[:, 1]).sum() == count
+
+
+def test_a_placement_travels_between_processes():
+    sent = build_placement(IDS, TABLES, {"images": WRITE}, vocabulary_size=64)
+    received = pickle.loads(pickle.dumps(sent))
+    assert torch.equal(received.source, sent.source)
+    assert torch.equal(received.spans("images"), sent.spans("images"))
+    with pytest.raises(ValueError, match="images: sample 0"):
+        received.check_rows("images", 1)
+
+
+class Batches(torch.utils.data.Dataset):
+    """Three batches, each with its placement, as a collator in a worker makes them."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int):
+        return build_placement(IDS + 0, TABLES, {"images": WRITE}, vocabulary_size=64)
+
+
+def test_a_placement_can_be_built_in_a_loaders_worker():
+    loader = torch.utils.data.DataLoader(Batches(), batch_size=None, num_workers=1)
+    assert [placement.count_on_host("images") for placement in loader] == [4, 4, 4]
