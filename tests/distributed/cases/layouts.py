@@ -20,7 +20,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -79,6 +79,31 @@ class Setting:
         return tiny.language_spec(config, **changes)
 
 
+    def images(self, run: Run | None) -> ModuleSpec:
+        """Two encoders, each with a tensor-parallel projector, and a decoder."""
+        size = 1 if run is None else run.layout.tensor_model_parallel_size
+        config = tiny.language_config(num_layers=1, tensor_model_parallel_size=size)
+        projector = ModuleSpec(
+            module=MultimodalProjector,
+            params=dict(
+                config=config,
+                submodules=specs.projection_spec(config).submodules,
+                projector_type="mlp",
+                input_size=16,
+            ),
+        )
+        encoder = ModuleSpec(module=tiny.PatchEncoder)
+        return tiny.image_spec(
+            encoders={"patches": encoder, "strokes": encoder}, input_projections=[projector, projector]
+        )
+
+    def mimo_config(self, run: Run | None):
+        """The whole model's configuration; for one rank without `run`."""
+        return tiny.mimo_config(
+            self.spec(run), modality_submodules={"images": self.images(run), "audio": tiny.audio_spec()}
+        )
+
+
 def token_local_layers(count: int) -> ModuleSpec:
     """Layers without attention: what context parallelism can run without TransformerEngine."""
     layer = ModuleSpec(
@@ -97,13 +122,13 @@ def token_local_layers(count: int) -> ModuleSpec:
 
 
 def whole_batch() -> list[dict]:
-    """Four samples as microbatches of one: read and write, write alone, text, text.
+    """Four samples as microbatches of one, which read and write through one encoder or the other.
 
-    With two data-parallel ranks the second has no image at all.
+    The last two are text: with two data-parallel ranks the second has no image at all.
     """
     draw = torch.Generator().manual_seed(7)
     microbatches = []
-    for read, write in ((2, 3), (0, 2), (0, 0), (0, 0)):
+    for encoder, read, write in (("patches", 2, 3), ("strokes", 3, 2), (None, 0, 0), (None, 0, 0)):
         ids = torch.randint(0, 60, (1, LENGTH), generator=draw)
         ids[0, 1 : 1 + read] = tiny.READ
         ids[0, 9 : 9 + write] = tiny.WRITE
@@ -114,7 +139,7 @@ def whole_batch() -> list[dict]:
         )
         if read:
             patches = torch.randn(1, read, tiny.PIXELS, generator=draw)
-            arguments["modality_inputs"] = {"images": {"patches": {"x": patches}}}
+            arguments["modality_inputs"] = {"images": {encoder: {"x": patches}}}
         if write:
             pixels = torch.randn(write, tiny.PIXELS, generator=draw)
             arguments["modality_targets"] = {"images": {"pixels": {"pixels": pixels}}}
@@ -144,7 +169,7 @@ class Reference:
 def reference(setting: Setting) -> Reference:
     """Three steps of the whole batch on one rank."""
     torch.manual_seed(5)
-    model = MimoModel(tiny.mimo_config(setting.spec(None)))
+    model = MimoModel(setting.mimo_config(None))
     initial = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, eps=EPSILON)
     batch = whole_batch()
@@ -169,11 +194,10 @@ def chunks(run: Run, setting: Setting) -> list[DistributedDataParallel]:
     layout = run.layout
     stages = layout.virtual_pipeline_model_parallel_size or 1
     first, last = run.pipeline_rank == 0, run.pipeline_rank == layout.pipeline_model_parallel_size - 1
-    spec = setting.spec(run)
-    models = []
+    config, models = setting.mimo_config(run), []
     for stage in range(stages):
         model = MimoModel(
-            tiny.mimo_config(spec),
+            config,
             pre_process=first and stage == 0,
             post_process=last and stage == stages - 1,
             vp_stage=stage if stages > 1 else None,
@@ -186,7 +210,7 @@ def chunks(run: Run, setting: Setting) -> list[DistributedDataParallel]:
         bucket_size=2000 if setting.distributed_optimizer else None,
     )
     return [
-        DistributedDataParallel(spec.params["config"], wrapping, model, disable_bucketing=index > 0)
+        DistributedDataParallel(model.config, wrapping, model, disable_bucketing=index > 0)
         for index, model in enumerate(models)
     ]
 
