@@ -180,9 +180,10 @@ class Decoder(nn.Module, ABC):
     def check_targets(
         self, targets: Targets, required: Iterable[str], optional: Iterable[str] = ()
     ) -> None:
-        """Refuses targets with a keyword missing or unknown.
+        """Refuses targets with a keyword missing or unknown, and those that are no tensors.
 
         Raises:
+            TypeError: naming the target and its type.
             ValueError: naming the keywords expected and found.
         """
         required, optional = tuple(required), tuple(optional)
@@ -194,6 +195,7 @@ class Decoder(nn.Module, ABC):
                 f"targets of {type(self).__name__} {problem}: it takes {list(required)} and optionally "
                 f"{list(optional)}, found {sorted(targets)}."
             )
+        check_tensors(type(self).__name__, targets)
 
     def check_shapes(self, targets: Targets, **expected: tuple[int, ...]) -> None:
         """Refuses targets of another shape than expected; those that are not there pass.
@@ -201,12 +203,7 @@ class Decoder(nn.Module, ABC):
         Raises:
             ValueError: naming the target and both shapes.
         """
-        for name, shape in expected.items():
-            if name in targets and tuple(targets[name].shape) != shape:
-                raise ValueError(
-                    f"{type(self).__name__}'s {name} must have shape {list(shape)} beside its other "
-                    f"targets, got {list(targets[name].shape)}"
-                )
+        check_shapes(type(self).__name__, targets, **expected)
 
 
 def weighted_sum(values: Tensor, weight: Tensor | None) -> LossTerm:
@@ -218,7 +215,7 @@ def weighted_sum(values: Tensor, weight: Tensor | None) -> LossTerm:
             once.
 
     Returns:
-        `sum(weight * values)` and `sum(weight)`, float32.
+        `sum(weight * values)` and `sum(weight)`, float32. What has weight 0 may be NaN.
 
     Raises:
         ValueError: the shapes do not fit.
@@ -235,9 +232,78 @@ def weighted_sum(values: Tensor, weight: Tensor | None) -> LossTerm:
             f"weight has shape {list(weight.shape)} but the loss elements have shape "
             f"{list(values.shape)}: weight's shape must be the leading dims of theirs."
         )
-    weight = weight.to(values.dtype)
-    weight = weight.reshape(weight.shape + (1,) * (values.ndim - weight.ndim)).expand_as(values)
-    return LossTerm((values * weight).sum(), weight.sum())
+    weight = over(weight.to(values.dtype), values).expand_as(values)
+    # A product would let the NaN of an element that does not count through: 0 * NaN is NaN.
+    counted = values.masked_fill(weight == 0, 0.0)
+    return LossTerm((counted * weight).sum(), weight.sum())
+
+
+def usable(values: Tensor, weight: Tensor | None) -> Tensor:
+    """Values whose elements of weight 0 are finite, so that no NaN of padding reaches a gradient.
+
+    Masking a NaN loss is not enough: its backward multiplies the NaN by zero. Finite values stay as
+    they are, for what else may see them, like the other patches of an image.
+
+    Args:
+        values: floating `[...]`, rank-local.
+        weight: its shape the leading dims of `values`, or None.
+
+    Example:
+        >>> usable(torch.tensor([1.0, torch.nan, 3.0]), torch.tensor([1, 0, 0]))
+        tensor([1., 0., 3.])
+    """
+    if weight is None:
+        return values
+    return values.masked_fill((over(weight, values) == 0) & ~values.isfinite(), 0.0)
+
+
+def over(weight: Tensor, values: Tensor) -> Tensor:
+    """`weight` with dims of size 1 appended, to broadcast over `values`.
+
+    Example:
+        >>> over(torch.ones(3), torch.ones(3, 4, 5)).shape
+        torch.Size([3, 1, 1])
+    """
+    return weight.reshape(weight.shape + (1,) * (values.ndim - weight.ndim))
+
+
+def check_tensors(owner: str, targets: Targets) -> None:
+    """Refuses targets that are no tensors.
+
+    Raises:
+        TypeError: naming the owner, the target and its type.
+    """
+    for name, value in targets.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{owner}'s {name} must be a tensor, got {type(value).__name__}. Convert it where the "
+                "batch is collated."
+            )
+
+
+def check_shapes(owner: str, targets: Targets, **expected: tuple[int, ...]) -> None:
+    """Refuses targets of another shape than expected; those that are not there pass.
+
+    Raises:
+        ValueError: naming the owner, the target and both shapes.
+    """
+    for name, shape in expected.items():
+        if name in targets and tuple(targets[name].shape) != shape:
+            raise ValueError(
+                f"{owner}'s {name} must have shape {list(shape)} beside its other targets, got "
+                f"{list(targets[name].shape)}"
+            )
+
+
+def phase(module: nn.Module, stream: str) -> str:
+    """The stream to draw from: evaluation has one of its own, so that training's draws go on as if
+    it had not run.
+
+    Example:
+        >>> phase(nn.Identity().eval(), "images/pixels")
+        'images/pixels/eval'
+    """
+    return stream if module.training else f"{stream}/eval"
 
 
 def at_least_one(owner: str, **sizes: int) -> None:

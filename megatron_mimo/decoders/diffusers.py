@@ -18,7 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from megatron_mimo.assemble import images_to_patches, patches_to_images
-from megatron_mimo.decoders.base import Decoder, PositionRule, Targets, at_least_one, weighted_sum
+from megatron_mimo.decoders.base import (
+    Decoder,
+    PositionRule,
+    Targets,
+    at_least_one,
+    phase,
+    usable,
+    weighted_sum,
+)
 from megatron_mimo.decoders.guidance import ConditionDropout, guided
 from megatron_mimo.decoders.tokenizers import LatentTokenizer, built
 from megatron_mimo.draws import draws
@@ -110,15 +118,13 @@ class DiffusersDecoder(Decoder):
         draws_and_weight = ("weight", "step", "noise", "drop")
         if "media" in targets and self.tokenizer is not None:
             self.check_targets(targets, ("media",), draws_and_weight)
-            return targets["media"].shape[0] * self.rows_per_item
-        self.check_targets(targets, ("target",), draws_and_weight)
-        shape = tuple(targets["target"].shape)
-        if len(shape) != 4 or shape[1:] != self.sample_shape:
-            raise ValueError(
-                f"DiffusersDecoder's target must be [n, {', '.join(map(str, self.sample_shape))}], got "
-                f"{list(shape)}"
-            )
-        return shape[0] * self.rows_per_item
+            items = targets["media"].shape[0]
+        else:
+            self.check_targets(targets, ("target",), draws_and_weight)
+            items = self._check_target(targets["target"])
+        each = {name: (items,) for name in ("weight", "step", "drop")}
+        self.check_shapes(targets, noise=(items, *self.sample_shape), **each)
+        return items * self.rows_per_item
 
     def loss_shape(self, targets: Targets) -> tuple[int]:
         """One loss an image."""
@@ -126,7 +132,7 @@ class DiffusersDecoder(Decoder):
 
     def prepare(self, targets: Targets, stream: str = "") -> dict[str, Tensor]:
         """The targets with `target`, `step`, `noise` and, where conditions are dropped, `drop`."""
-        items = self.num_rows(targets) // self.rows_per_item
+        items, stream = self.num_rows(targets) // self.rows_per_item, phase(self, stream)
         prepared = dict(targets)
         if "media" in prepared:
             latents = self.tokenizer.encode(prepared.pop("media"))
@@ -147,9 +153,8 @@ class DiffusersDecoder(Decoder):
         if rows.shape[0] == 0:
             return self.zero_loss(rows)
         self.check_targets(targets, ("target", "step", "noise"), ("weight", "drop"))
-        items = (rows.shape[0] // self.rows_per_item,)
-        self.check_shapes(targets, step=items, drop=items, noise=(*items, *self.sample_shape))
-        clean, noise, step = targets["target"].float(), targets["noise"].float(), targets["step"]
+        clean = usable(targets["target"].float(), targets.get("weight"))
+        noise, step = targets["noise"].float(), targets["step"]
         condition = self.condition_dropout(rows, targets.get("drop"))
         x, time, wanted = self.objective(clean, noise, step)
         error = (self.predict(condition, x, time) - wanted).square().flatten(1).mean(dim=1)
@@ -222,6 +227,15 @@ class DiffusersDecoder(Decoder):
         if self.tokenizer is None:
             return samples
         return self.tokenizer.decode(images_to_patches(samples, self.tokenizer.patch))
+
+    def _check_target(self, target: Tensor) -> int:
+        shape = tuple(target.shape)
+        if len(shape) != 4 or shape[1:] != self.sample_shape:
+            raise ValueError(
+                f"DiffusersDecoder's target must be [n, {', '.join(map(str, self.sample_shape))}], got "
+                f"{list(shape)}"
+            )
+        return shape[0]
 
 
 class _Table(nn.Module):

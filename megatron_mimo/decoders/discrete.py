@@ -17,6 +17,8 @@ from megatron_mimo.decoders.base import (
     PositionRule,
     Targets,
     at_least_one,
+    over,
+    phase,
     weighted_sum,
 )
 from megatron_mimo.decoders.guidance import ConditionDropout, guided
@@ -91,9 +93,14 @@ class DiscreteDecoder(Decoder):
         """The number of codes (or tokens of the media), one a row."""
         if "media" in targets and self.tokenizer is not None:
             self.check_targets(targets, ("media",), ("weight", "drop"))
-            return targets["media"].shape[0] * self.tokenizer.tokens_per_item
-        self._check_codes(targets)
-        return targets["codes"].shape[0]
+            rows = targets["media"].shape[0] * self.tokenizer.tokens_per_item
+        else:
+            self._check_codes(targets)
+            rows = targets["codes"].shape[0]
+        weight = targets.get("weight")
+        each = (len(self.codebook_sizes),) if weight is not None and weight.ndim == 2 else ()
+        self.check_shapes(targets, drop=(rows,), weight=(rows, *each))
+        return rows
 
     def loss_shape(self, targets: Targets) -> tuple[int, int]:
         """One loss for each row and codebook."""
@@ -105,26 +112,26 @@ class DiscreteDecoder(Decoder):
         prepared = dict(targets)
         if "media" in prepared:
             prepared["codes"] = self.tokenizer.encode(prepared.pop("media"))
-        drop = self.condition_dropout.draw(rows, prepared["codes"].device, stream)
+        drop = self.condition_dropout.draw(rows, prepared["codes"].device, phase(self, stream))
         return prepared if drop is None else {"drop": drop, **prepared}
 
     def loss(self, rows: Tensor, targets: Targets) -> LossTerm:
         """Cross-entropy summed over rows and codebooks, and the codes' weight.
 
         A code outside its codebook raises on the CPU; on a device, where looking would wait for it,
-        it makes the loss NaN.
+        it makes the loss NaN. Codes of weight 0 may be anything.
         """
-        self._check_codes(targets)
-        self.check_rows(rows, expected=targets["codes"].shape[0])
+        self.check_targets(targets, ("codes",), ("weight", "drop"))
+        self.check_rows(rows, expected=self.num_rows(targets))
         if rows.shape[0] == 0:
             return self.zero_loss(rows)
-        self.check_shapes(targets, drop=(rows.shape[0],))
         codes = targets["codes"].reshape(rows.shape[0], -1)
+        codes, valid = in_codebooks(codes, self.codebook_sizes, targets.get("weight"))
         logits = self._local_logits(self.condition_dropout(rows, targets.get("drop")))
         losses = torch.stack(
             [self._cross_entropy(*pair) for pair in zip(logits, codes.unbind(1))], dim=1
         )
-        return weighted_sum(losses, targets.get("weight"))
+        return weighted_sum(losses.masked_fill(~valid, torch.nan), targets.get("weight"))
 
     def logits(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Float32 `[N, V]` of each codebook for rows `[N, W]`, whole on every tensor-parallel rank."""
@@ -185,20 +192,11 @@ class DiscreteDecoder(Decoder):
 
     def _cross_entropy(self, logits: Tensor, codes: Tensor) -> Tensor:
         """`[N]`, float32, from rank-local logits `[N, V / tensor-parallel size]`."""
-        size = logits.shape[1] * (1 if self._group is None else self._group.size())
-        valid = (codes >= 0) & (codes < size)
-        if codes.device.type == "cpu" and not valid.all():
-            raise ValueError(
-                f"codes must lie in [0, {size}), found {codes.min().item()} to {codes.max().item()}"
-            )
-        codes = codes.clamp(0, size - 1)
         if self._group is None:
-            losses = F.cross_entropy(logits.float(), codes, reduction="none")
-        else:
-            from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+            return F.cross_entropy(logits.float(), codes, reduction="none")
+        from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-            losses = vocab_parallel_cross_entropy(logits.float(), codes, tp_group=self._group)
-        return losses.masked_fill(~valid, torch.nan)
+        return vocab_parallel_cross_entropy(logits.float(), codes, tp_group=self._group)
 
     def _check_codes(self, targets: Targets) -> None:
         self.check_targets(targets, ("codes",), ("weight", "drop"))
@@ -210,6 +208,40 @@ class DiscreteDecoder(Decoder):
                 f"DiscreteDecoder's codes must be int64 [N{'' if books == 1 else f', {books}'}], got "
                 f"{codes.dtype} {list(codes.shape)}"
             )
+
+
+def in_codebooks(
+    codes: Tensor, sizes: Sequence[int], weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Codes that are safe to look up, and which of them were inside their codebooks.
+
+    Args:
+        codes: int64 `[N, K]`.
+        sizes: entries of each of the `K` codebooks.
+        weight: `[N]` or `[N, K]`; codes of weight 0 are not looked at. None uses all.
+
+    Returns:
+        Codes clamped to their codebooks `[N, K]`, and bool `[N, K]`, true where weight is 0.
+
+    Raises:
+        ValueError: a code that is used lies outside, on the CPU, where looking costs no wait.
+
+    Example:
+        >>> in_codebooks(torch.tensor([[1], [-100]]), (4,), torch.tensor([1, 0]))[0].flatten()
+        tensor([1, 0])
+    """
+    last = torch.stack([torch.full((), size - 1, device=codes.device) for size in sizes])
+    clamped = codes.clamp(min=0).minimum(last)
+    valid = clamped == codes
+    if weight is not None:
+        valid = valid | (over(weight, codes) == 0)
+    if codes.device.type == "cpu" and not valid.all():
+        row, book = (~valid).nonzero()[0].tolist()
+        raise ValueError(
+            f"codes must lie in [0, {sizes[book]}), found {codes[row, book].item()} in row {row}, "
+            f"codebook {book}. Give padding a weight of 0."
+        )
+    return clamped, valid
 
 
 def draw_codes(

@@ -40,8 +40,9 @@ class ConditionDropout(nn.Module):
         self._warned = False
 
     def draw(self, items: int, device: torch.device, stream: str) -> Tensor | None:
-        """Which items lose their condition, bool `[items]`, or None where none ever does."""
-        if self.null is None:
+        """Which items lose their condition, bool `[items]`, or None where none does: in evaluation, or
+        without a null condition."""
+        if self.null is None or not self.training:
             return None
         with draws(f"{stream}/drop"):
             return torch.rand(items, device=device) < self.probability

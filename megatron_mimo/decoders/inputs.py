@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from megatron_mimo.decoders.base import Targets, at_least_one
+from megatron_mimo.decoders.base import (
+    Targets,
+    at_least_one,
+    check_shapes,
+    check_tensors,
+    phase,
+    usable,
+)
+from megatron_mimo.decoders.discrete import in_codebooks
 from megatron_mimo.decoders.layers import Sharding, TimeEmbedding
 from megatron_mimo.decoders.rectified_flow import RectifiedFlow, noised, repeated
 from megatron_mimo.decoders.tokenizers import Tokenizer, built
@@ -149,6 +157,8 @@ class TargetInput(GenerationInput):
         hidden_size: `H`.
         target_width: `D`.
         hidden_width: width of a hidden layer with GELU; None for a linear map.
+        tokenizer: frozen codec, or its spec, that makes targets from media where the decoder, and so
+            its own tokenizer, is on another pipeline stage.
         decoder: whose targets to read.
 
     Example:
@@ -165,19 +175,27 @@ class TargetInput(GenerationInput):
         hidden_size: int,
         target_width: int,
         hidden_width: int | None = None,
+        tokenizer: Tokenizer | ModuleSpec | None = None,
         decoder: str | None = None,
     ) -> None:
         super().__init__(hidden_size=hidden_size, decoder=decoder)
         at_least_one("TargetInput", target_width=target_width)
+        self.target_width = target_width
         self.projection = _projection(target_width, hidden_width, hidden_size)
+        self.tokenizer = None if tokenizer is None else built(tokenizer)
 
     def num_rows(self, targets: Targets) -> int:
-        """The number of targets, one a row."""
-        return targets["target"].shape[0]
+        """The number of targets (or tokens of the media), one a row."""
+        return _count(self, targets, "target", (self.target_width,))
+
+    def prepare(self, targets: Targets, stream: str = "") -> dict[str, Tensor]:
+        """The targets with `target` in place of `media`."""
+        self.num_rows(targets)
+        return _encoded(self, targets, "target")
 
     def forward(self, targets: Targets | None, num_rows: int) -> Tensor:
         """`target` `[N, D]` projected to `[N, H]`."""
-        target = _given(self, targets, "target", num_rows)
+        target = usable(_given(self, targets, "target", num_rows), targets.get("weight"))
         return self.projection(target.to(_dtype(self)))
 
 
@@ -216,6 +234,7 @@ class CodeInput(GenerationInput):
     ) -> None:
         super().__init__(hidden_size=hidden_size, decoder=decoder)
         sizes = (codebook_sizes,) if isinstance(codebook_sizes, int) else tuple(codebook_sizes)
+        self.codebook_sizes = sizes
         width = hidden_size if embedding_width is None else embedding_width
         self.embeddings = nn.ModuleList(nn.Embedding(size, width) for size in sizes)
         for embedding in self.embeddings:
@@ -226,20 +245,22 @@ class CodeInput(GenerationInput):
 
     def num_rows(self, targets: Targets) -> int:
         """The number of codes (or tokens of the media), one a row."""
-        if "media" in targets and self.tokenizer is not None:
-            return targets["media"].shape[0] * self.tokenizer.tokens_per_item
-        return targets["codes"].shape[0]
+        books = len(self.codebook_sizes)
+        return _count(self, targets, "codes", (books,), *(((),) if books == 1 else ()))
 
     def prepare(self, targets: Targets, stream: str = "") -> dict[str, Tensor]:
         """The targets with `codes` in place of `media`."""
-        prepared = dict(targets)
-        if "media" in prepared and self.tokenizer is not None:
-            prepared["codes"] = self.tokenizer.encode(prepared.pop("media"))
-        return prepared
+        self.num_rows(targets)
+        return _encoded(self, targets, "codes")
 
     def forward(self, targets: Targets | None, num_rows: int) -> Tensor:
-        """Embeddings of `codes` `[N]` or `[N, K]`, added and projected: `[N, H]`."""
+        """Embeddings of `codes` `[N]` or `[N, K]`, added and projected: `[N, H]`.
+
+        A code outside its codebook raises on the CPU; on a device, where looking would wait for it, the
+        nearest code stands in and the decoder's loss is NaN. Codes of weight 0 may be anything.
+        """
         codes = _given(self, targets, "codes", num_rows).reshape(num_rows, -1)
+        codes, _ = in_codebooks(codes, self.codebook_sizes, targets.get("weight"))
         embedded = sum(table(code) for table, code in zip(self.embeddings, codes.unbind(1)))
         return self.projection(embedded)
 
@@ -256,6 +277,8 @@ class NoisedTargetInput(GenerationInput):
         target_width: `D`.
         rows_per_item: rows that share one time: the decoder's.
         flow: how time is drawn: the decoder's.
+        tokenizer: frozen codec, or its spec, that makes targets from media where the decoder, and so
+            its own tokenizer, is on another pipeline stage.
         decoder: whose targets to read.
 
     Example:
@@ -272,26 +295,38 @@ class NoisedTargetInput(GenerationInput):
         target_width: int,
         rows_per_item: int = 1,
         flow: RectifiedFlow = RectifiedFlow(),
+        tokenizer: Tokenizer | ModuleSpec | None = None,
         decoder: str | None = None,
     ) -> None:
         super().__init__(hidden_size=hidden_size, decoder=decoder)
         at_least_one("NoisedTargetInput", target_width=target_width, rows_per_item=rows_per_item)
+        self.target_width = target_width
         self.rows_per_item = rows_per_item
         self.flow = flow
         self.projection = nn.Linear(target_width, hidden_size)
         self.time = TimeEmbedding(hidden_size, Sharding())
+        self.tokenizer = None if tokenizer is None else built(tokenizer)
 
     def num_rows(self, targets: Targets) -> int:
-        """The number of targets, one a row."""
-        return targets["target"].shape[0]
+        """The number of targets (or tokens of the media), one a row."""
+        rows = _count(self, targets, "target", (self.target_width,))
+        if rows % self.rows_per_item:
+            raise ValueError(
+                f"NoisedTargetInput got {rows} targets, which is no whole number of items of "
+                f"{self.rows_per_item}."
+            )
+        shapes = {"time": (rows // self.rows_per_item,), "noise": (rows, self.target_width)}
+        check_shapes("NoisedTargetInput", targets, **shapes)
+        return rows
 
     def prepare(self, targets: Targets, stream: str = "") -> dict[str, Tensor]:
-        """The targets with `time` and `noise`, as a `FlowDecoder` of the same flow draws them."""
-        return self.flow.add_draws(targets, self.num_rows(targets) // self.rows_per_item, stream)
+        """The targets with `target`, `time` and `noise`, as a `FlowDecoder` of the same flow has them."""
+        items = self.num_rows(targets) // self.rows_per_item
+        return self.flow.add_draws(_encoded(self, targets, "target"), items, phase(self, stream))
 
     def forward(self, targets: Targets | None, num_rows: int) -> Tensor:
         """`x_t` of `target` `[N, D]`, `noise` `[N, D]`, `time` `[n]`, embedded: `[N, H]`."""
-        clean = _given(self, targets, "target", num_rows)
+        clean = usable(_given(self, targets, "target", num_rows), targets.get("weight"))
         x = noised(clean, targets["noise"], targets["time"])
         return self.at(x, targets["time"])
 
@@ -311,6 +346,46 @@ def _projection(width: int, hidden_width: int | None, hidden_size: int) -> nn.Mo
 
 def _dtype(module: nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype
+
+
+def _count(
+    feed: TargetInput | CodeInput | NoisedTargetInput,
+    targets: Targets,
+    keyword: str,
+    *inner: tuple[int, ...],
+) -> int:
+    """Rows that targets stand for, of which `keyword` must be `[N, *one of inner]`; from shapes."""
+    name = type(feed).__name__
+    check_tensors(name, targets)
+    if keyword not in targets and "media" in targets:
+        if feed.tokenizer is None:
+            raise ValueError(
+                f"{name} reads {keyword!r} but the targets hold media, and its decoder, whose tokenizer "
+                "would encode them, is on another pipeline stage. Give the input that `tokenizer` too."
+            )
+        rows = targets["media"].shape[0] * feed.tokenizer.tokens_per_item
+    elif keyword in targets:
+        shape = tuple(targets[keyword].shape)
+        if not shape or shape[1:] not in inner:
+            forms = " or ".join(str(["N", *sizes]).replace("'", "") for sizes in inner)
+            raise ValueError(f"{name}'s {keyword} must be {forms}, got {list(shape)}")
+        rows = shape[0]
+    else:
+        raise ValueError(f"{name} reads the target {keyword!r}, found {sorted(targets)}")
+    if "weight" in targets and targets["weight"].shape[:1] != (rows,):
+        found = list(targets["weight"].shape)
+        raise ValueError(f"{name} got {rows} {keyword} and a weight of shape {found}")
+    return rows
+
+
+def _encoded(
+    feed: TargetInput | CodeInput | NoisedTargetInput, targets: Targets, keyword: str
+) -> dict[str, Tensor]:
+    """The targets with `keyword` in place of media."""
+    targets = dict(targets)
+    if "media" in targets:
+        targets[keyword] = feed.tokenizer.encode(targets.pop("media"))
+    return targets
 
 
 def _given(feed: GenerationInput, targets: Targets | None, keyword: str, num_rows: int) -> Tensor:

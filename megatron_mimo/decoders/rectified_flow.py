@@ -24,6 +24,8 @@ from megatron_mimo.decoders.base import (
     Targets,
     at_least_one,
     one_of,
+    phase,
+    usable,
     weighted_sum,
 )
 from megatron_mimo.decoders.guidance import ConditionDropout, guided
@@ -224,7 +226,10 @@ class RectifiedFlowDecoder(Decoder):
                 f"{type(self).__name__} got {count} targets, which is no whole number of items of "
                 f"{self.targets_per_item}."
             )
-        return count // self.targets_per_item * self.rows_per_item
+        items = count // self.targets_per_item
+        shapes = {"time": (items,), "drop": (items,), "noise": (count, self.target_width)}
+        self.check_shapes(targets, weight=(count,), **shapes)
+        return items * self.rows_per_item
 
     def loss_shape(self, targets: Targets) -> tuple[int]:
         """One loss a target."""
@@ -232,7 +237,7 @@ class RectifiedFlowDecoder(Decoder):
 
     def prepare(self, targets: Targets, stream: str = "") -> dict[str, Tensor]:
         """The targets with `target`, `time`, `noise` and, where conditions are dropped, `drop`."""
-        items = self.num_rows(targets) // self.rows_per_item
+        items, stream = self.num_rows(targets) // self.rows_per_item, phase(self, stream)
         prepared = dict(targets)
         if "media" in prepared:
             prepared["target"] = self.tokenizer.encode(prepared.pop("media"))
@@ -246,9 +251,8 @@ class RectifiedFlowDecoder(Decoder):
         if rows.shape[0] == 0:
             return self.zero_loss(rows)
         self.check_targets(targets, ("target", "time", "noise"), ("weight", "drop"))
-        clean, noise, time = targets["target"], targets["noise"], targets["time"]
-        items = (rows.shape[0] // self.rows_per_item,)
-        self.check_shapes(targets, time=items, drop=items, noise=tuple(clean.shape))
+        clean = usable(targets["target"], targets.get("weight"))
+        noise, time = targets["noise"], targets["time"]
         condition = self.condition_dropout(rows, targets.get("drop"))
         predicted = self.velocity(condition, noised(clean, noise, time), time)
         error = (predicted.float() - (noise.float() - clean.float())).square().mean(dim=-1)

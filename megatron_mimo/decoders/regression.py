@@ -17,6 +17,7 @@ from megatron_mimo.decoders.base import (
     Targets,
     at_least_one,
     one_of,
+    usable,
     weighted_sum,
 )
 from megatron_mimo.losses import LossTerm
@@ -80,6 +81,7 @@ class RegressionDecoder(Decoder):
             raise ValueError(
                 f"RegressionDecoder's target must be [N, {self.target_width}], got {list(target.shape)}"
             )
+        self.check_shapes(targets, weight=(target.shape[0],))
         return target.shape[0]
 
     def loss(self, rows: Tensor, targets: Targets) -> LossTerm:
@@ -87,8 +89,8 @@ class RegressionDecoder(Decoder):
         self.check_rows(rows, expected=self.num_rows(targets))
         if rows.shape[0] == 0:
             return self.zero_loss(rows)
-        predicted, target = self.sample(rows), targets["target"].float()
-        return weighted_sum(self._errors(predicted, target), targets.get("weight"))
+        target, weight = targets["target"].float(), targets.get("weight")
+        return weighted_sum(self._errors(self.sample(rows), usable(target, weight)), weight)
 
     def sample(self, rows: Tensor) -> Tensor:
         """The prediction `[N, D]`, float32, for rows `[N, W]`."""

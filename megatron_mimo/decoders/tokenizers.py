@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
 import torch
@@ -32,6 +33,10 @@ class Codec(Protocol):
 
 class Tokenizer(nn.Module, ABC):
     """A frozen module that turns media into rows of tokens and back.
+
+    It keeps the dtype it was built in whatever its parent is cast to: a codec trained in float32 gives
+    other codes in bfloat16. Media and rows are cast to that dtype on the way in, and floating outputs
+    are float32, as decoders' targets are.
 
     Args:
         module: a `Codec`, or its spec.
@@ -57,6 +62,21 @@ class Tokenizer(nn.Module, ABC):
         """Stays in eval mode: a frozen codec's batch statistics and dropout must not move."""
         del mode
         return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves between devices as any module; casts to another dtype pass it by."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            there = fn(tensor)
+            return there if there.dtype == tensor.dtype else tensor.to(there.device)
+
+        return super()._apply(moved, recurse)
+
+    def as_codec(self, values: Tensor) -> Tensor:
+        """Floating values in the dtype that the codec computes in; codes as they are."""
+        own = (*self.module.parameters(), *self.module.buffers())
+        floating = (tensor.dtype for tensor in own if tensor.is_floating_point())
+        return values.to(next(floating, torch.float32)) if values.is_floating_point() else values
 
     @abstractmethod
     def encode(self, media: Tensor) -> Tensor:
@@ -114,7 +134,7 @@ class CodeTokenizer(Tokenizer):
         Raises:
             ValueError: the codec gives another number of codes.
         """
-        codes = self.module.encode(media)
+        codes = self.module.encode(self.as_codec(media))
         expected = media.shape[0] * self.tokens_per_item * self.codebooks
         if codes.numel() != expected:
             raise ValueError(
@@ -129,7 +149,8 @@ class CodeTokenizer(Tokenizer):
     def decode(self, rows: Tensor) -> Tensor:
         """Media `[n, ...]` of codes `[n * T]` or `[n * T, codebooks]`."""
         items = self.check_items(rows)
-        return self.module.decode(rows.reshape(items, *self.grid, *rows.shape[1:]))
+        media = self.module.decode(rows.reshape(items, *self.grid, *rows.shape[1:]))
+        return _float32(media)
 
 
 class LatentTokenizer(Tokenizer):
@@ -182,7 +203,7 @@ class LatentTokenizer(Tokenizer):
         Raises:
             ValueError: the codec gives latents of another shape.
         """
-        latents = self.module.encode(media)
+        latents = self.module.encode(self.as_codec(media)).float()
         if tuple(latents.shape[1:]) != self.latent_shape:
             raise ValueError(
                 f"{type(self.module).__name__} encodes images {list(media.shape)} to latents "
@@ -195,8 +216,12 @@ class LatentTokenizer(Tokenizer):
     def decode(self, rows: Tensor) -> Tensor:
         """Images of latent patches `[n * T, C * patch * patch]`."""
         self.check_items(rows)
-        latents = patches_to_images(rows, self.latent_shape)
-        return self.module.decode(latents / self.scale + self.shift)
+        latents = patches_to_images(rows.float(), self.latent_shape) / self.scale + self.shift
+        return _float32(self.module.decode(self.as_codec(latents)))
+
+
+def _float32(media: Tensor) -> Tensor:
+    return media.float() if media.is_floating_point() else media
 
 
 def built(module: nn.Module | ModuleSpec) -> nn.Module:

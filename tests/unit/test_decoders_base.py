@@ -124,3 +124,37 @@ def test_rows_per_item_must_be_positive():
 def test_an_option_is_named_with_what_is_allowed():
     with pytest.raises(ValueError, match=r"X: y must be one of \['a'\], got 'b'"):
         one_of("X", "y", "b", ("a",))
+
+
+def test_what_does_not_count_may_be_nan():
+    term = weighted_sum(torch.tensor([1.0, torch.nan]), torch.tensor([True, False]))
+    assert (term.sum, term.count, term.mean()) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("objective", ["mse", "l1", "huber", "cosine"])
+def test_a_target_that_does_not_count_sends_no_nan_into_a_gradient(objective):
+    torch.manual_seed(0)
+    decoder = RegressionDecoder(width=3, target_width=2, objective=objective)
+    rows, target = torch.randn(3, 3, requires_grad=True), torch.randn(3, 2)
+    target[1] = torch.nan
+    term = decoder.loss(rows, {"target": target, "weight": torch.tensor([1.0, 0.0, 2.0])})
+    term.mean().backward()
+    assert term.count == 3
+    assert rows.grad.isfinite().all() and not rows.grad[1].any() and rows.grad[0].any()
+    assert all(p.grad.isfinite().all() for p in decoder.parameters())
+
+
+def test_a_target_that_counts_keeps_its_nan():
+    decoder = RegressionDecoder(width=2)
+    target = torch.tensor([[torch.nan, 0.0]])
+    assert decoder.loss(torch.ones(1, 2), {"target": target}).sum.isnan()
+
+
+def test_targets_that_are_no_tensors_are_refused_before_the_loss():
+    with pytest.raises(TypeError, match="RegressionDecoder's target must be a tensor, got list"):
+        RegressionDecoder(width=2).num_rows({"target": [[1.0, 2.0]]})
+
+
+def test_a_regressions_weight_of_another_shape_is_refused_before_the_loss():
+    with pytest.raises(ValueError, match=r"weight must have shape \[3\].*got \[2\]"):
+        RegressionDecoder(width=2).num_rows({"target": torch.zeros(3, 2), "weight": torch.ones(2)})

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from megatron_mimo.decoders import DiscreteDecoder
-from megatron_mimo.decoders.discrete import draw_codes
+from megatron_mimo.decoders.discrete import draw_codes, in_codebooks
 
 
 def test_one_codebook_is_plain_cross_entropy():
@@ -39,7 +39,7 @@ def test_several_codebooks_each_have_a_head_and_count_their_codes():
 
 def test_a_code_outside_its_codebook_raises_on_the_cpu():
     decoder = DiscreteDecoder(width=6, codebook_sizes=4)
-    with pytest.raises(ValueError, match=r"codes must lie in \[0, 4\), found 1 to 4"):
+    with pytest.raises(ValueError, match=r"codes must lie in \[0, 4\), found 4 in row 1, codebook 0"):
         decoder.loss(torch.zeros(2, 6), {"codes": torch.tensor([1, 4])})
 
 
@@ -164,9 +164,42 @@ def test_a_drop_of_another_shape_is_refused():
     decoder = DiscreteDecoder(width=6, codebook_sizes=4, condition_dropout=0.1)
     targets = {"codes": torch.zeros(3, dtype=torch.long), "drop": torch.ones(1).bool()}
     with pytest.raises(ValueError, match=r"drop must have shape \[3\].*got \[1\]"):
-        decoder.loss(torch.zeros(3, 6), targets)
+        decoder.prepare(targets)
 
 
 def test_media_without_a_tokenizer_are_refused():
     with pytest.raises(ValueError, match=r"lack \['codes'\]"):
         DiscreteDecoder(width=6, codebook_sizes=4).num_rows({"media": torch.zeros(1, 3, 4, 4)})
+
+
+@pytest.mark.parametrize("weight", [torch.tensor([1, 0]), torch.tensor([[True], [False]])])
+def test_codes_of_weight_zero_may_be_anything(weight):
+    decoder = DiscreteDecoder(width=6, codebook_sizes=4)
+    rows = torch.randn(2, 6, requires_grad=True)
+    term = decoder.loss(rows, {"codes": torch.tensor([1, -100]), "weight": weight})
+    alone = decoder.loss(rows[:1], {"codes": torch.tensor([1])})
+    torch.testing.assert_close((term.sum, term.count), (alone.sum, alone.count))
+    term.sum.backward()
+    assert rows.grad[0].any() and not rows.grad[1].any()
+
+
+def test_a_code_is_judged_by_its_own_codebook():
+    codes = torch.tensor([[3, 1], [0, 3]])
+    assert torch.equal(in_codebooks(codes, (4, 4), None)[0], codes)
+    with pytest.raises(ValueError, match=r"in \[0, 2\), found 3 in row 1, codebook 1"):
+        in_codebooks(codes, (4, 2), None)
+
+
+@pytest.mark.parametrize("weight", [torch.ones(2), torch.ones(3, 1), torch.ones(())])
+def test_a_weight_of_another_shape_is_refused_before_the_loss(weight):
+    decoder = DiscreteDecoder(width=6, codebook_sizes=(4, 4))
+    targets = {"codes": torch.zeros(3, 2, dtype=torch.long), "weight": weight}
+    with pytest.raises(ValueError, match="DiscreteDecoder's weight must have shape"):
+        decoder.num_rows(targets)
+
+
+def test_evaluation_drops_no_conditions():
+    decoder = DiscreteDecoder(width=6, codebook_sizes=4, condition_dropout=0.9)
+    targets = {"codes": torch.zeros(3, dtype=torch.long)}
+    assert "drop" in decoder.prepare(targets)
+    assert "drop" not in decoder.eval().prepare(targets)

@@ -5,8 +5,10 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from megatron_mimo.decoders import FlowDecoder
+from megatron_mimo.decoders import FlowDecoder, NoisedTargetInput
 from megatron_mimo.draws import STATE, draws, seed_draws
+from tests import tiny
+from tests.distributed.cases import decoders as cases
 
 
 def numbers(stream: str) -> torch.Tensor:
@@ -63,30 +65,65 @@ def test_a_checkpoint_of_the_trackers_states_resumes_them(tracker):
     assert torch.equal(numbers("new"), wanted[1])
 
 
+RECOMPUTED = dict(
+    recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
+)
+
+
+def trained_once(**language) -> tuple[torch.Tensor, dict[str, torch.Tensor], list[int]]:
+    """Loss and gradients of one step of a model that draws time, noise, dropped conditions and dropout
+    masks, and how often each layer of its language model ran."""
+    reseed(0)
+    torch.manual_seed(2)
+    config = tiny.language_config(hidden_dropout=0.1, **language)
+    kind = cases.kinds()["flow"]
+    model = cases.build(kind, tiny.language_spec(config))
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    runs = [0] * config.num_layers
+    for index, layer in enumerate(model.language_model.decoder.layers):
+        layer.register_forward_pre_hook(lambda *_, index=index: runs.__setitem__(index, runs[index] + 1))
+    tokens, targets = cases.batch(("two", "edge")), {"target": kind.targets(3)["target"]}
+    counts = {"text": tokens["loss_mask"].sum(), "images/out": torch.tensor(9.0)}
+    loss = cases.step(model, tokens, targets, counts)
+    return loss, {name: p.grad for name, p in model.named_parameters()}, runs
+
+
 def test_recomputation_repeats_the_draws_of_the_first_pass(tracker):
-    decoder = FlowDecoder(width=6, target_width=4, hidden_width=16)
-    torch.nn.init.normal_(decoder.out.weight)
-    rows = torch.randn(3, 6, requires_grad=True)
-    target = torch.randn(3, 4)
-
-    def gradient(recompute: bool) -> torch.Tensor:
-        reseed(0)
-        targets = decoder.prepare({"target": target}, "images/pixels")
-
-        def loss(rows):
-            return decoder.loss(rows, targets).sum
-
-        term = tensor_parallel.checkpoint(loss, False, rows) if recompute else loss(rows)
-        return torch.autograd.grad(term, rows)[0] if not recompute else _backward(term, rows)
-
-    torch.testing.assert_close(gradient(True), gradient(False))
+    loss, gradients, runs = trained_once()
+    again, recomputed, twice = trained_once(**RECOMPUTED)
+    assert (runs, twice) == ([1, 1], [2, 2])
+    assert torch.equal(again, loss)
+    for name, gradient in gradients.items():
+        assert gradient.any() or name.endswith("null"), name  # perhaps no condition was dropped
+        torch.testing.assert_close(recomputed[name], gradient, msg=name)
 
 
-def _backward(term: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Megatron's recomputation works with backward() alone."""
-    rows.grad = None
-    term.backward()
-    return rows.grad
+def prepared_noise(module: torch.nn.Module) -> torch.Tensor:
+    return module.prepare({"target": torch.zeros(3, 4)}, "images/out")["noise"]
+
+
+@pytest.mark.parametrize("kind", ["decoder", "input"])
+def test_training_draws_do_not_depend_on_whether_evaluation_ran(tracker, kind):
+    if kind == "decoder":
+        module = FlowDecoder(width=6, target_width=4, hidden_width=16)
+    else:
+        module = NoisedTargetInput(hidden_size=6, target_width=4)
+    unbroken = [prepared_noise(module), prepared_noise(module)]
+    reseed(0)
+    assert torch.equal(prepared_noise(module), unbroken[0])
+    evaluated = prepared_noise(module.eval())
+    assert torch.equal(prepared_noise(module.train()), unbroken[1])
+    assert not any(torch.equal(evaluated, noise) for noise in unbroken)
+
+
+def test_decoder_and_input_evaluate_at_the_same_point_on_the_path(tracker):
+    decoder = FlowDecoder(width=6, target_width=4, hidden_width=16).eval()
+    feed = NoisedTargetInput(hidden_size=6, target_width=4).eval()
+    noise = prepared_noise(decoder)
+    reseed(0)
+    assert torch.equal(prepared_noise(feed), noise)
 
 
 def test_the_base_state_is_never_advanced(tracker):

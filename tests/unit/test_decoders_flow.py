@@ -223,13 +223,17 @@ def test_dropping_without_a_null_condition_is_refused():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("time", torch.zeros(1)), ("noise", torch.zeros(1, 4)), ("drop", torch.zeros(1).bool())],
+    [
+        ("time", torch.zeros(1)),
+        ("noise", torch.zeros(1, 4)),
+        ("drop", torch.zeros(1).bool()),
+        ("weight", torch.zeros(1)),
+    ],
 )
 def test_draws_of_another_shape_are_refused_not_broadcast(name, value):
     decoder = head(condition_dropout=0.1)
-    targets = decoder.prepare({"target": torch.zeros(2, 4), name: value})
     with pytest.raises(ValueError, match=rf"FlowDecoder's {name} must have shape \[2"):
-        decoder.loss(torch.zeros(2, 6), targets)
+        decoder.prepare({"target": torch.zeros(2, 4), name: value})
 
 
 def test_the_loss_needs_prepared_targets():
@@ -294,3 +298,35 @@ def test_a_tiny_head_learns_two_clusters():
         cluster = samples[labels == label]
         assert cluster.mean().item() == pytest.approx(centre, abs=0.1)
         assert 0.03 < cluster.std().item() < 0.3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_target_that_does_not_count_may_be_nan(kind):
+    torch.manual_seed(0)
+    make, rows_per_item, targets_per_item = KINDS[kind]
+    decoder = randomised(make())
+    rows = torch.randn(2 * rows_per_item, 6, requires_grad=True)
+    target = torch.randn(2 * targets_per_item, 4)
+    weight = torch.arange(2 * targets_per_item) < targets_per_item
+    target[~weight] = torch.nan
+    term = decoder.loss(rows, decoder.prepare({"target": target, "weight": weight}))
+    term.mean().backward()
+    assert term.sum.isfinite() and term.count == targets_per_item
+    assert rows.grad.isfinite().all() and rows.grad[0].any()
+    assert all(p.grad.isfinite().all() for p in decoder.parameters())
+
+
+def test_what_does_not_count_is_still_seen_by_its_neighbours():
+    decoder = randomised(transformer())
+    rows, weight = torch.randn(2, 6), torch.tensor([1.0, 1.0, 0.0])
+    given = {"time": torch.tensor([0.3]), "noise": torch.randn(3, 4), "weight": weight}
+    target = torch.randn(3, 4)
+    changed = target + (weight == 0)[:, None]
+    losses = [decoder.loss(rows, {"target": t, **given}).sum for t in (target, changed)]
+    assert losses[0] != losses[1]
+
+
+def test_evaluation_drops_no_conditions():
+    decoder = head(condition_dropout=0.9)
+    assert "drop" in decoder.prepare({"target": torch.zeros(3, 4)})
+    assert "drop" not in decoder.eval().prepare({"target": torch.zeros(3, 4)})

@@ -8,6 +8,7 @@ from megatron_mimo.decoders import (
     CodeInput,
     CodeTokenizer,
     FlowDecoder,
+    LatentTokenizer,
     NoisedTargetInput,
     QueryInput,
     RectifiedFlow,
@@ -144,3 +145,93 @@ def test_missing_or_miscounted_targets_are_refused(targets, match):
 def test_bad_options_are_refused(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+class Quartered(nn.Module):
+    """A codec whose latents are a quarter of the image, whatever dtype it is given."""
+
+    def encode(self, media):
+        return media / 4
+
+    def decode(self, latents):
+        return latents * 4
+
+
+def latents() -> LatentTokenizer:
+    return LatentTokenizer(Quartered(), latent_shape=(1, 2, 2))
+
+
+def test_targets_come_from_media_where_the_input_has_the_tokenizer():
+    media = torch.rand(2, 1, 2, 2)
+    feed = TargetInput(hidden_size=6, target_width=1, tokenizer=latents())
+    assert feed.num_rows({"media": media}) == 8
+    prepared = feed.prepare({"media": media})
+    assert torch.equal(prepared["target"], media.reshape(8, 1) / 4) and "media" not in prepared
+
+
+def test_a_noised_target_from_media_is_the_decoders_own_point_on_the_path():
+    media = torch.rand(2, 1, 2, 2)
+    decoder = FlowDecoder(
+        width=6, target_width=1, hidden_width=8, rows_per_item=4, tokenizer=latents()
+    )
+    feed = NoisedTargetInput(hidden_size=6, target_width=1, rows_per_item=4, tokenizer=latents())
+    assert feed.num_rows({"media": media}) == decoder.num_rows({"media": media}) == 8
+    torch.manual_seed(0)
+    theirs = decoder.prepare({"media": media}, "images/pixels")
+    torch.manual_seed(0)
+    ours = feed.prepare({"media": media}, "images/pixels")
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+
+
+FEEDS = {
+    "target": TargetInput(hidden_size=6, target_width=2),
+    "codes": CodeInput(hidden_size=6, codebook_sizes=3),
+    "noised": NoisedTargetInput(hidden_size=6, target_width=2, rows_per_item=2),
+}
+
+
+@pytest.mark.parametrize("feed", FEEDS.values(), ids=FEEDS)
+def test_media_that_nothing_on_this_stage_encodes_are_refused(feed):
+    for ask in (feed.num_rows, feed.prepare):
+        with pytest.raises(ValueError, match="hold media, and its decoder.*Give the input that `token"):
+            ask({"media": torch.zeros(1, 3, 4, 4)})
+
+
+@pytest.mark.parametrize("feed", FEEDS.values(), ids=FEEDS)
+def test_targets_are_checked_on_a_stage_without_the_decoder(feed):
+    name = "codes" if isinstance(feed, CodeInput) else "target"
+    value = torch.zeros(4, dtype=torch.long) if name == "codes" else torch.zeros(4, 2)
+    with pytest.raises(ValueError, match=rf"reads the target '{name}', found \['other'\]"):
+        feed.num_rows({"other": value})
+    with pytest.raises(TypeError, match=rf"'s {name} must be a tensor, got list"):
+        feed.num_rows({name: value.tolist()})
+    with pytest.raises(ValueError, match=rf"'s {name} must be \[N.*got \[4, 3\]"):
+        feed.num_rows({name: torch.zeros(4, 3)})
+    with pytest.raises(ValueError, match=rf"got 4 {name} and a weight of shape \[3\]"):
+        feed.num_rows({name: value, "weight": torch.ones(3)})
+
+
+def test_draws_and_spans_of_a_noised_input_are_checked_without_the_decoder():
+    feed, target = FEEDS["noised"], torch.zeros(4, 2)
+    with pytest.raises(ValueError, match="got 3 targets, which is no whole number of items of 2"):
+        feed.num_rows({"target": target[:3]})
+    with pytest.raises(ValueError, match=r"NoisedTargetInput's time must have shape \[2\]"):
+        feed.prepare({"target": target, "time": torch.zeros(4)})
+
+
+def test_codes_outside_their_codebook_are_refused_where_they_count():
+    feed = CodeInput(hidden_size=5, codebook_sizes=3)
+    codes = torch.tensor([2, -100, 7])
+    with pytest.raises(ValueError, match=r"codes must lie in \[0, 3\), found -100 in row 1"):
+        feed({"codes": codes}, num_rows=3)
+    rows = feed({"codes": codes, "weight": torch.tensor([1, 0, 0])}, num_rows=3)
+    assert torch.equal(rows, feed.embeddings[0].weight[[2, 0, 2]])
+
+
+@pytest.mark.parametrize("name", ["target", "noised"])
+def test_the_language_model_sees_no_nan_of_targets_that_do_not_count(name):
+    feed, target = FEEDS[name], torch.zeros(2, 2)
+    target[1] = torch.nan
+    prepared = feed.prepare({"target": target, "weight": torch.tensor([1, 0])})
+    assert feed(prepared, num_rows=2).isfinite().all()

@@ -160,3 +160,55 @@ def test_latents_that_do_not_fit_are_refused():
         latent_tokenizer().encode(torch.zeros(1, 1, 6, 6))
     with pytest.raises(ValueError, match="patch 3 does not divide latents of 4 x 4"):
         latent_tokenizer(patch=3)
+
+
+class Nearest(nn.Module):
+    """A codec that casts nothing itself, with entries that bfloat16 cannot tell apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("entries", 1 + torch.arange(8) / 1024)
+
+    def encode(self, media):
+        return (media.flatten()[:, None] @ torch.ones(1, 8) - self.entries).abs().argmin(-1)
+
+    def decode(self, codes):
+        return self.entries[codes]
+
+
+def test_a_tokenizer_keeps_its_precision_in_a_model_that_is_cast():
+    tokenizer = CodeTokenizer(Nearest(), grid=(8,))
+    decoder = DiscreteDecoder(width=5, codebook_sizes=8, tokenizer=tokenizer).bfloat16()
+    assert decoder.heads[0].weight.dtype == torch.bfloat16
+    assert tokenizer.module.entries.dtype == torch.float32
+    media = (1 + torch.arange(8) / 1024)[None]
+    prepared = decoder.prepare({"media": media})
+    assert prepared["codes"].tolist() == list(range(8))
+    assert torch.equal(decoder.render(prepared["codes"]).flatten(), media.flatten())
+    decoder.loss(torch.randn(8, 5, dtype=torch.bfloat16), prepared).mean().backward()
+
+
+def test_a_cast_flow_learns_latents_in_float32_of_media_in_any_dtype():
+    decoder = FlowDecoder(width=5, target_width=4, hidden_width=8, tokenizer=latent_tokenizer())
+    decoder.bfloat16()
+    assert decoder.tokenizer.module.gain.dtype == torch.float32
+    media = torch.rand(2, 1, 8, 8)
+    target = decoder.prepare({"media": media})["target"]
+    assert torch.equal(target, latent_tokenizer().encode(media)) and target.dtype == torch.float32
+    half = decoder.prepare({"media": media.bfloat16()})
+    assert half["target"].dtype == torch.float32
+    decoder.loss(torch.randn(8, 5), half).mean().backward()
+    assert decoder.render(target.bfloat16()).dtype == torch.float32
+
+
+def test_a_codec_built_in_half_precision_stays_so_and_gives_float32():
+    tokenizer = LatentTokenizer(Halved().bfloat16(), latent_shape=(1, 4, 4)).float()
+    assert tokenizer.module.gain.dtype == torch.bfloat16
+    latents = tokenizer.encode(torch.rand(2, 1, 8, 8))
+    assert latents.dtype == tokenizer.decode(latents).dtype == torch.float32
+
+
+def test_a_tokenizer_moves_with_its_model():
+    tokenizer = latent_tokenizer()
+    assert tokenizer.to("meta", torch.bfloat16).module.gain.device.type == "meta"
+    assert tokenizer.module.gain.dtype == torch.float32
