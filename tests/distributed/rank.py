@@ -2,6 +2,7 @@
 
 import faulthandler
 import json
+import multiprocessing
 import os
 import sys
 import time
@@ -28,6 +29,8 @@ def main(ids: list[str]) -> None:
         if report:
             # Peers that fail in the same way get to say so before torchrun ends them.
             time.sleep(1.0)
+            for child in multiprocessing.active_children():
+                child.kill()  # dist_checkpointing's writers would outlive this process
             os._exit(1)
     faulthandler.cancel_dump_traceback_later()
 
