@@ -21,7 +21,15 @@ def transformer(**options) -> FlowTransformerDecoder:
     return FlowTransformerDecoder(**{**settings, **options})
 
 
-KINDS = {"head": (head, 1, 1), "transformer": (transformer, 2, 3)}
+def steered(**options) -> FlowTransformerDecoder:
+    return transformer(rows_per_item=3, condition="own", **options)
+
+
+KINDS = {
+    "head": (head, 1, 1),
+    "transformer": (transformer, 2, 3),
+    "steered": (steered, 3, 3),
+}
 
 
 def randomised(decoder):
@@ -263,6 +271,8 @@ def test_bad_solver_options_are_refused(options, match):
         (lambda: head(target_width=0), "target_width must be an int"),
         (lambda: transformer(heads=3), "3 attention heads must divide the width 16"),
         (lambda: transformer(targets_per_item=0), "targets_per_item must be an int"),
+        (lambda: transformer(condition="rows"), "condition must be one of"),
+        (lambda: transformer(condition="own"), "each of 3 targets by its own row.* has 2 rows"),
         (lambda: RectifiedFlow(time="cosine"), "time must be one of"),
         (lambda: RectifiedFlow(logit_std=0), "logit_std must be positive"),
     ],
@@ -330,3 +340,22 @@ def test_evaluation_drops_no_conditions():
     decoder = head(condition_dropout=0.9)
     assert "drop" in decoder.prepare({"target": torch.zeros(3, 4)})
     assert "drop" not in decoder.eval().prepare({"target": torch.zeros(3, 4)})
+
+
+def test_a_row_steers_its_own_token_where_attention_mixes_nothing():
+    torch.manual_seed(0)
+    decoder = randomised(steered())
+    for block in decoder.blocks:  # attention carries a row's news on to the other tokens
+        torch.nn.init.zeros_(block.attention.out.weight)
+    rows, x = torch.randn(6, 6), torch.randn(6, 4)
+    changed = rows.clone()
+    changed[4] += 1
+    time = torch.tensor([0.2, 0.7])
+    moved = decoder.velocity(rows, x, time) != decoder.velocity(changed, x, time)
+    assert moved.any(dim=1).tolist() == [False, False, False, False, True, False]
+
+
+def test_a_steered_transformer_has_no_places_for_a_prefix():
+    assert steered().places.shape == (3, 16)
+    assert transformer().places.shape == (5, 16)
+    assert dict(steered().named_parameters()).keys() == dict(transformer().named_parameters()).keys()

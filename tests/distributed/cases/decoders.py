@@ -116,6 +116,14 @@ def kinds() -> dict[str, Kind]:
             None,
             lambda items: flow_targets(items, 5, torch.Generator().manual_seed(3)),
         ),
+        "flow_transformer_own": Kind(
+            FlowTransformerDecoder,
+            dict(
+                **flow, hidden_width=8, depth=1, heads=2, targets_per_item=SPAN, condition="own"
+            ),
+            None,
+            lambda items: flow_targets(items, SPAN, torch.Generator().manual_seed(3)),
+        ),
         "diffusers": Kind(
             DiffusersDecoder,
             dict(width=WIDTH, rows_per_item=SPAN, sample_shape=(1, 4, 4), condition_dropout=0.3),
