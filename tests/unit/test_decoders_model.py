@@ -5,7 +5,7 @@ import torch
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import nn
 
-from megatron_mimo import MimoModel, VisionModalitySubmodules, build_placement, loss_terms, total_loss
+from megatron_mimo import MimoModel, MimoModelConfig, VisionModalitySubmodules, build_placement
 from megatron_mimo.decoders import CodeInput, CodeTokenizer, DiscreteDecoder
 from tests import tiny
 from tests.distributed.cases import decoders as cases
@@ -62,18 +62,25 @@ class TwoByTwo(nn.Module):
 
 
 def code_model(**decoder) -> MimoModel:
+    return MimoModel(code_config(decoder, {}))
+
+
+def code_stage(**feed) -> MimoModel:
+    """The first of several pipeline stages, which has the generation input and no decoder."""
+    return MimoModel(code_config({}, feed), post_process=False)
+
+
+def code_config(decoder: dict, feed: dict) -> MimoModelConfig:
     tokenizer = ModuleSpec(module=CodeTokenizer, params=dict(module=TwoByTwo(), grid=(2, 2)))
     params = dict(width=16, codebook_sizes=10, tokenizer=tokenizer, **decoder)
     parts = dict(
         decoders={"codes": ModuleSpec(module=DiscreteDecoder, params=params)},
         output_projections=[tiny.linear(tiny.HIDDEN, 16)],
-        generation_input=cases.feed(CodeInput, codebook_sizes=10),
+        generation_input=cases.feed(CodeInput, codebook_sizes=10, **feed),
     )
     images = ModuleSpec(module=VisionModalitySubmodules, submodules=parts)
     torch.manual_seed(0)
-    return MimoModel(
-        tiny.mimo_config(modality_submodules={"images": images}, special_token_ids={})
-    )
+    return tiny.mimo_config(modality_submodules={"images": images}, special_token_ids={})
 
 
 def code_ids() -> torch.Tensor:
@@ -146,3 +153,30 @@ def test_a_span_that_does_not_fill_the_image_grid_is_refused(single_process):
     decoder = code_model().modality_submodules["images"].decoders["codes"]
     with pytest.raises(ValueError, match="7 rows do not fill items of 4 tokens"):
         decoder.render(torch.zeros(7, dtype=torch.long))
+
+
+def test_a_first_stage_without_the_decoder_encodes_media_itself(single_process):
+    tokenizer = ModuleSpec(module=CodeTokenizer, params=dict(module=TwoByTwo(), grid=(2, 2)))
+    media = {"images": {"codes": {"media": torch.rand(2, 1, 2, 2)}}}
+    whole = code_model().prepare(media)
+    stage = code_stage(tokenizer=tokenizer)
+    assert not stage.modality_submodules["images"].decoders
+    assert stage.modality_submodules["images"].count_target_rows(media["images"]) == {"codes": 8}
+    first = stage.prepare(media)
+    assert torch.equal(first["images"]["codes"]["codes"], whole["images"]["codes"]["codes"])
+    with pytest.raises(ValueError, match="on another pipeline stage. Give the input that `tokenizer` too"):
+        code_stage()(code_ids(), modality_targets=media)
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "match"),
+    [
+        ({"codes": [1] * 8}, TypeError, "codes must be a tensor, got list"),
+        ({"codes": torch.zeros(8).long(), "weight": torch.ones(7)}, ValueError, "weight must have"),
+    ],
+)
+def test_bad_targets_are_refused_before_the_language_model_runs(single_process, target, error, match):
+    model = code_model()
+    model.language_model.register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
+    with pytest.raises(error, match=match):
+        model(code_ids(), modality_targets={"images": {"codes": target}})
