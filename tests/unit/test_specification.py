@@ -8,6 +8,7 @@ from typing import Dict, List, Optional
 
 import pytest
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
@@ -31,6 +32,7 @@ def transformer_config(hidden_size: int) -> TransformerConfig:
         ffn_hidden_size=2 * hidden_size,
         hidden_dropout=0.0,
         attention_dropout=0.0,
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
     )
 
 
@@ -111,7 +113,7 @@ def test_there_is_a_test_for_each_snippet():
     assert len(SNIPPETS) == 7
 
 
-def test_base_class_signature():
+def test_base_class_signature(single_process):
     written = snippet("# Base class constructor with named encoders").rstrip() + "\n        pass\n"
     names = vocabulary()
     exec(written, names)
@@ -123,7 +125,7 @@ def test_base_class_signature():
 
 
 @pytest.mark.parametrize("name", ["MimoModel", "MimoModelConfig"])
-def test_constructor_signature(name):
+def test_constructor_signature(name, single_process):
     (text,) = [text for text in SNIPPETS if re.match(rf"{name}\(\n    \w+: ", text)]
     ours = inspect.signature(getattr(megatron_mimo, name)).parameters
     written = signature_of(text, name).parameters
@@ -152,17 +154,11 @@ def test_alignment(single_process):
     assert torch.equal(names["aligned_embeddings"], expected)
 
 
-@pytest.fixture(scope="module")
-def vlm_names(single_process):
+def test_vision_language_model(single_process):
     names = vocabulary()
     exec(snippet("# Language model specification"), names)
-    return names
-
-
-def test_vision_language_model(vlm_names):
     tokens = torch.tensor([[5] + [32000] * 197 + [6, 7]])
     labels = tokens.roll(-1, 1)
-    names = {**vlm_names, "mimo_model": vlm_names["vlm"], "input_ids": tokens}
     outputs, _ = names["vlm"](
         input_ids=tokens,
         labels=labels,
@@ -207,4 +203,5 @@ def test_forward_usage(single_process):
         "position_ids": torch.arange(7)[None],
     }
     exec(snippet("# Prepare inputs for multiple modalities"), names)
-    assert names["outputs"].shape == (1, 7, 128)
+    vocabulary_here = 128 // parallel_state.get_tensor_model_parallel_world_size()
+    assert names["outputs"].shape == (1, 7, vocabulary_here)
