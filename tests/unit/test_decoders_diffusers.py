@@ -241,11 +241,22 @@ def test_a_target_of_another_shape_is_refused():
         decoder().num_rows({"target": torch.zeros(2, 1, 4, 4)})
 
 
-def test_draws_of_another_shape_are_refused():
+@pytest.mark.parametrize("name", ["step", "weight", "noise"])
+def test_draws_and_weights_of_another_shape_are_refused_before_the_loss(name):
+    targets = {"target": torch.zeros(2, 1, 8, 8), name: torch.zeros(1).long()}
+    with pytest.raises(ValueError, match=rf"{name} must have shape \[2.*got \[1\]"):
+        decoder().prepare(targets)
+
+
+def test_an_image_that_does_not_count_may_be_nan():
     made = decoder()
-    targets = made.prepare({"target": torch.zeros(2, 1, 8, 8), "step": torch.zeros(1).long()})
-    with pytest.raises(ValueError, match=r"step must have shape \[2\].*got \[1\]"):
-        made.loss(torch.zeros(6, 12), targets)
+    target = torch.rand(2, 1, 8, 8)
+    target[1] = torch.nan
+    rows = torch.randn(6, 12, requires_grad=True)
+    term = made.loss(rows, made.prepare({"target": target, "weight": torch.tensor([1, 0])}))
+    term.mean().backward()
+    assert term.count == 1 and term.sum.isfinite() and rows.grad.isfinite().all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in made.parameters())
 
 
 def test_without_the_library_the_error_says_how_to_install_it(monkeypatch):
