@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from examples.digits.data import AUDIO_ROWS, BAND, CLIP, IMAGE_ROWS, LENGTH, PATCH, TOKEN, VOCABULARY
 from megatron_mimo import (
     AudioModalitySubmodules,
-    MimoModel,
     MimoModelConfig,
     VisionModalitySubmodules,
 )
@@ -20,7 +19,8 @@ from megatron_mimo.decoders.inputs import QueryInput
 from megatron_mimo.decoders.tokenizers import LatentTokenizer
 from megatron_mimo.specs import language_layer_spec
 
-HIDDEN = 128
+HIDDEN = 96
+"""Width of the language model."""
 
 
 class Eye(nn.Module):
@@ -79,18 +79,19 @@ class CosineBands(nn.Module):
         return bands[..., 0].transpose(1, 2).flatten(1) @ self.basis
 
 
-def build_model(*, tensor_parallel: int = 1, sequence_parallel: bool = False) -> MimoModel:
-    """The model on this rank, the same weights whatever the layout."""
+def digits_config(*, tensor_parallel: int = 1, sequence_parallel: bool = False) -> MimoModelConfig:
+    """The model's configuration. Its first weights are the same under every layout."""
     config = TransformerConfig(
         num_layers=3,
         hidden_size=HIDDEN,
         num_attention_heads=4,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        use_cpu_initialization=True,  # draws whole matrices, then cuts: equal for every layout
+        init_method_std=0.06,  # Megatron's 0.02 is for wider models
+        embedding_init_method_std=1.0,
+        use_cpu_initialization=True,  # draws whole matrices and then cuts them
         tensor_model_parallel_size=tensor_parallel,
         sequence_parallel=sequence_parallel,
-        calculate_per_token_loss=True,  # our losses are divided by global counts: sum gradients
     )
     language_model = ModuleSpec(
         module=GPTModel,
@@ -101,85 +102,72 @@ def build_model(*, tensor_parallel: int = 1, sequence_parallel: bool = False) ->
             "max_sequence_length": LENGTH,
         },
     )
-    return MimoModel(
-        MimoModelConfig(
-            language_model=language_model,
-            modality_submodules={"images": images_spec(), "audio": audio_spec()},
-            special_token_ids={"images": TOKEN["<image>"], "audio": TOKEN["<tone>"]},
-            generation_token_ids={"images": TOKEN["<draw>"], "audio": TOKEN["<dial>"]},
-        )
+    return MimoModelConfig(
+        language_model=language_model,
+        modality_submodules={"images": images_spec(), "audio": audio_spec()},
+        special_token_ids={"images": TOKEN["<image>"], "audio": TOKEN["<tone>"]},
+        generation_token_ids={"images": TOKEN["<draw>"], "audio": TOKEN["<dial>"]},
     )
 
 
 def images_spec() -> ModuleSpec:
-    """Reads through `Eye`; draws four patches together by rectified flow."""
+    """Reads through `Eye`; draws the four patches of an image together by rectified flow."""
     return ModuleSpec(
         module=VisionModalitySubmodules,
         params={"image_shape": (1, 8, 8)},
         submodules={
             "encoders": {"eye": ModuleSpec(module=Eye)},
-            "input_projections": [linear(Eye.width, HIDDEN)],
+            "input_projections": [projection(Eye.width)],
             "generation_input": queries(IMAGE_ROWS),
-            "decoders": {
-                "pixels": ModuleSpec(
-                    module=FlowTransformerDecoder,
-                    params={
-                        "width": HIDDEN,
-                        "target_width": PATCH * PATCH,
-                        "targets_per_item": IMAGE_ROWS,
-                        "rows_per_item": IMAGE_ROWS,
-                        "hidden_width": 96,
-                        "depth": 3,
-                        "heads": 4,
-                    },
-                )
-            },
+            "decoders": {"pixels": flow(IMAGE_ROWS, PATCH * PATCH)},
         },
     )
 
 
 def audio_spec() -> ModuleSpec:
-    """Hears through `Ear`; dials eight bands of a clip's spectrum together by rectified flow."""
+    """Hears through `Ear`; dials the eight bands of a clip together by rectified flow."""
     codec = ModuleSpec(
         module=LatentTokenizer,
         params={
             "module": ModuleSpec(module=CosineBands),
             "latent_shape": (BAND, AUDIO_ROWS, 1),
-            "scale": 3.0,  # measured: brings the coefficients' standard deviation to 0.8
+            "scale": 3.0,  # brings the coefficients' standard deviation to about 0.8
         },
     )
     return ModuleSpec(
         module=AudioModalitySubmodules,
         submodules={
             "encoders": {"ear": ModuleSpec(module=Ear)},
-            "input_projections": [linear(Ear.width, HIDDEN)],
+            "input_projections": [projection(Ear.width)],
             "generation_input": queries(AUDIO_ROWS),
-            "decoders": {
-                "bands": ModuleSpec(
-                    module=FlowTransformerDecoder,
-                    params={
-                        "width": HIDDEN,
-                        "target_width": BAND,
-                        "targets_per_item": AUDIO_ROWS,
-                        "rows_per_item": AUDIO_ROWS,
-                        "hidden_width": 96,
-                        "depth": 3,
-                        "heads": 4,
-                        "tokenizer": codec,
-                    },
-                )
-            },
+            "decoders": {"bands": flow(AUDIO_ROWS, BAND, tokenizer=codec)},
         },
     )
 
 
-def linear(inputs: int, outputs: int) -> ModuleSpec:
-    """Spec of a linear projection."""
-    return ModuleSpec(module=nn.Linear, params={"in_features": inputs, "out_features": outputs})
+def projection(width: int) -> ModuleSpec:
+    """From an encoder's rows to the language model's."""
+    return ModuleSpec(module=nn.Linear, params={"in_features": width, "out_features": HIDDEN})
 
 
 def queries(rows: int) -> ModuleSpec:
-    """Spec of what the language model sees where it generates: a learned query a position."""
+    """What the language model sees where it generates: a learned query at each position of a span."""
+    return ModuleSpec(module=QueryInput, params={"hidden_size": HIDDEN, "rows_per_item": rows})
+
+
+def flow(rows: int, values: int, **options) -> ModuleSpec:
+    """A decoder that generates `values` values at each of the `rows` positions of a span."""
     return ModuleSpec(
-        module=QueryInput, params={"hidden_size": HIDDEN, "rows_per_item": rows}
+        module=FlowTransformerDecoder,
+        params={
+            "width": HIDDEN,
+            "target_width": values,
+            "targets_per_item": rows,
+            "rows_per_item": rows,
+            "hidden_width": 96,
+            "depth": 3,
+            "heads": 4,
+            "condition": "own",
+            **options,
+        },
     )

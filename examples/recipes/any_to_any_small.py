@@ -191,7 +191,8 @@ def image_spec(args: Namespace) -> ModuleSpec:
     """Images: read by a small vision transformer, written by a flow transformer over all patches."""
     vision = encoder_config(args, num_layers=2, hidden_size=128, num_attention_heads=4)
     projection = encoder_config(
-        args, num_layers=1, hidden_size=args.hidden_size, ffn_hidden_size=args.hidden_size, num_attention_heads=1
+        args, num_layers=1, hidden_size=args.hidden_size, ffn_hidden_size=args.hidden_size,
+        num_attention_heads=args.num_attention_heads,  # not used, but checked
     )
     return ModuleSpec(
         module=VisionModalitySubmodules,

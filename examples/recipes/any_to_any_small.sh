@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # One process, or several: RANKS=4 examples/recipes/any_to_any_small.sh --tensor-model-parallel-size 2 ...
-# Further arguments are Megatron's and come last, so they win. Without a GPU it runs on the CPU, where
-# --transformer-impl local is needed (and --bf16 is not advised: drop it with PRECISION="").
+# Further arguments are Megatron's; they come last, so they win. Without TransformerEngine add
+# --transformer-impl local --no-rope-fusion; without a GPU it runs on the CPU, in float32: PRECISION="".
 set -euo pipefail
+# Megatron asks for it under tensor and context parallelism on GPUs up to Hopper's generation.
+export CUDA_DEVICE_MAX_CONNECTIONS=1
 cd "$(dirname "$0")/../.."
 
 # shellcheck disable=SC2086

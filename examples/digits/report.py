@@ -1,0 +1,241 @@
+"""The report of the demo: one page that needs no other file, the figures as JSON, and a picture."""
+
+import base64
+import html
+import io
+import json
+import wave
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from torch import Tensor
+
+from examples.digits.data import CLIP, HIGH_HZ, KEY_HZ, LOW_HZ, RATE, Digits
+from examples.digits.evaluate import Results
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+FIGURES = {
+    "read_accuracy": (0.95, "held-out handwriting read as the digit it is"),
+    "hear_accuracy": (0.98, "new tones heard as the digit they dial"),
+    "draw_accuracy": (0.90, "drawn digits that an SVM trained on real ones recognises"),
+    "draw_diversity": (0.50, "distance between two drawings of a digit, over that of real handwriting"),
+    "dial_accuracy": (0.95, "dialled tones that a Goertzel detector decodes"),
+    "hear_then_draw_accuracy": (0.85, "digits drawn from a tone that the SVM recognises"),
+}
+"""Name -> what it should reach, and what it says."""
+ALSO = {
+    "draw_novelty": "distance from a drawing to the nearest training image, over that of unseen handwriting",
+    "train_seconds": "time of the training on this machine",
+}
+
+TERMS = {
+    "text": ("text: which digit", "#1b6ca8"),
+    "images/pixels": ("images: velocity of the pixels", "#d1495b"),
+    "audio/bands": ("audio: velocity of the spectrum", "#2e8b57"),
+}
+INK = "#22303c"
+PHONE_NUMBER = (3, 1, 4, 1, 5, 9, 2, 6, 5, 3)
+
+plt.rcParams.update(
+    {
+        "font.size": 10,
+        "text.color": INK,
+        "axes.edgecolor": "#9aa5b1",
+        "axes.labelcolor": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "xtick.color": "#616e7c",
+        "ytick.color": "#616e7c",
+    }
+)
+
+
+def write_report(
+    out: Path, results: Results, losses: list[dict[str, float]], held_out: Digits
+) -> None:
+    """Writes metrics.json, digits.png and report.html to `out`."""
+    (out / "metrics.json").write_text(json.dumps(results.figures, indent=2) + "\n")
+    overview = draw_overview(results, held_out)
+    overview.savefig(out / "digits.png", dpi=160)
+    (out / "report.html").write_text(page(results, losses, held_out))
+    plt.close("all")
+
+
+# Figures ---------------------------------------------------------------------------------
+
+
+def draw_losses(losses: list[dict[str, float]]) -> Figure:
+    """Every term over the steps: each step pale, their running mean in full colour."""
+    figure, axes = plt.subplots(1, 3, figsize=(10, 2.8), layout="constrained")
+    for axis, (name, (title, colour)) in zip(axes, TERMS.items()):
+        steps = [step for step, terms in enumerate(losses) if name in terms]
+        values = np.array([losses[step][name] for step in steps])
+        axis.plot(steps, values, color=colour, alpha=0.25, linewidth=0.7)
+        width = max(1, len(values) // 40)
+        if len(values) >= width:
+            mean = np.convolve(values, np.ones(width) / width, mode="valid")
+            axis.plot(steps[width // 2 :][: len(mean)], mean, color=colour, linewidth=1.8)
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("step")
+    return figure
+
+
+def draw_overview(results: Results, held_out: Digits) -> Figure:
+    """Real and drawn digits, and below each the spectrogram of its dialled tone."""
+    blocks = (
+        ("real", held_out.images, held_out.labels, 3),
+        ("drawn", results.drawn, results.asked, 4),
+        ("drawn on\nhearing\nits tone", results.heard_drawn, results.asked, 2),
+    )
+    figure = plt.figure(figsize=(10, 6))
+    grid = figure.add_gridspec(
+        4, 10, height_ratios=(3, 4, 2, 4.5), left=0.1, right=0.99, top=0.95, bottom=0.02, hspace=0.1, wspace=0.1
+    )
+    for place, (title, images, labels, rows) in enumerate(blocks):
+        for digit in range(10):
+            axis = figure.add_subplot(grid[place, digit])
+            axis.imshow(-mosaic(images[labels == digit], rows, 2), cmap="gray", vmin=-1, vmax=1)
+            axis.set(xticks=[], yticks=[], anchor="N")
+            axis.spines[:].set_visible(False)
+            if place == 0:
+                axis.set_title(str(digit))
+            if digit == 0:
+                axis.set_ylabel(title, rotation=0, ha="right", va="center", labelpad=10)
+    for digit in range(10):
+        axis = figure.add_subplot(grid[3, digit])
+        _draw_spectrogram(axis, results.dialled[results.asked == digit][0], labelled=digit == 0)
+    return figure
+
+
+def mosaic(images: Tensor, rows: int, columns: int) -> Tensor:
+    """The first `rows * columns` of images `[n, 8, 8]` side by side, with a blank pixel around each."""
+    framed = torch.nn.functional.pad(images[: rows * columns], (1, 1, 1, 1), value=-1)
+    return framed.unflatten(0, (rows, columns)).transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def _draw_spectrogram(axis: Axes, clip: Tensor, *, labelled: bool) -> None:
+    decibel, seconds, frequencies = spectrogram(clip)
+    axis.pcolormesh(seconds, frequencies, decibel.clip(decibel.max() - 40), cmap="magma", shading="gouraud")
+    axis.set(ylim=(560, 1620), xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+    if labelled:
+        axis.set_yticks(LOW_HZ + HIGH_HZ, [f"{hertz:.0f} Hz" for hertz in LOW_HZ + HIGH_HZ], fontsize=7)
+
+
+def spectrogram(clip: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Power in dB `[frequencies, frames]` of a clip `[n]`, and the seconds and hertz of its cells."""
+    size, hop = 256, 32
+    frames = clip.unfold(0, size, hop) * torch.hann_window(size)
+    power = torch.fft.rfft(frames, n=1024).abs().square()
+    seconds = (torch.arange(len(frames)) * hop + size / 2) / RATE
+    hertz = torch.arange(513) * RATE / 1024
+    return (10 * torch.log10(power.T + 1e-9)).numpy(), seconds.numpy(), hertz.numpy()
+
+
+# Page ------------------------------------------------------------------------------------
+
+
+def page(results: Results, losses: list[dict[str, float]], held_out: Digits) -> str:
+    """The report as HTML; pictures and sounds are in it."""
+    return f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>megatron_mimo: digits</title>
+<style>{STYLE}</style>
+<main>
+<h1>One model that reads, hears, draws and dials</h1>
+<p>A small Megatron language model over handwriting, dial tones and text, trained from nothing in
+{len(losses)} steps. What follows is asked on data that it never trained on, and judged by programs that
+never saw it.</p>
+<table>
+<tr><th>figure<th class="number">goal<th class="number">reached</tr>
+{"".join(_row(name, results.figures[name]) for name in [*FIGURES, *ALSO])}
+</table>
+<h2>What it draws and dials</h2>
+{_picture(draw_overview(results, held_out), "Real digits, drawn digits, and spectrograms of dialled tones")}
+<p>Every drawing starts from other noise. In the last two rows of digits the model was told no digit: it heard
+its tone. Below, a dialled tone of each digit, from left to right in time.</p>
+<h2>Listen</h2>
+<p>Tones as the model made them, 128 ms each: it chooses level, phases, duration and noise anew every time.</p>
+<div class="keys">{"".join(_key(results, digit) for digit in range(10))}</div>
+<p>A number, dialled digit by digit: {"".join(map(str, PHONE_NUMBER))}</p>
+{_player(_dialled_number(results))}
+<h2>Losses</h2>
+{_picture(draw_losses(losses), "Loss of every term over the steps")}
+</main>
+</html>
+"""
+
+
+STYLE = """
+body { margin: 0; background: #f5f7fa; color: #22303c; font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 62rem; margin: 2rem auto; padding: 1rem 3rem 3rem; background: white;
+       border-radius: 8px; box-shadow: 0 1px 4px #0002; }
+h1 { font-size: 1.7rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
+table { border-collapse: collapse; width: 100%; }
+th, td { padding: .35rem .8rem; text-align: left; border-bottom: 1px solid #e4e7eb; }
+.number { font-variant-numeric: tabular-nums; text-align: right !important; }
+td small { color: #616e7c; }
+.reached { color: #2e8b57; } .missed { color: #d1495b; font-weight: bold; }
+img { width: 100%; }
+.keys { display: grid; grid-template-columns: repeat(5, 1fr); gap: .8rem; }
+.keys figure { margin: 0; text-align: center; } audio { width: 100%; }
+"""
+
+
+def _row(name: str, value: float) -> str:
+    goal, says = FIGURES.get(name, (None, ALSO.get(name)))
+    reached = "" if goal is None else "reached" if value >= goal else "missed"
+    shown = f"{value:.1f}" if name == "train_seconds" else f"{value:.3f}"
+    return (
+        f"<tr><td>{name}<br><small>{html.escape(says)}</small>"
+        f'<td class="number">{"" if goal is None else f"{goal:.2f}"}'
+        f'<td class="number {reached}">{shown}</tr>\n'
+    )
+
+
+def _picture(figure: Figure, description: str) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=140)
+    return f'<img alt="{description}" src="{_data_url("image/png", buffer.getvalue())}">'
+
+
+def _key(results: Results, digit: int) -> str:
+    clip = results.dialled[results.asked == digit][0]
+    low, high = KEY_HZ[str(digit)]
+    return f"<figure>{_player(clip)}<figcaption>{digit} <small>{low:.0f} + {high:.0f} Hz</small></figcaption></figure>"
+
+
+def _dialled_number(results: Results) -> Tensor:
+    """Another clip for each digit of the number, with pauses."""
+    clips = [
+        results.dialled[results.asked == digit][place] for place, digit in enumerate(PHONE_NUMBER)
+    ]
+    return torch.cat([torch.nn.functional.pad(clip, (0, CLIP // 2)) for clip in clips])
+
+
+def _player(waveform: Tensor) -> str:
+    return f'<audio controls src="{_data_url("audio/wav", wav(waveform))}"></audio>'
+
+
+def wav(waveform: Tensor) -> bytes:
+    """A waveform `[n]` in [-1, 1] as a 16-bit WAV file."""
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(RATE)
+        file.writeframes((waveform.clamp(-1, 1) * 32767).short().numpy().tobytes())
+    return buffer.getvalue()
+
+
+def _data_url(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
