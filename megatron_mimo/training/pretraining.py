@@ -33,6 +33,9 @@ from megatron_mimo.training.layouts import check_layout
 from megatron_mimo.training.sampling import microbatches_of
 from megatron_mimo.training.throughput import Throughput, log_to_megatron, peak_of_all
 
+#: A module, a name in it, and what stands there meanwhile.
+Replacement = tuple[ModuleType, str, Callable]
+
 
 class Recipe(Protocol):
     """What is trained on what; a module with these functions is one."""
@@ -176,6 +179,8 @@ def pretrain(recipe: Recipe, defaults: dict[str, object] | None = None) -> None:
         from megatron.training.argument_utils import pretrain_cfg_container_from_args
         from megatron.training.arguments import parse_and_validate_args
 
+        if on_cpu:
+            until_trained.enter_context(_replaced(_for_the_cpu()))
         args = parse_and_validate_args(
             add_mimo_args,
             # Batches are nested: Megatron's own loaders cannot collate them.
@@ -187,7 +192,7 @@ def pretrain(recipe: Recipe, defaults: dict[str, object] | None = None) -> None:
         control.check(whole)
         if on_cpu:
             _initialize_cpu(args)
-        until_trained.enter_context(_wheel_fitted(control, whole, on_cpu))
+        until_trained.enter_context(_replaced(_for_the_wheel(control, whole)))
         provider = ModelProvider(recipe.model_config, args, control)
         megatron_pretrain(
             pretrain_cfg_container_from_args(args),
@@ -229,13 +234,11 @@ def _initialize_cpu(args: Namespace) -> None:
     )
 
 
-@contextmanager
-def _wheel_fitted(control: TrainingControl, config: MimoModelConfig, on_cpu: bool) -> Iterator[None]:
-    """Within it, `megatron.training` from the wheel does what it leaves no argument for.
+def _for_the_wheel(control: TrainingControl, config: MimoModelConfig) -> list[Replacement]:
+    """What `megatron.training` leaves no argument for.
 
-    It asks a function of its own for the parameter groups' overrides. It compiles its dataset helpers by
-    a Makefile, which the wheel lacks because it brings them compiled. And it starts without a GPU only
-    if told so by a keyword that `pretrain` does not pass on.
+    It asks a function of its own for the parameter groups' overrides. And it compiles its dataset helpers
+    by a Makefile, which the wheel lacks because it brings them compiled.
     """
     from megatron.core.datasets import utils
     from megatron.training import training
@@ -246,14 +249,26 @@ def _wheel_fitted(control: TrainingControl, config: MimoModelConfig, on_cpu: boo
         optimizer, _ = ask(args)
         return optimizer, control.overrides(optimizer, config)
 
-    replacements: list[tuple[ModuleType, str, Callable]] = [
-        (training, "get_megatron_optimizer_config", with_parts)
-    ]
+    replacements: list[Replacement] = [(training, "get_megatron_optimizer_config", with_parts)]
     if find_spec("megatron.core.datasets.helpers_cpp") is not None:
         replacements.append((utils, "compile_helpers", lambda: None))
-    if on_cpu:
-        start = partial(training.initialize_megatron, allow_no_cuda=True)
-        replacements.append((training, "initialize_megatron", start))
+    return replacements
+
+
+def _for_the_cpu() -> list[Replacement]:
+    """What `megatron.training` takes from a GPU before it computes anything."""
+    from megatron.training import arguments, training
+
+    return [
+        (training, "initialize_megatron", partial(training.initialize_megatron, allow_no_cuda=True)),
+        # From this generation on nothing is asked of CUDA_DEVICE_MAX_CONNECTIONS.
+        (arguments, "get_device_arch_version", lambda: 10),
+    ]
+
+
+@contextmanager
+def _replaced(replacements: Sequence[Replacement]) -> Iterator[None]:
+    """Within it, modules' functions are the given ones."""
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]
     for owner, name, replacement in replacements:
         setattr(owner, name, replacement)
