@@ -101,7 +101,7 @@ def draw_overview(results: Results, held_out: Digits) -> Figure:
     for place, (title, images, labels, rows) in enumerate(blocks):
         for digit in range(10):
             axis = figure.add_subplot(grid[place, digit])
-            axis.imshow(-mosaic(images[labels == digit], rows, 2), cmap="gray", vmin=-1, vmax=1)
+            axis.imshow(-mosaic(images[labels == digit], rows, 2).numpy(), cmap="gray", vmin=-1, vmax=1)
             axis.set(xticks=[], yticks=[], anchor="N")
             axis.spines[:].set_visible(False)
             if place == 0:
