@@ -315,28 +315,23 @@ class _Align(torch.autograd.Function):
             text_rows = "keep"
         start = call.vocabulary_start
         kernels.gather(out_LBH, text, tables, *plan, _held(shard), text_rows=text_rows, vocabulary_start=start)
-        # Autograd's own way to keep a tensor costs the host more than the rest of this function; what matters of it
-        # here is to notice a batch buffer that was overwritten.
-        kept = [None if x is None else (x.shape, x.dtype) for x in (text, *tables)]
-        ctx.kept = (call, input_ids_BS, input_ids_BS._version, kept)
+        ctx.call = call
+        ctx.like = [None if x is None else (x.shape, x.dtype) for x in (text, *tables)]
+        # Saved, not just kept, so that autograd notices a batch buffer overwritten before backward.
+        ctx.save_for_backward(input_ids_BS)
         return out_LBH
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_LBH: Tensor):
-        call, input_ids_BS, version, kept = ctx.kept
-        if input_ids_BS._version != version:
-            raise RuntimeError(
-                "input_ids was overwritten between forward and backward, so the embedding's gradient would go to the "
-                "wrong tokens. Give every microbatch a tensor of its own."
-            )
+        call, (input_ids_BS,) = ctx.call, ctx.saved_tensors
         placement, shard = call.placement, call.shard
         kernels = kernels_for(grad_LBH.device)
         wanted = ctx.needs_input_grad[2:]
         looked_up = call.text_rows == "lookup"
         grads = [
             None if not wants or (index == 0 and not looked_up) else grad_LBH.new_empty(like[0], dtype=like[1])
-            for index, (wants, like) in enumerate(zip(wanted, kept, strict=True))
+            for index, (wants, like) in enumerate(zip(wanted, ctx.like, strict=True))
         ]
         order, whole = None, shard.whole_cp
         if grads[0] is not None:

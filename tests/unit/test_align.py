@@ -141,7 +141,7 @@ def test_ids_overwritten_before_backward_are_noticed():
     ids, tables = draw()
     rows = aligned(words, ids, tables)
     ids.zero_()
-    with pytest.raises(RuntimeError, match="input_ids was overwritten between forward and backward"):
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         rows.sum().backward()
 
 
