@@ -43,6 +43,10 @@ def add_mimo_args(parser: ArgumentParser) -> ArgumentParser:
         help="encoders to run through torch.compile",
     )  # fmt: skip
     group.add_argument(
+        "--graph-encoders", nargs="+", default=[], metavar="PART",
+        help="encoders to replay as CUDA graphs, which spares their launches",
+    )  # fmt: skip
+    group.add_argument(
         "--encoder-recompute-granularity", choices=["full", "selective"], default=None,
         help="activation recomputation of the encoders, as --recompute-granularity is the language model's",
     )  # fmt: skip
@@ -61,6 +65,7 @@ def control_from_args(args: Namespace) -> TrainingControl:
         learning_rate=once_each("--lr-factor", args.lr_factor),
         weight_decay=once_each("--weight-decay-factor", args.weight_decay_factor),
         compiled=args.compile_encoders,
+        graphed=args.graph_encoders,
     )
 
 

@@ -44,7 +44,8 @@ def build_chunks(config: ConfigOfStage, run: Run, control: TrainingControl) -> l
         control.apply(model)
         for parameter in model.parameters():
             set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
-        chunks.append(model.to(run.device))
+        control.graph(model.to(run.device))
+        chunks.append(model)
     return chunks
 
 

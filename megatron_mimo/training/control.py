@@ -26,6 +26,7 @@ from torch import nn
 
 from megatron_mimo.config import SUBMODULE_KEYS, MimoModelConfig
 from megatron_mimo.model import MimoModel
+from megatron_mimo.training.graphed import GraphedForward
 
 LANGUAGE_MODEL = "language_model"
 
@@ -42,6 +43,7 @@ class TrainingControl:
         learning_rate: part -> factor on the learning rate.
         weight_decay: part -> factor on the weight decay of those of its parameters that have any.
         compiled: encoders to run through `torch.compile`, named as parts.
+        graphed: encoders to replay as CUDA graphs, named as parts; see `graphed.py`.
 
     Example:
         >>> control = TrainingControl(frozen=("language_model", "images/encoders"), learning_rate={"decoders": 10})
@@ -52,6 +54,7 @@ class TrainingControl:
     learning_rate: Mapping[str, float] = field(default_factory=dict)
     weight_decay: Mapping[str, float] = field(default_factory=dict)
     compiled: Sequence[str] = ()
+    graphed: Sequence[str] = ()
 
     def check(self, config: MimoModelConfig) -> None:
         """Refuses parts and token ids that the model does not have; needs no rank.
@@ -59,15 +62,14 @@ class TrainingControl:
         Raises:
             ValueError: naming the option, the part and what there is.
         """
-        for option in ("frozen", "learning_rate", "weight_decay", "compiled"):
+        for option in ("frozen", "learning_rate", "weight_decay", "compiled", "graphed"):
             for part in getattr(self, option):
                 parameter_prefixes(part, config, option)
-        for part in self.compiled:
-            if "encoders" not in part.split("/"):
-                raise ValueError(
-                    f"compiled: {part!r} is no encoder. Name encoders, such as 'encoders' or "
-                    "'images/encoders'."
-                )
+                if option in ("compiled", "graphed") and "encoders" not in part.split("/"):
+                    raise ValueError(
+                        f"{option}: {part!r} is no encoder. Name encoders, such as 'encoders' or "
+                        "'images/encoders'."
+                    )
         for option in ("learning_rate", "weight_decay"):
             for part, factor in getattr(self, option).items():
                 if not factor >= 0:
@@ -89,11 +91,17 @@ class TrainingControl:
         if self.embedding_rows:
             for weight in _embedding_weights(model):
                 weight.requires_grad_(True)
-        compiled = self._prefixes(self.compiled, model.mimo_config)
-        for modality, submodule in model.modality_submodules.items():
-            for name, encoder in submodule.encoders.items():
-                if f"modality_submodules.{modality}.encoders.{name}.".startswith(compiled):
-                    encoder.compile()
+        for encoder in self._encoders(self.compiled, model):
+            encoder.compile()
+
+    def graph(self, model: MimoModel) -> None:
+        """Has the encoders of `graphed` replay CUDA graphs, captured when they first run.
+
+        Raises:
+            ValueError: there is no GPU, or an encoder has dropout.
+        """
+        for encoder in self._encoders(self.graphed, model):
+            encoder.forward = GraphedForward(encoder)
 
     def finalize_func(self):
         """What goes into `TransformerConfig.finalize_model_grads_func`: Megatron's, then the row mask.
@@ -145,6 +153,14 @@ class TrainingControl:
             return not any(key.matches(parameter, name) for key in excluded)
 
         return _key(f"{option} {part}", matches)
+
+    def _encoders(self, parts: Sequence[str], model: MimoModel) -> Iterator[nn.Module]:
+        """The encoders on this stage that are named."""
+        named = self._prefixes(parts, model.mimo_config)
+        for modality, submodule in model.modality_submodules.items():
+            for name, encoder in submodule.encoders.items():
+                if f"modality_submodules.{modality}.encoders.{name}.".startswith(named):
+                    yield encoder
 
     @staticmethod
     def _prefixes(parts: Sequence[str], config: MimoModelConfig) -> tuple[str, ...]:

@@ -103,6 +103,7 @@ class ModelProvider:
             pg_collection=pg_collection,
         )
         self._control.apply(model)
+        self._control.graph(model)
         model.config.finalize_model_grads_func = self._control.finalize_func()
         self._chunks.append(model)
         if len(self._chunks) == (self._args.virtual_pipeline_model_parallel_size or 1):

@@ -1,0 +1,192 @@
+"""An encoder's forward and backward pass as CUDA graphs, for encoders that wait for their own launches.
+
+A vision transformer of a few hundred million parameters on a few images launches over a thousand
+kernels of some ten microseconds each: the host needs longer to launch them than the device to run them. A CUDA
+graph launches all of them at once.
+
+    graphs of a shape are captured once:    inputs -> [forward graph] -> output
+                                            gradient of the output -> [backward graph] -> gradients
+    and then replayed on the same memory:   copy the inputs in, replay, read the output
+
+One capture serves one forward pass until its backward pass is done. A pipeline runs several forward
+passes ahead; those beyond `captures` run without a graph, as do shapes that come up after that many.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+# As many eager passes as torch.cuda.make_graphed_callables makes before it captures: lazy
+# initialisation of libraries must not end up in the graph.
+WARMUP_PASSES = 3
+
+
+class GraphedForward:
+    """Stands in for the `forward` of an encoder and replays CUDA graphs of it.
+
+    Args:
+        encoder: on a GPU, without dropout and without waiting for the device in its forward pass.
+            Its tensor inputs need no gradient. It returns a tensor, or a tuple or mapping whose
+            first element is one, of which that element is kept.
+        captures: at most this many graphs. Each keeps the activations of one forward pass.
+
+    Raises:
+        ValueError: there is no GPU, or the encoder has dropout.
+    """
+
+    def __init__(self, encoder: nn.Module, captures: int = 2) -> None:
+        _check(encoder)
+        self._forward = encoder.forward
+        self._signature = inspect.signature(self._forward)
+        self._parameters = tuple(encoder.parameters())
+        self._limit = captures
+        self._captures: list[_Capture] = []
+
+    def __call__(self, *args, **keywords):
+        """The encoder's output for these inputs."""
+        given = self._signature.bind(*args, **keywords).arguments
+        names = [name for name, value in given.items() if isinstance(value, Tensor)]
+        tensors = [given[name] for name in names]
+        if torch.cuda.is_current_stream_capturing() or any(t.requires_grad for t in tensors):
+            return self._forward(*args, **keywords)
+        others = {name: value for name, value in given.items() if not isinstance(value, Tensor)}
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self._parameters)
+        key = (trains, repr(others), *((name, t.shape, t.dtype) for name, t in zip(names, tensors)))
+        capture = self._free(key, names, tensors, others, trains)
+        if capture is None:
+            return self._forward(*args, **keywords)
+        if not trains:
+            return capture.replay(tensors).clone()
+        return _Replay.apply(capture, len(tensors), *tensors, *self._parameters)
+
+    def _free(self, key: tuple, names, tensors, others, trains: bool) -> _Capture | None:
+        """A capture of this shape whose last forward pass is done with, made if there is room."""
+        for capture in self._captures:
+            if capture.key == key and not capture.busy:
+                return capture
+        if len(self._captures) == self._limit:
+            return None
+
+        def call(*values: Tensor) -> Tensor:
+            output = self._forward(**dict(zip(names, values)), **others)
+            while not isinstance(output, Tensor):
+                output = next(iter(output.values() if isinstance(output, dict) else output))
+            return output
+
+        logger.info("capturing an encoder of inputs %s", [list(t.shape) for t in tensors])
+        capture = _Capture(key, call, tensors, self._parameters if trains else ())
+        self._captures.append(capture)
+        return capture
+
+
+class _Capture:
+    """Graphs of one shape and the memory that they work on."""
+
+    def __init__(
+        self, key: tuple, call: Callable[..., Tensor], inputs: Sequence[Tensor], parameters: tuple[nn.Parameter, ...]
+    ) -> None:
+        self.key, self.busy = key, False
+        self._trained = [parameter for parameter in parameters if parameter.requires_grad]
+        self._places = [parameter.requires_grad for parameter in parameters]
+        self._inputs = [tensor.clone() for tensor in inputs]
+        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        pool = torch.cuda.graph_pool_handle()
+        with _no_forks(), torch.set_grad_enabled(bool(self._trained)):
+            self._warm_up(call)
+            with torch.cuda.graph(self._forward, pool, capture_error_mode="thread_local"):
+                output = call(*self._inputs)
+            self._output = output.detach()
+            if self._trained:
+                self._gradient = torch.empty_like(output)
+                with torch.cuda.graph(self._backward, pool, capture_error_mode="thread_local"):
+                    self._gradients = torch.autograd.grad(
+                        output, self._trained, self._gradient, allow_unused=True
+                    )
+
+    def replay(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The output for `inputs`, in memory that the next replay writes over."""
+        for static, tensor in zip(self._inputs, inputs):
+            static.copy_(tensor)
+        self._forward.replay()
+        return self._output
+
+    def replay_backward(self, gradient: Tensor) -> list[Tensor | None]:
+        """The gradient of every parameter, None for those without one."""
+        self._gradient.copy_(gradient)
+        self._backward.replay()
+        # Views, and kept: a gradient that nobody else holds would become `param.grad` itself, and the
+        # next replay would write over what was accumulated there. Held, it is copied.
+        self._given = [None if g is None else g.detach() for g in self._gradients]
+        gradients = iter(self._given)
+        return [next(gradients) if trained else None for trained in self._places]
+
+    def _warm_up(self, call: Callable[..., Tensor]) -> None:
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(WARMUP_PASSES):
+                output = call(*self._inputs)
+                if self._trained:
+                    torch.autograd.grad(
+                        output, self._trained, torch.zeros_like(output), allow_unused=True
+                    )
+        torch.cuda.synchronize()
+
+
+class _Replay(torch.autograd.Function):
+    """Both graphs as one node of the autograd graph."""
+
+    @staticmethod
+    def forward(ctx, capture: _Capture, inputs: int, *tensors: Tensor) -> Tensor:
+        capture.busy = True
+        ctx.capture, ctx.inputs = capture, inputs
+        # A view: autograd writes its own node into what is returned.
+        output = capture.replay(tensors[:inputs])
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        gradients = ctx.capture.replay_backward(gradient)
+        ctx.capture.busy = False
+        return None, None, *([None] * ctx.inputs), *gradients
+
+
+@contextmanager
+def _no_forks() -> Iterator[None]:
+    """Within it, Megatron's RNG tracker stays where it is: its switches between generators cannot be captured.
+
+    Nothing is drawn meanwhile: the encoder has no dropout.
+    """
+    tracker = get_cuda_rng_tracker()
+    tracker.fork = lambda name=None: nullcontext()
+    try:
+        yield
+    finally:
+        del tracker.fork
+
+
+def _check(encoder: nn.Module) -> None:
+    name = type(encoder).__name__
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"{name}: CUDA graphs need a GPU, found none. Leave the encoder out of `graphed` "
+            "(--graph-encoders)."
+        )
+    for module in encoder.modules():
+        drops = isinstance(module, nn.Dropout) and module.p > 0
+        if isinstance(module, MegatronModule):
+            drops = module.config.hidden_dropout > 0 or module.config.attention_dropout > 0
+        if drops:
+            raise ValueError(
+                f"{name}: it has dropout, which would draw the same numbers in every replay of a CUDA "
+                "graph. Set its dropout to 0, or leave the encoder out of `graphed`."
+            )
