@@ -19,8 +19,6 @@ from torch import Tensor
 from megatron_mimo import deferred
 from megatron_mimo.kernels import kernels_for
 
-TEXT = -1  # the source of a position that no reading table fills
-
 
 @dataclass(frozen=True)
 class TokenList:
@@ -52,6 +50,7 @@ class Placement:
         cu_seqlens: int [sequences + 1], the padded boundaries of packed sequences, or None.
         vocabulary_size: the text ids were checked against this size; None if they were not.
         host: what is known on the host, None for a placement whose counts stay on the device.
+        arrival: `counts_table` on its way to the host, for deferred checks; None where the host knows it.
     """
 
     names: tuple[str, ...]
@@ -350,7 +349,7 @@ def build_placement(
         (tensor([[-1,  0,  0, -1]], dtype=torch.int32), tensor([[0, 0, 1, 0]], dtype=torch.int32))
         >>> placement.check_rows("images", 3)
         Traceback (most recent call last):
-        ValueError: images: sample 0 has 2 special tokens but 3 embeddings (batch: 2 special tokens, 3 embeddings). Give each special token one embedding.
+        ValueError: images: sample 0 has 2 special tokens but 3 embeddings (batch: 2 special tokens, 3 embeddings). ...
     """
     deferred.report()
     _check_ids(input_ids, special_token_ids, generation_token_ids, text_table, cu_seqlens)
