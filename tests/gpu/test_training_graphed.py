@@ -1,0 +1,74 @@
+"""An encoder replayed as CUDA graphs gives what it gives without, output and gradients."""
+
+import pytest
+import torch
+from torch import nn
+
+import megatron_mimo
+from megatron_mimo import specs
+from megatron_mimo.training.graphed import GraphedForward
+from tests import tiny
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module", autouse=True)
+def run():
+    yield megatron_mimo.initialize(seed=1)
+    megatron_mimo.shutdown()
+
+
+def vision_transformer(backend: str = "auto") -> nn.Module:
+    torch.manual_seed(0)
+    config = tiny.language_config(bf16=True, params_dtype=torch.bfloat16)
+    spec = specs.clip_vit_spec(config, backend, patch_dim=4, img_h=8, img_w=8)
+    return spec.module(**spec.params).cuda().bfloat16()
+
+
+def images(number: int, seed: int) -> torch.Tensor:
+    return torch.randn(number, 3, 8, 8, generator=torch.Generator().manual_seed(seed)).cuda().bfloat16()
+
+
+def gradients(encoder: nn.Module) -> list[torch.Tensor]:
+    return [parameter.grad.clone() for parameter in encoder.parameters()]
+
+
+def passes(encoder: nn.Module, batches: list[torch.Tensor], together: bool) -> tuple[list, list]:
+    """Outputs and accumulated gradients; `together`: all forward passes before the first backward pass."""
+    encoder.zero_grad(set_to_none=True)
+    outputs, kept = [], []
+    for batch in batches:
+        output = encoder(x=batch)
+        kept.append(output.detach().clone())
+        outputs.append(output)
+        if not together:
+            outputs.pop().float().square().sum().backward()
+    for output in outputs:
+        output.float().square().sum().backward()
+    return kept, gradients(encoder)
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("together", [False, True])
+def test_replays_equal_eager_passes_also_accumulated_and_ahead_of_their_backward(backend, together):
+    encoder = vision_transformer(backend)
+    batches = [images(3, seed) for seed in range(4)] + [images(5, 9)]
+    eager = passes(encoder, batches, together)
+    encoder.forward = GraphedForward(encoder, captures=2)
+    for _ in range(2):
+        outputs, grads = passes(encoder, batches, together)
+        torch.testing.assert_close(outputs, eager[0], rtol=0, atol=0)
+        torch.testing.assert_close(grads, eager[1], rtol=2e-2, atol=2e-2)
+
+
+def test_an_encoder_without_gradient_keeps_its_outputs_apart():
+    encoder = vision_transformer().requires_grad_(False)
+    eager = [encoder(x=images(2, seed)) for seed in range(3)]
+    encoder.forward = GraphedForward(encoder)
+    replayed = [encoder(x=images(2, seed)) for seed in range(3)]
+    torch.testing.assert_close(replayed, eager, rtol=0, atol=0)
+
+
+def test_an_encoder_with_dropout_is_refused():
+    with pytest.raises(ValueError, match="has dropout"):
+        GraphedForward(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)).cuda())
