@@ -73,7 +73,7 @@ def test_codes_come_from_media_where_the_input_has_the_tokenizer():
     assert feed.num_rows(prepared) == 4
 
 
-def test_a_noised_target_is_the_decoders_own_point_on_the_path():
+def test_a_noised_target_is_the_decoders_own_point_on_the_path(no_run):
     flow = RectifiedFlow(time="logit-normal")
     decoder = FlowDecoder(width=6, target_width=2, hidden_width=8, rows_per_item=2, flow=flow)
     feed = NoisedTargetInput(hidden_size=6, target_width=2, rows_per_item=2, flow=flow)
@@ -169,7 +169,7 @@ def test_targets_come_from_media_where_the_input_has_the_tokenizer():
     assert torch.equal(prepared["target"], media.reshape(8, 1) / 4) and "media" not in prepared
 
 
-def test_a_noised_target_from_media_is_the_decoders_own_point_on_the_path():
+def test_a_noised_target_from_media_is_the_decoders_own_point_on_the_path(no_run):
     media = torch.rand(2, 1, 2, 2)
     decoder = FlowDecoder(
         width=6, target_width=1, hidden_width=8, rows_per_item=4, tokenizer=latents()
