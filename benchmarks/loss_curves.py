@@ -5,7 +5,8 @@
 
 The first run, on one rank, takes a single step with learning rate 0 and saves: these are the initial
 weights that every layout loads. Then each layout trains all steps and saves half-way, and a second run
-goes on from there. Layouts between two commas run at the same time, on GPUs of their own.
+goes on from there. All layouts run at the same time and share the GPUs: losses are compared here, not
+speed. A layout that fails is reported and left out.
 """
 
 import json
@@ -17,6 +18,8 @@ import tempfile
 from argparse import ArgumentParser
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 AXES = {
@@ -54,12 +57,14 @@ class Job:
     process: subprocess.Popen
     log: Path
 
-    def curves(self) -> dict[str, list]:
-        """Every term's losses, by step from the run's first; ends the program if the run failed."""
+    def curves(self) -> dict[str, list] | None:
+        """Every term's losses, by step from the run's first; None if the run failed."""
         code = self.process.wait()
         text = self.log.read_text()
         if code:
-            sys.exit(f"{self.layout.text} failed with {code}:\n{text[-6000:]}")
+            told = [line for line in text.splitlines() if line.startswith("[rank")]
+            print(f"{self.layout.text} failed with {code}:", *told[-25:], sep="\n")
+            return None
         steps: dict[str, list] = {"step": []}
         for line in filter(LOGGED.search, text.splitlines()):
             steps["step"].append(int(LOGGED.search(line).group(1)))
@@ -67,17 +72,15 @@ class Job:
                 losses = steps.setdefault(name.strip(), [])
                 # Megatron prints its first step without forgetting it: the second line is a mean of two.
                 losses.append(float(value) if len(losses) != 1 else 2 * float(value) - losses[0])
-        steps["seconds"] = [float(ms) / 1e3 for ms in re.findall(r"per iteration \(ms\): ([\d.]+)", text)]
         return steps
 
 
-def start(recipe: str, layout: Layout, arguments: list[str], log: Path, first_gpu: int, port: int) -> Job:
-    """Starts the recipe's script on GPUs of its own."""
-    gpus = ",".join(str(first_gpu + rank) for rank in range(layout.ranks))
+def start(recipe: str, layout: Layout, arguments: list[str], log: Path, gpus: list[int]) -> Job:
+    """Starts the recipe's script on some GPUs."""
     environment = os.environ | {
         "RANKS": str(layout.ranks),
         "PYTHON": sys.executable,
-        "CUDA_VISIBLE_DEVICES": gpus,
+        "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)),
         "OMP_NUM_THREADS": "1",
     }
     command = [str(ROOT / f"examples/recipes/{recipe}.sh"), *layout.arguments(), *arguments]
@@ -88,37 +91,36 @@ def start(recipe: str, layout: Layout, arguments: list[str], log: Path, first_gp
     return Job(layout, process, log)
 
 
-def together(recipe: str, layouts: list[Layout], of: dict[str, list[str]], logs: Path) -> dict[str, dict]:
-    """Runs layouts at the same time and gives their curves."""
-    jobs, gpu = [], 0
-    for index, layout in enumerate(layouts):
+def together(recipe: str, arguments: dict[Layout, list[str]], logs: Path, available: int) -> dict[str, dict]:
+    """Runs layouts at the same time and gives the curves of those that came through."""
+    jobs, first = [], 0
+    for layout, own in arguments.items():
+        if first + layout.ranks > available:
+            first = 0
         log = logs / f"{layout.text.replace(':', '_')}-{len(list(logs.iterdir()))}.log"
-        jobs.append(start(recipe, layout, of[layout.text], log, gpu, 29600 + index))
-        gpu += layout.ranks
-    return {job.layout.text: job.curves() for job in jobs}
+        jobs.append(start(recipe, layout, own, log, list(range(first, first + layout.ranks))))
+        first += layout.ranks
+    curves = {job.layout.text: job.curves() for job in jobs}
+    return {text: curve for text, curve in curves.items() if curve is not None}
 
 
-def run(recipe: str, groups: list[list[Layout]], steps: int, extra: list[str], logs: Path) -> dict:
+def run(recipe: str, layouts: list[Layout], steps: int, extra: list[str], logs: Path, gpus: int) -> dict:
     """Unbroken and resumed curves of every layout."""
     half = steps // 2
     with tempfile.TemporaryDirectory(prefix="curves-") as directory:
-        initial = Path(directory) / "initial"
-        one_step = ["--train-iters", "1", "--lr-decay-iters", str(steps), "--save", str(initial),
-                    "--save-interval", "1", "--eval-iters", "0"]  # fmt: skip
-        together(recipe, [Layout("1")], {"1": [*extra, *one_step]}, logs)
-        curves: dict = {"recipe": recipe, "steps": steps, "unbroken": {}, "resumed": {}}
-        for layouts in groups:
-            common = [*extra, "--train-iters", str(steps), "--log-interval", "1"]
-            own = {layout.text: str(Path(directory) / layout.text.replace(":", "_")) for layout in layouts}
-            first = {
-                text: [*common, "--load", str(initial), "--finetune", "--save", path, "--save-interval", str(half)]
-                for text, path in own.items()
-            }
-            second = {
-                text: [*common, "--load", path, "--ckpt-step", str(half)] for text, path in own.items()
-            }
-            curves["unbroken"] |= together(recipe, layouts, first, logs)
-            curves["resumed"] |= together(recipe, layouts, second, logs)
+        initial = f"{directory}/initial"
+        one_step = ["--train-iters", "1", "--lr-warmup-iters", "1", "--lr-decay-iters", str(steps),
+                    "--save", initial, "--save-interval", "1", "--eval-iters", "0"]  # fmt: skip
+        together(recipe, {Layout("1"): [*extra, *one_step]}, logs, gpus)
+        common = [*extra, "--train-iters", str(steps), "--log-interval", "1", "--eval-iters", "0"]
+        own = {layout: f"{directory}/{layout.text.replace(':', '_')}" for layout in layouts}
+        first = ["--load", initial, "--finetune", "--save-interval", str(half)]
+        unbroken = {layout: [*common, *first, "--save", path] for layout, path in own.items()}
+        resumed = {layout: [*common, "--load", path, "--ckpt-step", str(half)] for layout, path in own.items()}
+        curves = {"recipe": recipe, "steps": steps}
+        curves["unbroken"] = together(recipe, unbroken, logs, gpus)
+        through = {layout: own for layout, own in resumed.items() if layout.text in curves["unbroken"]}
+        curves["resumed"] = together(recipe, through, logs, gpus)
     return curves
 
 
@@ -129,13 +131,13 @@ def compare(curves: dict) -> list[str]:
     for text, curve in curves["unbroken"].items():
         loss = curve["loss"]
         apart = max(abs(a - b) / b for a, b in zip(loss, reference))
-        resumed = curves["resumed"][text]
+        resumed = curves["resumed"].get(text, {"step": [1], "loss": []})
         offset = resumed["step"][0] - 1
-        broken = max(abs(a - b) / b for a, b in zip(resumed["loss"], loss[offset:]))
+        pairs = zip(resumed["loss"], loss[offset:])
+        broken = max((abs(a - b) / b for a, b in pairs), default=float("nan"))
         lines.append(
             f"{text:12s} first {loss[0]:.5f}  last {loss[-1]:.5f}  largest relative difference from one rank "
-            f"{apart:.2e}, of the resumed half from the unbroken one {broken:.2e}; "
-            f"median step {sorted(curve['seconds'])[len(curve['seconds']) // 2] * 1e3:.1f} ms"
+            f"{apart:.2e}, of the resumed half from the unbroken one {broken:.2e}"
         )
     return lines
 
@@ -160,7 +162,7 @@ def plot(curves: dict, path: Path) -> None:
 def main() -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--recipe", default="any_to_any_small")
-    parser.add_argument("--layouts", nargs="+", help="such as 1 2:tp2-sp,2:pp2 4:tp2-pp2")
+    parser.add_argument("--layouts", nargs="+", help="such as 1 2:tp2-sp 2:pp2 4:tp2-pp2")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--out", type=Path, default=Path("out/curves.json"))
     parser.add_argument("--plot", nargs=2, type=Path, metavar=("CURVES", "PICTURE"))
@@ -168,10 +170,11 @@ def main() -> None:
     if options.plot:
         plot(json.loads(options.plot[0].read_text()), options.plot[1])
         return
-    groups = [[Layout(text) for text in group.split(",")] for group in options.layouts]
+    layouts = [Layout(text) for text in options.layouts]
     logs = options.out.parent / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    curves = run(options.recipe, groups, options.steps, extra, logs)
+    available = torch.cuda.device_count() or max(layout.ranks for layout in layouts)
+    curves = run(options.recipe, layouts, options.steps, extra, logs, available)
     options.out.write_text(json.dumps(curves))
     print(*compare(curves), sep="\n")
 

@@ -16,13 +16,16 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel import random as tracking
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
+from torch.func import functional_call
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +44,12 @@ class GraphedForward:
         captures: at most this many graphs. Each keeps the activations of one forward pass.
 
     Raises:
-        ValueError: there is no GPU, or the encoder has dropout.
+        ValueError: there is no GPU, or the encoder has dropout or fused gradient accumulation.
     """
 
     def __init__(self, encoder: nn.Module, captures: int = 2) -> None:
         _check(encoder)
-        self._forward = encoder.forward
+        self._encoder, self._forward = encoder, encoder.forward
         self._signature = inspect.signature(self._forward)
         self._parameters = tuple(encoder.parameters())
         self._limit = captures
@@ -77,34 +80,53 @@ class GraphedForward:
         if len(self._captures) == self._limit:
             return None
 
-        def call(*values: Tensor) -> Tensor:
-            output = self._forward(**dict(zip(names, values)), **others)
-            while not isinstance(output, Tensor):
-                output = next(iter(output.values() if isinstance(output, dict) else output))
-            return output
-
         logger.info("capturing an encoder of inputs %s", [list(t.shape) for t in tensors])
+        call = _Call(self._encoder, self._forward, names, others)
         capture = _Capture(key, call, tensors, self._parameters if trains else ())
         self._captures.append(capture)
         return capture
+
+
+class _Call(nn.Module):
+    """An encoder's own forward pass, of its tensor inputs in order."""
+
+    def __init__(
+        self, encoder: nn.Module, forward: Callable, names: Sequence[str], others: Mapping[str, object]
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self._forward, self._names, self._others = forward, names, others
+
+    def forward(self, *values: Tensor) -> Tensor:
+        output = self._forward(**dict(zip(self._names, values)), **self._others)
+        while not isinstance(output, Tensor):
+            output = next(iter(output.values() if isinstance(output, Mapping) else output))
+        return output
 
 
 class _Capture:
     """Graphs of one shape and the memory that they work on."""
 
     def __init__(
-        self, key: tuple, call: Callable[..., Tensor], inputs: Sequence[Tensor], parameters: tuple[nn.Parameter, ...]
+        self, key: tuple, call: _Call, inputs: Sequence[Tensor], parameters: tuple[nn.Parameter, ...]
     ) -> None:
         self.key, self.busy = key, False
-        self._trained = [parameter for parameter in parameters if parameter.requires_grad]
+        # The parameters' memory under other names: autograd hangs a node on each leaf that remembers
+        # the stream of its first use, and one of an earlier, ordinary pass would break the capture.
+        aliases = {
+            name: parameter.detach().requires_grad_(parameter.requires_grad and bool(parameters))
+            for name, parameter in call.named_parameters()
+        }
+        self._trained = [alias for alias in aliases.values() if alias.requires_grad]
         self._places = [parameter.requires_grad for parameter in parameters]
         self._inputs = [tensor.clone() for tensor in inputs]
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         pool = torch.cuda.graph_pool_handle()
         with _no_forks(), torch.set_grad_enabled(bool(self._trained)):
-            self._warm_up(call)
+            forward = partial(functional_call, call, aliases)
+            self._warm_up(forward)
             with torch.cuda.graph(self._forward, pool, capture_error_mode="thread_local"):
-                output = call(*self._inputs)
+                output = forward(tuple(self._inputs))
             self._output = output.detach()
             if self._trained:
                 self._gradient = torch.empty_like(output)
@@ -130,11 +152,11 @@ class _Capture:
         gradients = iter(self._given)
         return [next(gradients) if trained else None for trained in self._places]
 
-    def _warm_up(self, call: Callable[..., Tensor]) -> None:
+    def _warm_up(self, forward: Callable[[tuple[Tensor, ...]], Tensor]) -> None:
         torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):
             for _ in range(WARMUP_PASSES):
-                output = call(*self._inputs)
+                output = forward(tuple(self._inputs))
                 if self._trained:
                     torch.autograd.grad(
                         output, self._trained, torch.zeros_like(output), allow_unused=True
@@ -164,14 +186,17 @@ class _Replay(torch.autograd.Function):
 def _no_forks() -> Iterator[None]:
     """Within it, Megatron's RNG tracker stays where it is: its switches between generators cannot be captured.
 
-    Nothing is drawn meanwhile: the encoder has no dropout.
+    Nothing is drawn meanwhile: the encoder has no dropout. TransformerEngine keeps the tracker's bound
+    method, so what that method calls is replaced, not the method.
     """
-    tracker = get_cuda_rng_tracker()
-    tracker.fork = lambda name=None: nullcontext()
+    tracker, switch = get_cuda_rng_tracker(), tracking._set_cuda_rng_state
+    states = tracker.get_states()
+    tracking._set_cuda_rng_state = lambda *args, **options: None
     try:
         yield
     finally:
-        del tracker.fork
+        tracking._set_cuda_rng_state = switch
+        tracker.set_states(states)
 
 
 def _check(encoder: nn.Module) -> None:
@@ -182,6 +207,12 @@ def _check(encoder: nn.Module) -> None:
             "(--graph-encoders)."
         )
     for module in encoder.modules():
+        if isinstance(module, MegatronModule) and module.config.gradient_accumulation_fusion:
+            raise ValueError(
+                f"{name}: gradient_accumulation_fusion adds gradients to a buffer that the capture does "
+                "not know. Set it to False in the encoder's configuration, or leave the encoder out of "
+                "`graphed`."
+            )
         drops = isinstance(module, nn.Dropout) and module.p > 0
         if isinstance(module, MegatronModule):
             drops = module.config.hidden_dropout > 0 or module.config.attention_dropout > 0
