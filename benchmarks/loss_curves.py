@@ -1,12 +1,12 @@
 """Loss curves of one recipe on several layouts, all from the same weights, each also broken off and resumed.
 
-    python -m benchmarks.loss_curves --layouts 1 2:tp2-sp 2:pp2 --steps 200 --out out/curves.json
+    python -m benchmarks.loss_curves --layouts 1,2:tp2-sp,2:pp2 4:tp2-pp2 --out out/curves.json
     python -m benchmarks.loss_curves --plot out/curves.json docs/loss_curves.png
 
 The first run, on one rank, takes a single step with learning rate 0 and saves: these are the initial
 weights that every layout loads. Then each layout trains all steps and saves half-way, and a second run
-goes on from there. All layouts run at the same time and share the GPUs: losses are compared here, not
-speed. A layout that fails is reported and left out.
+goes on from there. Layouts between two commas run at the same time, on the same GPUs where there are too
+few: losses are compared here, not speed. A layout that fails is reported and left out.
 """
 
 import json
@@ -95,32 +95,40 @@ def together(recipe: str, arguments: dict[Layout, list[str]], logs: Path, availa
     """Runs layouts at the same time and gives the curves of those that came through."""
     jobs, first = [], 0
     for layout, own in arguments.items():
-        if first + layout.ranks > available:
-            first = 0
         log = logs / f"{layout.text.replace(':', '_')}-{len(list(logs.iterdir()))}.log"
-        jobs.append(start(recipe, layout, own, log, list(range(first, first + layout.ranks))))
+        gpus = [(first + rank) % available for rank in range(layout.ranks)]
+        jobs.append(start(recipe, layout, own, log, gpus))
         first += layout.ranks
     curves = {job.layout.text: job.curves() for job in jobs}
     return {text: curve for text, curve in curves.items() if curve is not None}
 
 
-def run(recipe: str, layouts: list[Layout], steps: int, extra: list[str], logs: Path, gpus: int) -> dict:
-    """Unbroken and resumed curves of every layout."""
-    half = steps // 2
+def run(
+    recipe: str, groups: list[list[Layout]], steps: int, extra: list[str], out: Path, gpus: int
+) -> dict:
+    """Unbroken and resumed curves of every layout, written to `out` group by group."""
+    half, logs = steps // 2, out.parent / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    curves: dict = {"recipe": recipe, "steps": steps, "unbroken": {}, "resumed": {}}
     with tempfile.TemporaryDirectory(prefix="curves-") as directory:
         initial = f"{directory}/initial"
         one_step = ["--train-iters", "1", "--lr-warmup-iters", "1", "--lr-decay-iters", str(steps),
                     "--save", initial, "--save-interval", "1", "--eval-iters", "0"]  # fmt: skip
         together(recipe, {Layout("1"): [*extra, *one_step]}, logs, gpus)
         common = [*extra, "--train-iters", str(steps), "--log-interval", "1", "--eval-iters", "0"]
-        own = {layout: f"{directory}/{layout.text.replace(':', '_')}" for layout in layouts}
         first = ["--load", initial, "--finetune", "--save-interval", str(half)]
-        unbroken = {layout: [*common, *first, "--save", path] for layout, path in own.items()}
-        resumed = {layout: [*common, "--load", path, "--ckpt-step", str(half)] for layout, path in own.items()}
-        curves = {"recipe": recipe, "steps": steps}
-        curves["unbroken"] = together(recipe, unbroken, logs, gpus)
-        through = {layout: own for layout, own in resumed.items() if layout.text in curves["unbroken"]}
-        curves["resumed"] = together(recipe, through, logs, gpus)
+        for layouts in groups:
+            own = {layout: f"{directory}/{layout.text.replace(':', '_')}" for layout in layouts}
+            unbroken = {layout: [*common, *first, "--save", path] for layout, path in own.items()}
+            found = together(recipe, unbroken, logs, gpus)
+            resumed = {
+                layout: [*common, "--load", path, "--ckpt-step", str(half)]
+                for layout, path in own.items()
+                if layout.text in found
+            }
+            curves["unbroken"] |= found
+            curves["resumed"] |= together(recipe, resumed, logs, gpus)
+            out.write_text(json.dumps(curves))
     return curves
 
 
@@ -162,7 +170,7 @@ def plot(curves: dict, path: Path) -> None:
 def main() -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--recipe", default="any_to_any_small")
-    parser.add_argument("--layouts", nargs="+", help="such as 1 2:tp2-sp 2:pp2 4:tp2-pp2")
+    parser.add_argument("--layouts", nargs="+", help="such as 1,2:tp2-sp,2:pp2 4:tp2-pp2")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--out", type=Path, default=Path("out/curves.json"))
     parser.add_argument("--plot", nargs=2, type=Path, metavar=("CURVES", "PICTURE"))
@@ -170,12 +178,12 @@ def main() -> None:
     if options.plot:
         plot(json.loads(options.plot[0].read_text()), options.plot[1])
         return
-    layouts = [Layout(text) for text in options.layouts]
-    logs = options.out.parent / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    available = torch.cuda.device_count() or max(layout.ranks for layout in layouts)
-    curves = run(options.recipe, layouts, options.steps, extra, logs, available)
-    options.out.write_text(json.dumps(curves))
+    groups = [[Layout(text) for text in group.split(",")] for group in options.layouts]
+    most = max(layout.ranks for group in groups for layout in group)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    curves = run(
+        options.recipe, groups, options.steps, extra, options.out, torch.cuda.device_count() or most
+    )
     print(*compare(curves), sep="\n")
 
 
