@@ -37,6 +37,7 @@ from megatron_mimo.training.chunks import (
     wrap_chunks,
 )
 from megatron_mimo.training.control import TrainingControl
+from megatron_mimo.training.counts import term
 from megatron_mimo.training.forward_step import ForwardStep
 from megatron_mimo.training.layouts import check_layout, check_sequence_length
 from megatron_mimo.training.progress import Progress
@@ -182,7 +183,9 @@ class Trainer:
             microbatches=lambda: self._microbatches,
             step=lambda: self.steps_done,
             seed=settings.seed,
+            on_step=self._keep_counts,
         )
+        self._counts: Mapping[str, float] = {}
 
     def train(self, data: StepData, evaluation: StepData | None = None) -> History:
         """Trains to `settings.steps`, from where the trainer stands.
@@ -219,7 +222,7 @@ class Trainer:
         self.optimizer.zero_grad()
         logged = self._run(data, self.steps_done, forward_only=False)
         succeeded, norm, _ = self.optimizer.step()
-        losses, norm, succeeded = self._agree(logged, norm, succeeded)
+        losses, norm, succeeded = self._agree(logged, norm, succeeded, self._counts)
         learning_rate = get_canonical_lr_for_logging(self.optimizer.param_groups)
         if succeeded:
             self.schedule.step(increment=1)
@@ -243,7 +246,7 @@ class Trainer:
                 logged += self._run(data, step, forward_only=True)
             for chunk in self.chunks:
                 chunk.train()
-        losses, _, _ = self._agree(logged, None, True)
+        losses, _, _ = self._agree(logged, None, True, {})
         weights = self.models[-1].loss_weights
         weighted = {name: weights.get(name.partition("/")[0], 1.0) * mean for name, mean in losses.items()}
         return losses | {"loss": sum(weighted.values())}
@@ -318,12 +321,23 @@ class Trainer:
         for _, length in set(shapes):
             check_sequence_length(length, self.run.layout, config)
 
+    def _keep_counts(self, step: int, counts: Mapping[str, float]) -> None:
+        self._counts = counts
+
     def _agree(
-        self, logged: list[dict[str, Tensor]], norm: float | None, succeeded: bool
+        self,
+        logged: list[dict[str, Tensor]],
+        norm: float | None,
+        succeeded: bool,
+        counts: Mapping[str, float],
     ) -> tuple[dict[str, float], float | None, bool]:
-        """Losses, gradient norm and success as all ranks shall know them."""
+        """Losses, gradient norm and success as all ranks shall know them.
+
+        Terms that `counts`, those of the whole step, has nothing of are left out.
+        """
         groups = self.run.groups
         losses = _means(logged, groups.dp_cp) if logged else {}
+        losses = {name: mean for name, mean in losses.items() if counts.get(term(name)) != 0}
         if groups.pp.size() > 1:
             message = [losses]
             dist.broadcast_object_list(message, group=groups.pp, group_src=groups.pp.size() - 1)

@@ -39,3 +39,9 @@ def test_one_step_moves_every_weight_by_the_gradient_of_the_whole_loss(single_pr
 def test_loss_goes_down(single_process):
     history = trainer(single_process, steps=20, optimizer=OptimizerConfig(lr=1e-2)).train(one_batch)
     assert history.steps[-1].losses["loss"] < 0.5 * history.steps[0].losses["loss"]
+
+
+def test_terms_that_a_step_counts_nothing_of_are_left_out(single_process):
+    ids = torch.tensor([[1, 2, 3, 4]])
+    report = trainer(single_process).train_step(lambda *_: [dict(input_ids=ids, labels=ids)])
+    assert set(report.losses) == {"text", "loss"}
