@@ -67,7 +67,8 @@ def main(arguments: list[str] | None = None) -> None:
     with exit_on_error(), tqdm(total=options.steps, desc="training", disable=run.rank > 0) as progress:
         for _ in range(options.steps):
             losses.append(trainer.train_step(data).losses)
-            progress.set_postfix_str("  ".join(f"{name} {loss:.3f}" for name, loss in losses[-1].items()))
+            told = "  ".join(f"{name} {loss:.3f}" for name, loss in losses[-1].items())
+            progress.set_postfix_str(told, refresh=False)
             progress.update()
     train_seconds = time.perf_counter() - started
     if run.rank == 0:
