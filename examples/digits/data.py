@@ -1,4 +1,4 @@
-"""The data of the demo: handwritten digits, dial tones, and the sequences that mix them.
+"""The data of the demo: handwritten digits and dial tones, and the sequences that mix them.
 
 Five tasks over three modalities, one sequence each. `I` and `A` are read, `i` and `a` are generated:
 
@@ -20,46 +20,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from examples.digits.tones import dial_tones
 from megatron_mimo.assemble import images_to_patches
-
-# Dial tones ------------------------------------------------------------------------------
-
-RATE = 8000
-"""Samples a second."""
-CLIP = 1024
-"""Samples of a clip, 128 ms."""
-
-# ITU-T Q.23: a key sounds the frequency of its row and that of its column.
-LOW_HZ = (697.0, 770.0, 852.0, 941.0)
-HIGH_HZ = (1209.0, 1336.0, 1477.0)
-KEYPAD = ("123", "456", "789", "*0#")
-KEY_HZ = {key: (LOW_HZ[r], HIGH_HZ[c]) for r, keys in enumerate(KEYPAD) for c, key in enumerate(keys)}
-
-
-def dial_tones(digits: Tensor, generator: torch.Generator) -> Tensor:
-    """Waveforms `[n, CLIP]`, within about [-1, 1], of the keys `digits` `[n]`.
-
-    Drawn for each clip: the level (over 12 dB), the twist between its two frequencies (4 dB), both
-    phases, duration (64 to 112 ms; ITU-T Q.24 wants 40) and noise (14 to 34 dB below the tone).
-    """
-    n = len(digits)
-
-    def between(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(n, 1, generator=generator)
-
-    time = torch.arange(CLIP) / RATE
-    hz = torch.tensor([KEY_HZ[str(digit)] for digit in range(10)])[digits]
-    low = torch.sin(2 * torch.pi * (hz[:, :1] * time + between(0, 1)))
-    high = torch.sin(2 * torch.pi * (hz[:, 1:] * time + between(0, 1)))
-    twist = 10 ** (between(-2, 2) / 20)
-    duration = between(0.064, 0.112)
-    start = 0.008
-    to_edge = torch.minimum(time - start, start + duration - time)
-    gate = torch.clamp(to_edge / 0.002, 0, 1)  # 2 ms ramps: no click
-    level = 0.4 * 10 ** (between(-12, 0) / 20)
-    noise = 10 ** (between(-34, -14) / 20) * torch.randn(n, CLIP, generator=generator)
-    return level * (gate * (low * twist + high / twist) + noise)
-
 
 # Handwritten digits ----------------------------------------------------------------------
 
@@ -126,11 +88,9 @@ READS_IMAGE = (Task.READ,)
 READS_TONE = (Task.HEAR, Task.HEAR_DRAW)
 DRAWS = (Task.DRAW, Task.HEAR_DRAW)
 DIALS = (Task.DIAL,)
-ANSWERS = (Task.READ, Task.HEAR)
 
 SHARES = {Task.READ: 3, Task.HEAR: 1, Task.DRAW: 4, Task.DIAL: 5, Task.HEAR_DRAW: 3}
 """Of the tasks in a batch. What is generated takes longer to learn than what is recognised."""
-
 
 TELLS_DIGIT = torch.zeros(VOCABULARY)
 """How much it counts, at each token, that the language model tells the digit."""

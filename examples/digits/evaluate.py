@@ -7,14 +7,17 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch import Tensor
 
 from examples.digits import judges
-from examples.digits.data import TOKEN, Digits, Task, dial_tones, model_inputs, sequences
+from examples.digits.data import TOKEN, Digits, Task, model_inputs, sequences
+from examples.digits.tones import dial_tones
 from megatron_mimo import MimoModel, MimoOutput
 
 NOTHING: Tensor = torch.empty(0)
 
 
 class Session:
-    """A trained model to ask things; tensor-parallel ranks ask together and get the same answers.
+    """A trained model to ask things; answers come on the CPU.
+
+    Tensor-parallel ranks ask together and get the same answers.
 
     Args:
         seed: of the noise that images and tones start from.
@@ -22,7 +25,8 @@ class Session:
 
     def __init__(self, model: MimoModel, seed: int) -> None:
         self.model = model.eval()
-        self.generator = torch.Generator().manual_seed(seed)
+        self.device = next(model.parameters()).device
+        self.generator = torch.Generator(self.device).manual_seed(seed)
 
     def read(self, images: Tensor) -> Tensor:
         """The digits `[n]` in images `[n, 8, 8]`."""
@@ -40,7 +44,7 @@ class Session:
         """Clips `[n, CLIP]` of digits `[n]`."""
         outputs = self._run(sequences(Task.DIAL, digits))
         options = {"audio": {"bands": {"generator": self.generator}}}
-        return self.model.decode(outputs, options)["audio"]["bands"]
+        return self.model.decode(outputs, options)["audio"]["bands"].cpu()
 
     def hear_then_draw(self, clips: Tensor) -> Tensor:
         """Images `[n, 8, 8]` of the digits in clips `[n, CLIP]`."""
@@ -48,7 +52,8 @@ class Session:
 
     @torch.no_grad()
     def _run(self, ids: Tensor, images: Tensor = NOTHING, clips: Tensor = NOTHING) -> MimoOutput:
-        outputs, _ = self.model(ids, modality_inputs=model_inputs(images, clips))
+        inputs = model_inputs(images.to(self.device), clips.to(self.device))
+        outputs, _ = self.model(ids.to(self.device), modality_inputs=inputs)
         return outputs
 
     def _answer(self, task: Task, word: str, **given: Tensor) -> Tensor:
@@ -56,11 +61,11 @@ class Session:
         ids = _unanswered(task, count)
         logits = self._run(ids, **given).language
         logits = gather_from_tensor_model_parallel_region(logits, self.model.pg_collection.tp)
-        return logits[ids == TOKEN[word]].argmax(-1)
+        return logits.cpu()[ids == TOKEN[word]].argmax(-1)
 
     def _images(self, outputs: MimoOutput) -> Tensor:
         options = {"images": {"pixels": {"generator": self.generator}}}
-        return self.model.decode(outputs, options)["images"]["pixels"].squeeze(1).clamp(-1, 1)
+        return self.model.decode(outputs, options)["images"]["pixels"].squeeze(1).clamp(-1, 1).cpu()
 
 
 def _unanswered(task: Task, count: int) -> Tensor:

@@ -7,7 +7,8 @@ import torch
 from sklearn.svm import SVC
 from torch import Tensor
 
-from examples.digits.data import HIGH_HZ, KEY_HZ, LOW_HZ, RATE, Digits
+from examples.digits.data import Digits
+from examples.digits.tones import HIGH_HZ, KEY_HZ, LOW_HZ, RATE
 
 KEY_OF_HZ = {hz: key for key, hz in KEY_HZ.items()}
 FRAME = 205

@@ -8,15 +8,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from examples.digits.data import AUDIO_ROWS, BAND, CLIP, IMAGE_ROWS, LENGTH, PATCH, TOKEN, VOCABULARY
-from megatron_mimo import (
-    AudioModalitySubmodules,
-    MimoModelConfig,
-    VisionModalitySubmodules,
-)
-from megatron_mimo.decoders.flow_transformer import FlowTransformerDecoder
-from megatron_mimo.decoders.inputs import QueryInput
-from megatron_mimo.decoders.tokenizers import LatentTokenizer
+from examples.digits.data import AUDIO_ROWS, BAND, IMAGE_ROWS, LENGTH, PATCH, TOKEN, VOCABULARY
+from examples.digits.tones import CLIP
+from megatron_mimo import AudioModalitySubmodules, MimoModelConfig, VisionModalitySubmodules
+from megatron_mimo.decoders import FlowTransformerDecoder, LatentTokenizer, QueryInput
 from megatron_mimo.specs import language_layer_spec
 
 HIDDEN = 96

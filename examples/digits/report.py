@@ -10,15 +10,13 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from examples.digits.data import CLIP, HIGH_HZ, KEY_HZ, LOW_HZ, RATE, Digits
+from examples.digits.data import Digits
 from examples.digits.evaluate import Results
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+from examples.digits.tones import CLIP, HIGH_HZ, KEY_HZ, LOW_HZ, RATE
 
 FIGURES = {
     "read_accuracy": (0.95, "held-out handwriting read as the digit it is"),
@@ -42,20 +40,19 @@ TERMS = {
 INK = "#22303c"
 PHONE_NUMBER = (3, 1, 4, 1, 5, 9, 2, 6, 5, 3)
 
-plt.rcParams.update(
-    {
-        "font.size": 10,
-        "text.color": INK,
-        "axes.edgecolor": "#9aa5b1",
-        "axes.labelcolor": INK,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "xtick.color": "#616e7c",
-        "ytick.color": "#616e7c",
-    }
-)
+LOOK = {
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": "#9aa5b1",
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": "#616e7c",
+    "ytick.color": "#616e7c",
+}
 
 
+@matplotlib.rc_context(LOOK)
 def write_report(
     out: Path, results: Results, losses: list[dict[str, float]], held_out: Digits
 ) -> None:
@@ -64,7 +61,6 @@ def write_report(
     overview = draw_overview(results, held_out)
     overview.savefig(out / "digits.png", dpi=160)
     (out / "report.html").write_text(page(results, losses, held_out))
-    plt.close("all")
 
 
 # Figures ---------------------------------------------------------------------------------
@@ -72,8 +68,8 @@ def write_report(
 
 def draw_losses(losses: list[dict[str, float]]) -> Figure:
     """Every term over the steps: each step pale, their running mean in full colour."""
-    figure, axes = plt.subplots(1, 3, figsize=(10, 2.8), layout="constrained")
-    for axis, (name, (title, colour)) in zip(axes, TERMS.items()):
+    figure = Figure(figsize=(10, 2.8), layout="constrained")
+    for axis, (name, (title, colour)) in zip(figure.subplots(1, 3), TERMS.items()):
         steps = [step for step, terms in enumerate(losses) if name in terms]
         values = np.array([losses[step][name] for step in steps])
         axis.plot(steps, values, color=colour, alpha=0.25, linewidth=0.7)
@@ -94,7 +90,7 @@ def draw_overview(results: Results, held_out: Digits) -> Figure:
         ("drawn", results.drawn, results.asked, 4),
         ("drawn on\nhearing\nits tone", results.heard_drawn, results.asked, 2),
     )
-    figure = plt.figure(figsize=(10, 6))
+    figure = Figure(figsize=(10, 6))
     grid = figure.add_gridspec(
         4, 10, height_ratios=(3, 4, 2, 4.5), left=0.1, right=0.99, top=0.95, bottom=0.02, hspace=0.1, wspace=0.1
     )

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from examples.digits import data, judges
-from examples.digits.data import RATE, TOKEN, Digits, Task
+from examples.digits.data import TOKEN, Digits, Task
 from examples.digits.evaluate import Results
 from examples.digits.model import CosineBands
 from examples.digits.report import FIGURES, wav, write_report
+from examples.digits.tones import CLIP, KEY_HZ, RATE, dial_tones
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def split() -> tuple[Digits, Digits]:
 @pytest.fixture(scope="module")
 def clips() -> tuple[torch.Tensor, torch.Tensor]:
     digits = torch.arange(10).repeat(10)
-    return digits, data.dial_tones(digits, torch.Generator().manual_seed(0))
+    return digits, dial_tones(digits, torch.Generator().manual_seed(0))
 
 
 def rows_of(values: torch.Tensor) -> set[bytes]:
@@ -41,7 +42,7 @@ def test_no_held_out_digit_is_trained_on(split):
 
 def test_tones_evaluated_on_are_none_of_training(split):
     trained_on = torch.cat([data.draw_samples(split[0], 64, 1, step).clip for step in range(20)])
-    evaluated_on = data.dial_tones(torch.arange(10), torch.Generator().manual_seed(-2))
+    evaluated_on = dial_tones(torch.arange(10), torch.Generator().manual_seed(-2))
     assert not rows_of(trained_on) & rows_of(evaluated_on)
 
 
@@ -57,17 +58,17 @@ def test_the_detector_decodes_every_synthesised_tone(clips):
     assert keys == [str(digit) for digit in digits.tolist()]
 
 
-@pytest.mark.parametrize("key", data.KEY_HZ)
+@pytest.mark.parametrize("key", KEY_HZ)
 def test_the_detector_decodes_pure_pairs_of_frequencies(key):
-    time = np.arange(data.CLIP) / RATE
-    clip = sum(np.sin(2 * np.pi * hertz * time) for hertz in data.KEY_HZ[key])
+    time = np.arange(CLIP) / RATE
+    clip = sum(np.sin(2 * np.pi * hertz * time) for hertz in KEY_HZ[key])
     assert judges.detect_key(clip) == key
 
 
 @pytest.mark.parametrize("hertz", [(), (697.0,), (1209.0,), (697.0, 770.0, 1209.0), (440.0, 1000.0)])
 def test_the_detector_hears_no_key_in_other_sounds(hertz):
-    time = np.arange(data.CLIP) / RATE
-    noise = 0.05 * np.random.default_rng(0).standard_normal(data.CLIP)
+    time = np.arange(CLIP) / RATE
+    noise = 0.05 * np.random.default_rng(0).standard_normal(CLIP)
     assert judges.detect_key(noise + sum(np.sin(2 * np.pi * f * time) for f in hertz)) is None
 
 

@@ -8,7 +8,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from examples.digits.__main__ import main
+from examples.digits.run import main
 from megatron_mimo.launch import Run
 from tests.distributed.harness import ROOT, case, shared_directory
 
