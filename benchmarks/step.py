@@ -34,14 +34,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 import megatron_mimo
 from examples.recipes import vlm_clip_1b as recipe
+from examples.recipes.parts import with_fused_attention
 from megatron_mimo import MimoModel, MimoModelConfig, loss_terms, specs, total_loss
 from megatron_mimo.training.counts import count_batch
 from megatron_mimo.training.flops import part_sizes, stated_peak, step_flops
@@ -88,24 +87,6 @@ SMALL = Size(
 )
 
 
-class FusedAttention(MegatronModule):
-    """Torch's fused attention: Megatron's own without TransformerEngine keeps every score."""
-
-    def __init__(
-        self, config, layer_number, attn_mask_type, attention_type, cp_comm_type, softmax_scale, pg_collection
-    ) -> None:
-        super().__init__(config)
-        self.causal = attn_mask_type == AttnMaskType.causal
-
-    def forward(
-        self, query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params
-    ) -> Tensor:
-        """[S, B, heads, D] each -> [S, B, heads * D]."""
-        batch_first = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        mixed = F.scaled_dot_product_attention(*batch_first, is_causal=self.causal)
-        return mixed.permute(2, 0, 1, 3).flatten(2)
-
-
 # Models ----------------------------------------------------------------------------------
 
 
@@ -138,11 +119,9 @@ def configs(size: Size, backend: specs.Backend, dtype: torch.dtype) -> tuple[Mod
         **common,
     )
     layers = specs.language_layer_spec(language, backend)
-    images = recipe.image_spec(vision, projection, backend, size.side)
     if backend == "torch":
-        encoder = images.submodules["encoders"]["clip"].params["transformer_layer_spec"]
-        for layer in (*layers.submodules.layer_specs, *encoder.submodules.layer_specs):
-            layer.submodules.self_attention.submodules.core_attention = FusedAttention
+        layers = with_fused_attention(layers)
+    images = recipe.image_spec(vision, projection, size.side)
     model = ModuleSpec(
         module=GPTModel,
         params=dict(

@@ -176,10 +176,10 @@ def collate(samples: Sequence[Sample]) -> dict[str, object]:
 # Model -----------------------------------------------------------------------------------
 
 
-def model_config(args: Namespace, pipeline_rank: int, vp_stage: int | None) -> MimoModelConfig:
-    """The model of a pipeline stage; sizes of the language model are Megatron's arguments."""
+def model_config(args: Namespace) -> MimoModelConfig:
+    """The model; sizes of the language model are Megatron's arguments."""
     return MimoModelConfig(
-        language_model=language_spec(args, pipeline_rank, vp_stage),
+        language_model=language_spec(args),
         modality_submodules={"images": image_spec(args), "tones": tone_spec(args)},
         special_token_ids={"images": TOKEN["<image>"], "tones": TOKEN["<tone>"]},
         generation_token_ids={"images": TOKEN["<draw>"], "tones": TOKEN["<sing>"]},

@@ -1,14 +1,44 @@
 """Configurations that the recipes' models are made of, from Megatron's arguments."""
 
+import copy
 from argparse import Namespace
+from functools import partial
 
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.training.argument_utils import core_transformer_config_from_args
+from torch import Tensor
 
 from megatron_mimo import specs
+
+
+class FusedAttention(MegatronModule):
+    """Torch's fused attention in place of Megatron's own, which without TransformerEngine keeps every score."""
+
+    def __init__(
+        self, config, layer_number, attn_mask_type, attention_type, cp_comm_type, softmax_scale, pg_collection
+    ) -> None:
+        super().__init__(config)
+        self.causal = attn_mask_type == AttnMaskType.causal
+
+    def forward(
+        self, query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params
+    ) -> Tensor:
+        """`[S, B, heads, D]` each -> `[S, B, heads * D]`; there is no mask but the causal one."""
+        batch_first = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        mixed = F.scaled_dot_product_attention(*batch_first, is_causal=self.causal)
+        return mixed.permute(2, 0, 1, 3).flatten(2)
+
+
+def with_fused_attention(layers: ModuleSpec) -> ModuleSpec:
+    """Plain-torch layers, of `specs`, with torch's fused attention."""
+    changed = copy.deepcopy(layers)
+    for layer in changed.submodules.layer_specs:
+        layer.submodules.self_attention.submodules.core_attention = FusedAttention
+    return changed
 
 
 def backend(args: Namespace) -> specs.Backend:
@@ -16,16 +46,15 @@ def backend(args: Namespace) -> specs.Backend:
     return "torch" if args.transformer_impl == "local" else "auto"
 
 
-def language_spec(args: Namespace, pipeline_rank: int, vp_stage: int | None) -> ModuleSpec:
-    """A `GPTModel` as Megatron's arguments describe it; the layers of one pipeline stage."""
-    config = core_transformer_config_from_args(args)
+def language_spec(args: Namespace) -> ModuleSpec:
+    """A `GPTModel` as Megatron's arguments describe it."""
+    from megatron.training.argument_utils import core_transformer_config_from_args
+
     return ModuleSpec(
         module=GPTModel,
         params=dict(
-            config=config,
-            transformer_layer_spec=specs.language_layer_spec(
-                config, backend(args), vp_stage=vp_stage, pp_rank=pipeline_rank
-            ),
+            config=core_transformer_config_from_args(args),
+            transformer_layer_spec=partial(specs.language_layer_spec, backend=backend(args)),
             vocab_size=args.padded_vocab_size,
             max_sequence_length=args.max_position_embeddings,
             position_embedding_type=args.position_embedding_type,

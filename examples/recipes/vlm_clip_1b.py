@@ -12,7 +12,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from examples.recipes.parts import backend, encoder_config, language_spec
+from examples.recipes.parts import encoder_config, language_spec, with_fused_attention
 from megatron_mimo import MimoModelConfig, VisionModalitySubmodules, specs
 
 SIDE, PATCH = 336, 14
@@ -24,29 +24,26 @@ SAMPLES = 4096
 VISION = dict(num_layers=24, hidden_size=1024, ffn_hidden_size=4096, num_attention_heads=16)
 
 
-def image_spec(
-    vision: TransformerConfig, projection: TransformerConfig, backend: specs.Backend, side: int = SIDE
-) -> ModuleSpec:
-    """The encoder and its projection.
+def image_spec(vision: TransformerConfig, projection: TransformerConfig, side: int = SIDE) -> ModuleSpec:
+    """The encoder and its projection, in plain torch with fused attention: layers that CUDA graphs can replay.
 
     Args:
         vision: of the encoder.
         projection: whose `hidden_size` is the language model's.
-        backend: what both compute with.
         side: of the images, in pixels.
     """
+    clip = specs.clip_vit_spec(vision, "torch", patch_dim=PATCH, img_h=side, img_w=side)
+    clip.params["transformer_layer_spec"] = with_fused_attention(clip.params["transformer_layer_spec"])
     return ModuleSpec(
         module=VisionModalitySubmodules,
         submodules={
-            "encoders": {
-                "clip": specs.clip_vit_spec(vision, backend, patch_dim=PATCH, img_h=side, img_w=side)
-            },
+            "encoders": {"clip": clip},
             "input_projections": [
                 ModuleSpec(
                     module=MultimodalProjector,
                     params=dict(
                         config=projection,
-                        submodules=specs.projection_spec(projection, backend).submodules,
+                        submodules=specs.projection_spec(projection, "torch").submodules,
                         projector_type="mlp",
                         input_size=vision.hidden_size,
                     ),
@@ -56,8 +53,8 @@ def image_spec(
     )
 
 
-def model_config(args: Namespace, pipeline_rank: int, vp_stage: int | None) -> MimoModelConfig:
-    """The model of a pipeline stage; sizes of the language model are Megatron's arguments."""
+def model_config(args: Namespace) -> MimoModelConfig:
+    """The model; sizes of the language model are Megatron's arguments."""
     projection = dict(
         num_layers=1,
         hidden_size=args.hidden_size,
@@ -65,11 +62,9 @@ def model_config(args: Namespace, pipeline_rank: int, vp_stage: int | None) -> M
         num_attention_heads=args.num_attention_heads,  # not used, but checked
     )
     return MimoModelConfig(
-        language_model=language_spec(args, pipeline_rank, vp_stage),
+        language_model=language_spec(args),
         modality_submodules={
-            "images": image_spec(
-                encoder_config(args, **VISION), encoder_config(args, **projection), backend(args)
-            )
+            "images": image_spec(encoder_config(args, **VISION), encoder_config(args, **projection))
         },
         special_token_ids={"images": IMAGE_TOKEN},
     )

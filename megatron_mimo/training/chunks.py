@@ -17,25 +17,21 @@ from megatron_mimo.launch import Run
 from megatron_mimo.model import MimoModel
 from megatron_mimo.training.control import TrainingControl
 
-#: `(pipeline_rank, vp_stage) -> config`: layer specs describe one stage's layers, so a pipeline asks
-#: for them stage by stage.
-ConfigOfStage = Callable[[int, int | None], MimoModelConfig]
 
-
-def build_chunks(config: ConfigOfStage, run: Run, control: TrainingControl) -> list[MimoModel]:
+def build_chunks(config: MimoModelConfig, run: Run, control: TrainingControl) -> list[MimoModel]:
     """This rank's model chunks, one without an interleaved pipeline, on its device.
 
     Args:
-        config: of each stage.
+        config: of the model.
         run: the layout and its process groups.
-        control: what is frozen and compiled.
+        control: what is frozen, compiled and graphed.
     """
     virtual = run.layout.virtual_pipeline_model_parallel_size
     stages = run.layout.pipeline_model_parallel_size
     chunks = []
     for vp_stage in (None,) if virtual is None else range(virtual):
         model = MimoModel(
-            config(run.pipeline_rank, vp_stage),
+            config,
             pre_process=run.pipeline_rank == 0 and vp_stage in (None, 0),
             post_process=run.pipeline_rank == stages - 1 and vp_stage in (None, (virtual or 1) - 1),
             vp_stage=vp_stage,

@@ -82,7 +82,8 @@ def part_sizes(chunks: Sequence[MimoModel]) -> dict[str, PartSize]:
     group = chunks[0].pg_collection.pp
     if group.size() == 1:
         return parts
-    device = next(chunks[0].parameters()).device
+    # Before training a model may still lie on the host; its groups' collectives run where it will be.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     packed = torch.tensor(
         [list(vars(part).values()) for part in parts.values()], dtype=torch.float64, device=device
     )

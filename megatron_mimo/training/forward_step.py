@@ -32,6 +32,7 @@ class ForwardStep:
         seed: of the decoders' draws, which start anew at each step.
         on_step: called on the last pipeline stage with the index and the counts of a training step,
             before it runs.
+        log_absent: see `loss_func`.
 
     Example:
         >>> forward_step = ForwardStep(microbatches=lambda: 4, step=lambda: 0, seed=1234)
@@ -44,8 +45,10 @@ class ForwardStep:
         step: Callable[[], int],
         seed: int,
         on_step: Callable[[int, Counts], None] | None = None,
+        log_absent: bool = True,
     ) -> None:
         self._microbatches, self._step, self._seed, self._on_step = microbatches, step, seed, on_step
+        self._log_absent = log_absent
         self._steps: dict[int | None, StepBatches] = {}
         self._agreed: set[str] = set()
         self._evaluated: dict[int | None, int] = {}
@@ -77,6 +80,7 @@ class ForwardStep:
             weights=mimo.loss_weights,
             names=["text", *names.decoders_of(mimo)],
             scale=scale,
+            log_absent=self._log_absent,
         )
 
     def _current_step(
@@ -144,11 +148,15 @@ def part_for(batch: Batch, model: MimoModel) -> Batch:
     """What a model's pipeline stage needs of a batch.
 
     A first stage needs the targets of modalities whose generation tokens are fed from them, no other.
+    The placement is made here, on the CPU, where the batch's collator did not: its counts are then known
+    on the host, which a first stage without decoders learns from nothing else.
 
     Args:
         batch: keyword arguments of `MimoModel.forward`.
         model: of the stage.
     """
+    if "placement" not in batch and (model.pre_process or model.post_process):
+        batch = {**batch, "placement": model.place(batch["input_ids"], batch.get("packed_seq_params"))}
     part = part_for_stage(batch, first=model.pre_process, last=model.post_process)
     if model.post_process or not part.get("modality_targets"):
         return part

@@ -44,7 +44,8 @@ class GraphedForward:
         captures: at most this many graphs. Each keeps the activations of one forward pass.
 
     Raises:
-        ValueError: there is no GPU, or the encoder has dropout or fused gradient accumulation.
+        ValueError: there is no GPU, or the encoder has dropout, fused gradient accumulation or layers
+            of TransformerEngine.
     """
 
     def __init__(self, encoder: nn.Module, captures: int = 2) -> None:
@@ -207,6 +208,12 @@ def _check(encoder: nn.Module) -> None:
             "(--graph-encoders)."
         )
     for module in encoder.modules():
+        if any(kind.__module__.startswith("transformer_engine") for kind in type(module).__mro__):
+            raise ValueError(
+                f"{name}: it has layers of TransformerEngine ({type(module).__name__}), whose replays read "
+                "memory that was given back (version 2.12, H200: illegal memory access). Build the "
+                "encoder with backend 'torch', or leave it out of `graphed`."
+            )
         if isinstance(module, MegatronModule) and module.config.gradient_accumulation_fusion:
             raise ValueError(
                 f"{name}: gradient_accumulation_fusion adds gradients to a buffer that the capture does "

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from functools import partial
+from types import FunctionType
 
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import LayerType
@@ -87,7 +90,7 @@ def _check_experts(layout: Layout, language: TransformerConfig) -> None:
 def _check_attention(layout: Layout, spec: ModuleSpec) -> None:
     if layout.context_parallel_size == 1:
         return
-    if any(node is DotProductAttention for node in _nodes(spec.params.get("transformer_layer_spec"))):
+    if any(node is DotProductAttention for node in _nodes(_first_layers(spec))):
         raise ValueError(
             f"context_parallel_size {layout.context_parallel_size}: the language model's layers compute "
             "attention in plain torch (DotProductAttention), which sees only this rank's part of the "
@@ -141,6 +144,16 @@ def _check_encoders(modality: str, encoders: Mapping[str, object]) -> None:
                         f"{getattr(config, size)}. Encoders run whole on the first pipeline stage: give "
                         f"the encoder a configuration of its own with {size}=1."
                     )
+
+
+def _first_layers(spec: ModuleSpec) -> object:
+    """Layers of the first stage, where they are given by a function; needs no process group."""
+    layers = spec.params.get("transformer_layer_spec")
+    if not isinstance(layers, (FunctionType, partial)):
+        return layers
+    # Functions of the user's own need not know of pipeline ranks.
+    rank = {"pp_rank": 0} if "pp_rank" in inspect.signature(layers).parameters else {}
+    return layers(spec.params["config"], vp_stage=0, **rank)
 
 
 def _nodes(node: object) -> Iterator[object]:

@@ -54,6 +54,7 @@ def loss_func(
     weights: Mapping[str, float],
     names: Iterable[str],
     scale: StepScale | None,
+    log_absent: bool = True,
     non_loss_data: bool = False,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]] | Tensor | MimoOutput:
     """A microbatch's loss, as Megatron's schedules take it.
@@ -63,6 +64,8 @@ def loss_func(
         weights: modality -> weight of its terms, 1 where it is not named.
         names: every loss term that any microbatch may have; reported as zeros where this one lacks it.
         scale: of the step; None in evaluation, where nothing is divided.
+        log_absent: report terms that the whole step counts nothing of as 0 / 1: Megatron's log divides
+            every term, and one NaN would spoil the mean of an interval. Otherwise as 0 / 0.
         non_loss_data: the schedule collects outputs: they come back as they are.
 
     Returns:
@@ -77,7 +80,7 @@ def loss_func(
     if scale is None:
         return total_loss(terms, weights), tokens, report(terms, names)
     loss = total_loss(terms, weights, scale.divisors())
-    logged = report(terms, names, scale.counts)
+    logged = report(terms, names, scale.counts if log_absent else None)
     logged["loss"] = torch.stack([loss.detach(), loss.new_tensor(1 / scale.parts)])
     if not scale.per_token:
         tokens = torch.ones_like(tokens)
@@ -89,7 +92,10 @@ def report(
 ) -> dict[str, Tensor]:
     """`"<term> loss"` -> `[sum, count]`, float32, detached, for every name.
 
-    A term that the whole step counts nothing of reads 0 / 1: the log's mean would be NaN.
+    Args:
+        terms: of a microbatch.
+        names: of all terms; those that are not there read 0 / 0.
+        counts: of the whole step; terms that it counts nothing of then read 0 / 1.
     """
     zero = next(iter(terms.values())).sum.new_zeros(())
     logged = {}

@@ -18,6 +18,8 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.cpu import disable_cpu_backend, enable_cpu_backend
@@ -40,8 +42,8 @@ Replacement = tuple[ModuleType, str, Callable]
 class Recipe(Protocol):
     """What is trained on what; a module with these functions is one."""
 
-    def model_config(self, args: Namespace, pipeline_rank: int, vp_stage: int | None) -> MimoModelConfig:
-        """The model of a pipeline stage, from Megatron's arguments. Needs no process group."""
+    def model_config(self, args: Namespace) -> MimoModelConfig:
+        """The model, from Megatron's arguments. Needs no process group."""
 
     def datasets(self, args: Namespace, samples: Sequence[int | None]) -> tuple[Sequence | None, ...]:
         """Datasets to train, validate and test on, each of which gives a sample for an index.
@@ -57,18 +59,18 @@ class ModelProvider:
     """`model_provider(pre_process, post_process, vp_stage, config, pg_collection)` as Megatron calls it.
 
     Args:
-        model_config: of a stage, `(args, pipeline_rank, vp_stage)`.
+        config: of the model.
         args: Megatron's.
         control: which parts train.
     """
 
     def __init__(
         self,
-        model_config: Callable[[Namespace, int, int | None], MimoModelConfig],
+        config: MimoModelConfig,
         args: Namespace,
         control: TrainingControl,
     ) -> None:
-        self._model_config, self._args, self._control = model_config, args, control
+        self._config, self._args, self._control = config, args, control
         self._chunks: list[MimoModel] = []
         #: Of the whole model's parts, once every chunk of this rank is built.
         self.sizes: dict[str, PartSize] = {}
@@ -78,8 +80,8 @@ class ModelProvider:
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
-        config=None,
-        pg_collection=None,
+        config: TransformerConfig | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
     ) -> MimoModel:
         """The model of one stage, or of one chunk of an interleaved pipeline.
 
@@ -94,9 +96,8 @@ class ModelProvider:
                 "configuration of every part. Set what it shall hold by Megatron's arguments."
             )
         seed_draws_once(self._args.seed)
-        rank = parallel_state.get_pipeline_model_parallel_rank()
         model = MimoModel(
-            self._model_config(self._args, rank, vp_stage),
+            self._config,
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,
@@ -188,13 +189,13 @@ def pretrain(recipe: Recipe, defaults: dict[str, object] | None = None) -> None:
             args_defaults={"dataloader_type": "external", **(defaults or {})},
         )
         layout, control = layout_from_args(args), control_from_args(args)
-        whole = recipe.model_config(args, layout.pipeline_model_parallel_size - 1, 0)
-        check_layout(layout, whole, args.seq_length)
-        control.check(whole)
+        config = recipe.model_config(args)
+        check_layout(layout, config, args.seq_length)
+        control.check(config)
         if on_cpu:
             _initialize_cpu(args)
-        until_trained.enter_context(_replaced(_for_the_wheel(control, whole)))
-        provider = ModelProvider(recipe.model_config, args, control)
+        until_trained.enter_context(_replaced(_for_the_wheel(control, config)))
+        provider = ModelProvider(config, args, control)
         megatron_pretrain(
             pretrain_cfg_container_from_args(args),
             dataset_provider(recipe, args),

@@ -30,7 +30,6 @@ from megatron_mimo.model import MimoModel
 from megatron_mimo.training import checkpoints
 from megatron_mimo.training.batches import Batch
 from megatron_mimo.training.chunks import (
-    ConfigOfStage,
     build_chunks,
     hook_schedule,
     parameters_gathered,
@@ -132,7 +131,8 @@ class Trainer:
     """A model with its optimizer, on the layout of a run.
 
     Args:
-        config: of the model; under pipeline parallelism a function that gives it stage by stage.
+        config: of the model. Under pipeline parallelism its `transformer_layer_spec` is a function, such
+            as `specs.language_layer_spec`, because each stage has layers of its own.
         run: from `megatron_mimo.initialize`.
         settings: how long and how often.
         optimizer: Megatron's options: kind, learning rate, weight decay, clipping, the distributed
@@ -151,7 +151,7 @@ class Trainer:
 
     def __init__(
         self,
-        config: MimoModelConfig | ConfigOfStage,
+        config: MimoModelConfig,
         run: Run,
         settings: TrainerSettings,
         *,
@@ -159,19 +159,17 @@ class Trainer:
         ddp: DistributedDataParallelConfig | None = None,
         control: TrainingControl | None = None,
     ) -> None:
-        of_stage = config if callable(config) else lambda pipeline_rank, vp_stage: config
         self.run, self.settings, self.control = run, settings, control or TrainingControl()
-        whole = of_stage(run.pipeline_rank, 0)
-        check_layout(run.layout, whole)
-        self.control.check(whole)
-        self.models = build_chunks(of_stage, run, self.control)
+        check_layout(run.layout, config)
+        self.control.check(config)
+        self.models = build_chunks(config, run, self.control)
         ddp = ddp or DistributedDataParallelConfig()
         optimizer = _with_precision_of(self.models[0], optimizer or OptimizerConfig(lr=1e-3), ddp)
         self.chunks = wrap_chunks(self.models, run, ddp)
         self.optimizer = get_megatron_optimizer(
             optimizer,
             self.chunks,
-            config_overrides=self.control.overrides(optimizer, whole),
+            config_overrides=self.control.overrides(optimizer, config),
             use_gloo_process_groups=False,
             pg_collection=run.groups,
         )

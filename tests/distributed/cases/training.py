@@ -35,11 +35,7 @@ def model_config(run: Run, **changes):
         **changes,
     )
 
-    def of_stage(pipeline_rank, vp_stage):
-        spec = tiny.specs.language_layer_spec(config, vp_stage=vp_stage, pp_rank=pipeline_rank)
-        return tiny.mimo_config(tiny.language_spec(config, transformer_layer_spec=spec))
-
-    return of_stage
+    return tiny.mimo_config(tiny.language_spec(config))
 
 
 def four_samples(step: int, rank: int, size: int) -> list[dict]:
