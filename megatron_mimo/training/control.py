@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import combinations
 
 import torch
 from megatron.core.distributed import finalize_model_grads
@@ -74,6 +75,7 @@ class TrainingControl:
             for part, factor in getattr(self, option).items():
                 if not factor >= 0:
                     raise ValueError(f"{option}[{part!r}] must be at least 0, got {factor}")
+            _check_apart(option, getattr(self, option), config)
         vocabulary = config.language_model.params.get("vocab_size")
         for row in self.embedding_rows:
             if row < 0 or vocabulary is not None and row >= vocabulary:
@@ -186,11 +188,11 @@ def parameter_prefixes(part: str, config: MimoModelConfig, option: str = "part")
     """
     if part == LANGUAGE_MODEL:
         return ("language_model.",)
-    if part in SUBMODULE_KEYS:
-        return tuple(f"modality_submodules.{name}.{part}." for name in config.modality_submodules)
     modality, *rest = part.split("/")
-    if modality in config.modality_submodules and _exists(modality, rest, config):
-        return (".".join(["modality_submodules", modality, *rest, ""]),)
+    modalities, path = (list(config.modality_submodules), [part]) if part in SUBMODULE_KEYS else ([modality], rest)
+    found = [name for name in modalities if name in config.modality_submodules and _exists(name, path, config)]
+    if found:
+        return tuple(".".join(["modality_submodules", name, *path, ""]) for name in found)
     raise ValueError(
         f"{option}: the model has no part {part!r}. Expected 'language_model', one of "
         f"{list(SUBMODULE_KEYS)}, or one of the modalities {sorted(config.modality_submodules)}, such "
@@ -198,13 +200,27 @@ def parameter_prefixes(part: str, config: MimoModelConfig, option: str = "part")
     )
 
 
+def _check_apart(option: str, parts: Iterable[str], config: MimoModelConfig) -> None:
+    """Refuses two factors for one parameter, which say neither that they multiply nor which one holds."""
+    for one, other in combinations(parts, 2):
+        ours, theirs = (parameter_prefixes(part, config, option) for part in (one, other))
+        if any(a.startswith(b) or b.startswith(a) for a in ours for b in theirs):
+            raise ValueError(
+                f"{option}: {one!r} and {other!r} share parameters, which of their factors holds is open. "
+                "Name parts that lie side by side."
+            )
+
+
 def _exists(modality: str, rest: list[str], config: MimoModelConfig) -> bool:
     if not rest:
         return True
     if rest[0] not in SUBMODULE_KEYS or len(rest) > 2:
         return False
-    names = config.submodule_specs(modality).get(rest[0])
-    return len(rest) == 1 or isinstance(names, Mapping) and rest[1] in names
+    specs = config.submodule_specs(modality)
+    names = specs.get(rest[0])
+    if len(rest) == 1:
+        return bool(names) or not specs  # a class of the user's own may build its parts itself
+    return isinstance(names, Mapping) and rest[1] in names
 
 
 def _key(name: str, matches) -> ParamKey:

@@ -373,7 +373,11 @@ def _with_precision_of(
         )
     config = model.config
     return replace(
-        optimizer, bf16=config.bf16, fp16=config.fp16, params_dtype=config.params_dtype
+        optimizer,
+        bf16=config.bf16,
+        fp16=config.fp16,
+        params_dtype=config.params_dtype,
+        min_lr=optimizer.min_lr or 0.0,  # Megatron's schedule computes with it
     )
 
 
@@ -382,7 +386,7 @@ def _schedule(optimizer, config: OptimizerConfig, settings: TrainerSettings) -> 
         optimizer,
         init_lr=0.0,
         max_lr=config.lr,
-        min_lr=config.min_lr or 0.0,
+        min_lr=config.min_lr,
         lr_warmup_steps=settings.warmup_steps,
         lr_decay_steps=settings.steps,
         lr_decay_style=settings.decay,
