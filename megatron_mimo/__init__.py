@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from megatron_mimo.model import MimoModel
     from megatron_mimo.output import MimoOutput, ModalityOutput, loss_terms
     from megatron_mimo.placement import Placement, build_placement
+    from megatron_mimo.sampling import sample_flow, sample_one_by_one
     from megatron_mimo.submodules import (
         AudioModalitySubmodules,
         ModalitySubmodules,
@@ -34,6 +35,8 @@ _HOMES = {
     "global_counts": "losses",
     "initialize": "launch",
     "loss_terms": "output",
+    "sample_flow": "sampling",
+    "sample_one_by_one": "sampling",
     "shutdown": "launch",
     "total_loss": "losses",
 }

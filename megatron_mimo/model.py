@@ -28,6 +28,7 @@ from megatron_mimo.submodules import ModalitySubmodules
 logger = logging.getLogger(__name__)
 
 Nested = Mapping[str, Mapping[str, Mapping[str, Tensor]]]
+Shown = Mapping[str, Mapping[str, Tensor]]
 
 
 class MimoModel(MegatronModule):
@@ -96,6 +97,7 @@ class MimoModel(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
         placement: Placement | None = None,
         inference_context=None,
+        generation_inputs: Shown | None = None,
     ) -> tuple[Tensor | MimoOutput, Tensor | None]:
         """Language output and modality outputs of one microbatch, and this rank's loss mask.
 
@@ -112,6 +114,8 @@ class MimoModel(MegatronModule):
             packed_seq_params: boundaries of packed sequences (`qkv_format="thd"`, B = 1).
             placement: `self.place(input_ids)` made ahead, e.g. by the collator on the CPU.
             inference_context: passed to the language model.
+            generation_inputs: modality -> keyword inputs of its `generation_input`, which the language
+                model shall see without a loss: what was sampled so far. In place of its targets.
 
         Returns:
             `(outputs, loss_mask)`. `outputs` is what the language model returns if the
@@ -125,19 +129,23 @@ class MimoModel(MegatronModule):
         """
         check_token_tensors(input_ids, position_ids, attention_mask, labels, loss_mask)
         modality_inputs, modality_targets = self._check_batch(modality_inputs, modality_targets)
+        generation_inputs = self._check_generation_inputs(generation_inputs, modality_targets)
         shard = self.shard(input_ids, packed_seq_params)
         self._check_context_parallel(attention_mask, inference_context)
         placement = self._placement(input_ids, packed_seq_params, placement)
         if position_ids is None:
             position_ids = default_positions(input_ids, _boundaries(packed_seq_params))
 
-        counts = self._count_generation(modality_inputs, modality_targets, placement)
+        counts = self._count_generation(
+            modality_inputs, modality_targets, generation_inputs, placement
+        )
         self._check_missing_inputs(modality_inputs, counts, placement)
 
         targets = self.prepare(modality_targets)
         decoder_input = None
         if self.pre_process:
-            rows = self.encode(modality_inputs, targets, counts, placement)
+            shown = self.shown(targets, generation_inputs)
+            rows = self.encode(modality_inputs, shown, counts, placement)
             rows = self.exchange(rows)
             decoder_input = self.align(input_ids, position_ids, rows, placement, shard)
         if labels is not None and loss_mask is None:
@@ -188,10 +196,20 @@ class MimoModel(MegatronModule):
             for modality, target in targets.items()
         }
 
+    def shown(self, targets: Nested, generation_inputs: Shown) -> Shown:
+        """What each modality's generation input reads: its decoder's prepared targets, or what the
+        caller gave."""
+        read = {}
+        for modality, target in targets.items():
+            feed = self.modality_submodules[modality].generation_input
+            if feed is not None:
+                read[modality] = feed.pick(target)
+        return {**read, **generation_inputs}
+
     def encode(
         self,
         inputs: Nested,
-        targets: Nested,
+        shown: Shown,
         counts: Mapping[str, int | None],
         placement: Placement,
     ) -> dict[str, Tensor]:
@@ -210,7 +228,7 @@ class MimoModel(MegatronModule):
             shares_token = generation_table(modality) not in placement.names
             if shares_token and given is not None:
                 count = 0  # its positions read
-            fed = submodule.generation_rows(targets.get(modality), count, self._rows_like)
+            fed = submodule.generation_rows(shown.get(modality), count, self._rows_like)
             if not shares_token:
                 rows[generation_table(modality)] = fed
             elif count:
@@ -454,6 +472,28 @@ class MimoModel(MegatronModule):
                 submodule.check_targets(modality, targets[modality])
         return inputs, targets
 
+    def _check_generation_inputs(self, given: Shown | None, targets: Nested) -> Shown:
+        """Inputs of generation inputs, refused where nothing takes them or targets are there too."""
+        check_modalities("generation_inputs", given, self.modality_submodules)
+        given = _present(given)
+        for modality, keywords in given.items():
+            if not isinstance(keywords, Mapping):
+                raise TypeError(
+                    f"generation_inputs[{modality!r}] must map keyword -> value, got "
+                    f"{type(keywords).__name__}"
+                )
+            if modality in targets:
+                raise ValueError(
+                    f"both generation_inputs and modality_targets have {modality!r}. Targets are shown to "
+                    "the language model by themselves; give generation_inputs where nothing is learned."
+                )
+            if self.pre_process and self.modality_submodules[modality].generation_input is None:
+                raise ValueError(
+                    f"generation_inputs has {modality!r}, whose spec has no generation_input: its "
+                    "generation tokens are looked up in the vocabulary"
+                )
+        return given
+
     def _placement(
         self, input_ids: Tensor, packed_seq_params: PackedSeqParams | None, made: Placement | None
     ) -> Placement | None:
@@ -494,7 +534,7 @@ class MimoModel(MegatronModule):
             raise ValueError("inference_context must be None under context parallelism")
 
     def _count_generation(
-        self, inputs: Nested, targets: Nested, placement: Placement | None
+        self, inputs: Nested, targets: Nested, shown: Shown, placement: Placement | None
     ) -> dict[str, int | None]:
         """Generation tokens of each modality in this batch, None where only the device knows."""
         if placement is None:
@@ -503,7 +543,8 @@ class MimoModel(MegatronModule):
         return {
             # Where reading and generating share a token, inputs say that this batch reads.
             modality: self._generation_count(
-                modality, targets, placement, modality in inputs and special.get(modality) == token_id
+                modality, targets, shown, placement,
+                modality in inputs and special.get(modality) == token_id,
             )
             for modality, token_id in self.mimo_config.generation_token_ids.items()
         }
@@ -520,7 +561,7 @@ class MimoModel(MegatronModule):
                 placement.check_rows(modality, 0)
 
     def _generation_count(
-        self, modality: str, targets: Nested, placement: Placement, reads: bool
+        self, modality: str, targets: Nested, shown: Shown, placement: Placement, reads: bool
     ) -> int | None:
         """Generation tokens of the batch as the host knows them, checked against the targets."""
         known = placement.generation_count(modality)
@@ -529,10 +570,15 @@ class MimoModel(MegatronModule):
             for name, count in submodule.count_target_rows(targets[modality]).items():
                 placement.check_generation(modality, count, submodule.span_of(name))
                 known = count
+        elif modality in shown:
+            count = submodule.count_generation_inputs(modality, shown[modality])
+            if count is not None:
+                placement.check_generation(modality, count)
+                known = count
         elif self.training:
             if submodule.decoders and not reads:
                 placement.check_generation(modality, 0)
-        elif known is None:
+        if known is None and not self.training:
             known = int(placement.generation_total(modality))  # inference waits for the device here
         return known
 

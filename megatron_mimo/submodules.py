@@ -252,12 +252,36 @@ class ModalitySubmodules(ABC, nn.Module):
         feed = self.generation_input
         return feed if feed is not None and feed.reads(name) else None
 
-    def generation_rows(self, targets: Inputs | None, num_rows: int, like: Tensor) -> Tensor:
-        """Rows `[num_rows, H]` that the language model sees at the generation tokens."""
+    def generation_rows(
+        self, given: Mapping[str, Tensor] | None, num_rows: int, like: Tensor
+    ) -> Tensor:
+        """Rows `[num_rows, H]` that the language model sees at the generation tokens.
+
+        Args:
+            given: keyword inputs of the generation input, None where it reads none.
+            num_rows: `N`.
+            like: any tensor whose last dim is `H`, with the rows' dtype and device.
+        """
         if not num_rows:
             return stand_in([self.generation_input], like)
-        target = None if not targets else self.generation_input.pick(targets)
-        return self.generation_input(target, num_rows)
+        return self.generation_input(given, num_rows)
+
+    def count_generation_inputs(self, modality: str, given: Mapping[str, Tensor]) -> int | None:
+        """Generation tokens that inputs of the generation input stand for, read from shapes; None on
+        a pipeline stage without it.
+
+        Raises:
+            ValueError: it reads no inputs.
+        """
+        if self.generation_input is None:
+            return None
+        count = self.generation_input.num_rows(given)
+        if count is None:
+            raise ValueError(
+                f"generation_inputs has {modality!r}, whose {type(self.generation_input).__name__} reads "
+                "none. Leave it out."
+            )
+        return count
 
     def loss(
         self, hidden: Tensor, targets: Inputs, share: tuple[int, int] = (0, 1)
@@ -289,7 +313,32 @@ class ModalitySubmodules(ABC, nn.Module):
         if share[1] > 1:
             target = decoder.share(target, start, stop)
         mine = hidden[start * decoder.rows_per_item : stop * decoder.rows_per_item]
-        return decoder.loss(self._output_rows(name, mine), target)
+        return decoder.loss(self.rows_for(name, mine), target)
+
+    def rows_for(self, decoder: str, hidden: Tensor) -> Tensor:
+        """Rows `[N, W]` that a decoder takes: hidden states through its output projection.
+
+        Args:
+            decoder: its name.
+            hidden: `[N, H]` hidden states at the generation tokens, as in `ModalityOutput.hidden`.
+
+        Returns:
+            `[N, W]`, with gradient, in the projection's dtype; `hidden` itself without a projection. Equal
+            on tensor- and context-parallel ranks if `hidden` is.
+
+        Raises:
+            ValueError: no such decoder.
+
+        Example:
+            >>> from megatron_mimo.decoders import RegressionDecoder
+            >>> images = VisionModalitySubmodules(decoders={"features": RegressionDecoder(width=4)},
+            ...     output_projections=[nn.Linear(8, 4)])
+            >>> images.rows_for("features", torch.zeros(3, 8)).shape
+            torch.Size([3, 4])
+        """
+        decoder = self.decoder_name(decoder)
+        projection = self._per_module(self.output_projections, self.decoders).get(decoder)
+        return hidden if projection is None else _projected(projection(hidden))
 
     def decode(
         self,
@@ -308,18 +357,37 @@ class ModalitySubmodules(ABC, nn.Module):
         Raises:
             ValueError: no such decoder, or several and none named.
         """
+        name, options = self.decoder_name(decoder), dict(options or {})
+        if options.get("unconditional_rows") is not None:
+            unconditional = options["unconditional_rows"]
+            options["unconditional_rows"] = self.rows_for(name, unconditional)
+        return self.finish(self.decoders[name].sample(self.rows_for(name, hidden), **options), name)
+
+    def finish(self, samples: Tensor, decoder: str | None = None) -> Tensor:
+        """Images, waveforms, ... of what a decoder's `sample` gave, rendered and assembled.
+
+        Args:
+            samples: of all rows, in their order.
+            decoder: which one's; may be left out where there is only one.
+
+        Raises:
+            ValueError: no such decoder, or several and none named.
+        """
+        return self.assemble(self.decoders[self.decoder_name(decoder)].render(samples))
+
+    def decoder_name(self, decoder: str | None) -> str:
+        """The name of one decoder, which may be None where there is only one.
+
+        Raises:
+            ValueError: no such decoder, or several and none named.
+        """
         if decoder is None and len(self.decoders) == 1:
             decoder = next(iter(self.decoders))
         if decoder not in self.decoders:
             raise ValueError(
                 f"decoder {decoder!r} is not one of {sorted(self.decoders)}; name one of them"
             )
-        module, options = self.decoders[decoder], dict(options or {})
-        if options.get("unconditional_rows") is not None:
-            unconditional = options["unconditional_rows"]
-            options["unconditional_rows"] = self._output_rows(decoder, unconditional)
-        samples = module.sample(self._output_rows(decoder, hidden), **options)
-        return self.assemble(module.render(samples))
+        return decoder
 
     def assemble(self, samples: Tensor) -> Tensor:
         """The modality's own form of what a decoder sampled. Here: as it is."""
@@ -444,10 +512,6 @@ class ModalitySubmodules(ABC, nn.Module):
         if len(projections) < 2:
             return {}
         return {name: (projection,) for name, projection in zip(modules, projections)}
-
-    def _output_rows(self, decoder: str, hidden: Tensor) -> Tensor:
-        projection = self._per_module(self.output_projections, self.decoders).get(decoder)
-        return hidden if projection is None else _projected(projection(hidden))
 
     def _keywords(self, encoder: str, keywords: Mapping[str, Tensor]) -> dict[str, Tensor]:
         accepted = self._accepted[encoder]

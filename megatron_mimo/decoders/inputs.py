@@ -80,6 +80,18 @@ class GenerationInput(nn.Module, ABC):
         del targets
         return None
 
+    def blank(self, num_rows: int) -> dict[str, Tensor]:
+        """Inputs for `num_rows` generation tokens of which nothing is sampled yet, under the one keyword
+        where samples of the decoder are fed back.
+
+        Raises:
+            ValueError: this input shows no samples.
+        """
+        raise ValueError(
+            f"{type(self).__name__} does not show the language model what was sampled, of {num_rows} "
+            "positions; CodeInput and TargetInput do."
+        )
+
     def prepare(self, targets: Targets, stream: str = "") -> dict[str, Tensor]:
         """What the decoder's `prepare` adds of what this input reads, made here without the decoder.
 
@@ -188,6 +200,11 @@ class TargetInput(GenerationInput):
         """The number of targets (or tokens of the media), one a row."""
         return _count(self, targets, "target", (self.target_width,))
 
+    def blank(self, num_rows: int) -> dict[str, Tensor]:
+        """`target` `[num_rows, D]`, float32 zeros."""
+        weight = next(self.parameters())
+        return {"target": torch.zeros(num_rows, self.target_width, device=weight.device)}
+
     def prepare(self, targets: Targets, stream: str = "") -> dict[str, Tensor]:
         """The targets with `target` in place of `media`."""
         self.num_rows(targets)
@@ -247,6 +264,13 @@ class CodeInput(GenerationInput):
         """The number of codes (or tokens of the media), one a row."""
         books = len(self.codebook_sizes)
         return _count(self, targets, "codes", (books,), *(((),) if books == 1 else ()))
+
+    def blank(self, num_rows: int) -> dict[str, Tensor]:
+        """`codes` `[num_rows]`, or `[num_rows, K]` for several codebooks, int64 zeros."""
+        books = len(self.codebook_sizes)
+        shape = (num_rows,) if books == 1 else (num_rows, books)
+        device = self.embeddings[0].weight.device
+        return {"codes": torch.zeros(shape, dtype=torch.int64, device=device)}
 
     def prepare(self, targets: Targets, stream: str = "") -> dict[str, Tensor]:
         """The targets with `codes` in place of `media`."""
@@ -308,8 +332,9 @@ class NoisedTargetInput(GenerationInput):
         self.tokenizer = None if tokenizer is None else built(tokenizer)
 
     def num_rows(self, targets: Targets) -> int:
-        """The number of targets (or tokens of the media), one a row."""
-        rows = _count(self, targets, "target", (self.target_width,))
+        """The number of targets (or tokens of the media, or rows of a sampler's state), one a row."""
+        keyword = "x" if "x" in targets else "target"
+        rows = _count(self, targets, keyword, (self.target_width,))
         if rows % self.rows_per_item:
             raise ValueError(
                 f"NoisedTargetInput got {rows} targets, which is no whole number of items of "
@@ -325,7 +350,12 @@ class NoisedTargetInput(GenerationInput):
         return self.flow.add_draws(_encoded(self, targets, "target"), items, phase(self, stream))
 
     def forward(self, targets: Targets | None, num_rows: int) -> Tensor:
-        """`x_t` of `target` `[N, D]`, `noise` `[N, D]`, `time` `[n]`, embedded: `[N, H]`."""
+        """`x_t` of `target` `[N, D]`, `noise` `[N, D]`, `time` `[n]`, embedded: `[N, H]`.
+
+        Or, in sampling, of the state `x` `[N, D]` itself at `time` `[n]`.
+        """
+        if targets is not None and "x" in targets:
+            return self.at(_given(self, targets, "x", num_rows), targets["time"])
         clean = usable(_given(self, targets, "target", num_rows), targets.get("weight"))
         x = noised(clean, targets["noise"], targets["time"])
         return self.at(x, targets["time"])

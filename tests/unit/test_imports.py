@@ -32,6 +32,7 @@ ROOMS = [
     "output",
     "language",
     "model",
+    "sampling",
     "cpu",
     "launch",
     "training",

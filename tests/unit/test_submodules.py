@@ -86,6 +86,23 @@ def test_a_projection_that_leaves_out_its_bias_gets_it_added():
     torch.testing.assert_close(images.encode({"a": FED}), expected)
 
 
+def test_a_decoders_rows_come_from_its_own_projection_bias_included():
+    class Deferred(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight), self.bias
+
+    decoders = {"a": tiny.LinearDecoder(width=4), "b": tiny.LinearDecoder(width=4)}
+    projections = [Deferred(3, 4), nn.Linear(3, 4)]
+    images = VisionModalitySubmodules(decoders=decoders, output_projections=projections)
+    hidden = torch.randn(2, 3)
+    for name, projection in zip("ab", projections):
+        expected = nn.functional.linear(hidden, projection.weight, projection.bias)
+        torch.testing.assert_close(images.rows_for(name, hidden), expected)
+    assert VisionModalitySubmodules(decoders={"a": decoders["a"]}).rows_for("a", hidden) is hidden
+    with pytest.raises(ValueError, match="decoder 'c' is not one of"):
+        images.rows_for("c", hidden)
+
+
 def test_an_overridden_encode_may_call_the_default():
     class Doubled(VisionModalitySubmodules):
         def encode(self, inputs):

@@ -1,0 +1,180 @@
+"""Sampling with the language model in the loop: what was drawn so far is shown to it at every step.
+
+Both loops run `MimoModel.forward` on the whole sequence each time, as in training, on any layout with one
+pipeline stage. Every tensor- and context-parallel rank calls them with the same arguments and gets the
+same samples.
+
+Shapes: `N` generation tokens of the modality in the batch, in the order of `input_ids`; `D` width of a
+target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from megatron.core.utils import unwrap_model
+from torch import Tensor, nn
+
+from megatron_mimo.decoders.base import Decoder
+from megatron_mimo.decoders.inputs import GenerationInput, NoisedTargetInput
+from megatron_mimo.decoders.rectified_flow import RectifiedFlowDecoder, integrate
+
+
+@torch.no_grad()
+def sample_one_by_one(
+    model: nn.Module,
+    input_ids: Tensor,
+    modality: str,
+    decoder: str | None = None,
+    *,
+    options: Mapping[str, object] | None = None,
+    **inputs,
+) -> Tensor:
+    """Samples for every generation token, each drawn from a language model that saw those before it.
+
+    For a generation input that shows each position's own sample, `CodeInput` or `TargetInput`. The model
+    runs as often as a sample of the batch has generation tokens; samples go on side by side.
+
+    Args:
+        model: a `MimoModel` in eval mode, or Megatron's wrappers around one.
+        input_ids: `[B, S]`, with generation tokens where samples are wanted.
+        modality: which one.
+        decoder: whose samples; may be left out where the modality has one.
+        options: keyword options of the decoder's `sample`. A `generator` must be in the same state on
+            every tensor- and context-parallel rank, as torch's default is after `initialize`.
+        inputs: further arguments of `MimoModel.forward`, like `modality_inputs`.
+
+    Returns:
+        `[N, ...]` as the decoder's `sample` gives them: codes int64 `[N]` or `[N, K]`, targets `[N, D]`.
+        `model.modality_submodules[modality].finish(samples)` makes images or waveforms of them.
+
+    Raises:
+        ValueError: a model in training mode or cut into pipeline stages, a generation input that shows
+            no samples, or a decoder that draws several rows together.
+    """
+    writer = _Writer.of(model, input_ids, modality, decoder, inputs)
+    if writer.decoder.rows_per_item > 1:
+        raise ValueError(
+            f"{modality}: {type(writer.decoder).__name__} draws {writer.decoder.rows_per_item} rows "
+            "together; one after the other needs a decoder with rows_per_item=1"
+        )
+    written = input_ids == writer.token
+    shown = writer.feed.blank(int(written.sum()))
+    ((keyword, samples),) = shown.items()
+    turn = written.cumsum(dim=1)[written] - 1  # place of each token among those of its sample
+    for step in range(int(written.sum(dim=1).max())):
+        rows = writer.rows(input_ids, {keyword: samples}, inputs)
+        samples[turn == step] = writer.decoder.sample(rows[turn == step], **(options or {})).to(samples)
+    return samples
+
+
+@torch.no_grad()
+def sample_flow(
+    model: nn.Module,
+    input_ids: Tensor,
+    modality: str,
+    decoder: str | None = None,
+    *,
+    steps: int = 25,
+    solver: Literal["euler", "heun"] = "euler",
+    shift: float = 1.0,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    **inputs,
+) -> Tensor:
+    """Samples of a flow that the language model takes part in: it sees the state at every solver step.
+
+    For a decoder of rectified flow whose generation input is `NoisedTargetInput`. The model runs once a
+    step, with `"heun"` twice.
+
+    Args:
+        model: a `MimoModel` in eval mode, or Megatron's wrappers around one.
+        input_ids: `[B, S]`, with generation tokens where samples are wanted.
+        modality: which one.
+        decoder: whose samples; may be left out where the modality has one.
+        steps, solver, shift: of the integration, see `megatron_mimo.decoders.rectified_flow.integrate`.
+        noise: `[N, D]` to start from; None draws it from `generator`, or torch's default.
+        generator: on the ids' device, in the same state on every tensor- and context-parallel rank.
+        inputs: further arguments of `MimoModel.forward`, like `modality_inputs`.
+
+    Returns:
+        Targets `[N, D]`, float32. `model.modality_submodules[modality].finish(samples)` makes images or
+        waveforms of them.
+
+    Raises:
+        ValueError: a model in training mode or cut into pipeline stages, a decoder or generation input
+            of another kind, or spans that do not fit the decoder.
+    """
+    writer = _Writer.of(model, input_ids, modality, decoder, inputs)
+    network, feed = writer.decoder, writer.feed
+    if not (isinstance(network, RectifiedFlowDecoder) and isinstance(feed, NoisedTargetInput)):
+        raise ValueError(
+            f"{modality}: a flow with the language model in it needs a decoder of rectified flow and "
+            f"NoisedTargetInput, found {type(network).__name__} and {type(feed).__name__}"
+        )
+    count = int((input_ids == writer.token).sum())
+    shape = (count, network.target_width)
+    if noise is None:
+        noise = torch.randn(shape, device=input_ids.device, generator=generator)
+    if noise.shape != shape:
+        raise ValueError(
+            f"{modality}: noise must be {list(shape)}, a row for each generation token, got {list(noise.shape)}"
+        )
+
+    def velocity(x: Tensor, time: Tensor) -> Tensor:
+        shown = {"x": x, "time": time.expand(count // feed.rows_per_item)}
+        return network.velocity(writer.rows(input_ids, shown, inputs), x, time)
+
+    return integrate(velocity, noise, steps=steps, solver=solver, shift=shift)
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """One modality of a model that writes, and one of its decoders."""
+
+    model: nn.Module
+    modality: str
+    name: str
+    decoder: Decoder
+    feed: GenerationInput
+    token: int
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, input_ids: Tensor, modality: str, decoder: str | None, inputs: Mapping
+    ) -> _Writer:
+        mimo = unwrap_model(model)
+        if not (mimo.pre_process and mimo.post_process):
+            raise ValueError(
+                "sampling with the language model in the loop needs the whole model on one pipeline stage: "
+                "what the last stage draws would have to travel to the first. Load the checkpoint with "
+                "pipeline_model_parallel_size=1."
+            )
+        if model.training:
+            raise ValueError("the model is in training mode; call model.eval() before sampling")
+        tokens = mimo.mimo_config.generation_token_ids
+        if modality not in tokens:
+            raise ValueError(f"modality {modality!r} is not one of those written: {sorted(tokens)}")
+        submodule = mimo.modality_submodules[modality]
+        if submodule.generation_input is None:
+            raise ValueError(
+                f"{modality} has no generation_input, so the language model sees no samples: one pass "
+                "and model.decode(outputs) draw them"
+            )
+        name = submodule.decoder_name(decoder)
+        placement = mimo.place(input_ids, inputs.get("packed_seq_params"))
+        placement.check_generation(
+            modality, int(placement.generation_total(modality)), submodule.span_of(name)
+        )
+        return cls(model, modality, name, submodule.decoders[name], submodule.generation_input, tokens[modality])
+
+    def rows(self, input_ids: Tensor, shown: Mapping[str, Tensor], inputs: Mapping) -> Tensor:
+        """The decoder's rows `[N, W]` when the language model sees `shown` at its generation tokens."""
+        others = inputs.get("generation_inputs") or {}
+        given = {**inputs, "generation_inputs": {**others, self.modality: shown}}
+        outputs, _ = self.model(input_ids, **given)
+        submodule = unwrap_model(self.model).modality_submodules[self.modality]
+        return submodule.rows_for(self.name, outputs.modalities[self.modality].hidden)
