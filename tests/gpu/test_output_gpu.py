@@ -11,7 +11,7 @@ from tests.distributed.cases import decoders as cases
 
 pytestmark = pytest.mark.gpu
 
-KINDS = ["regression", "discrete", "flow", "flow_transformer", "diffusers"]
+KINDS = ["regression", "discrete", "flow", "flow_transformer", "flow_transformer_own", "diffusers"]
 SAMPLES = ("two", "edge", "none", "last")
 
 
@@ -40,9 +40,7 @@ def model_and_batch(name: str, dtype: torch.dtype):
     )
     torch.manual_seed(0)
     model = cases.build(kind, tiny.language_spec(config)).to("cuda", dtype)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=0.2)
+    cases.spread(model)
     tokens, targets = on_gpu(cases.batch(SAMPLES)), on_gpu(kind.targets(4))
     decoder = model.modality_submodules["images"].decoders["out"]
     counts = {
@@ -58,7 +56,7 @@ def model_and_batch(name: str, dtype: torch.dtype):
 def test_a_training_step_never_waits_for_the_device(run, name, dtype, drawn):
     model, tokens, targets, counts = model_and_batch(name, dtype)
     if drawn:
-        targets = {key: value for key, value in targets.items() if key in ("target", "codes")}
+        targets = {key: value for key, value in targets.items() if key in ("target", "codes", "weight")}
     cases.step(model, tokens, targets, counts)  # the first step compiles and loads kernels
     model.zero_grad()
     torch.cuda.synchronize()

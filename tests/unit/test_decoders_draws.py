@@ -78,13 +78,12 @@ def trained_once(**language) -> tuple[torch.Tensor, dict[str, torch.Tensor], lis
     config = tiny.language_config(hidden_dropout=0.1, **language)
     kind = cases.kinds()["flow"]
     model = cases.build(kind, tiny.language_spec(config))
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.2)
+    cases.spread(model)
     runs = [0] * config.num_layers
     for index, layer in enumerate(model.language_model.decoder.layers):
         layer.register_forward_pre_hook(lambda *_, index=index: runs.__setitem__(index, runs[index] + 1))
-    tokens, targets = cases.batch(("two", "edge")), {"target": kind.targets(3)["target"]}
+    given = kind.targets(3)
+    tokens, targets = cases.batch(("two", "edge")), {key: given[key] for key in ("target", "weight")}
     counts = {"text": tokens["loss_mask"].sum(), "images/out": torch.tensor(9.0)}
     loss = cases.step(model, tokens, targets, counts)
     return loss, {name: p.grad for name, p in model.named_parameters()}, runs

@@ -20,15 +20,13 @@ def gradients_of(model: MimoModel, parts: list[tuple[dict, dict | None]], counts
     return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("kind", ["regression", "discrete", "flow", "flow_transformer", "diffusers"])
+@pytest.mark.parametrize("kind", cases.kinds())
 def test_four_microbatches_of_one_give_the_gradient_of_one_of_four(kind, single_process):
     torch.manual_seed(0)
     kind = cases.kinds()[kind]
     model = cases.build(kind, tiny.language_spec())
     decoder = model.modality_submodules["images"].decoders["out"]
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=0.2)
+    cases.spread(model)
     tokens, targets = cases.batch(SAMPLES), kind.targets(4)
     counts = {
         "text": tokens["loss_mask"].sum(),

@@ -14,7 +14,14 @@ import torch.distributed as dist
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
-from megatron_mimo import MimoModel, VisionModalitySubmodules, loss_terms, total_loss
+from megatron_mimo import (
+    MimoModel,
+    VisionModalitySubmodules,
+    loss_terms,
+    sample_flow,
+    sample_one_by_one,
+    total_loss,
+)
 from megatron_mimo.checkpoint import sharded_state_dict
 from megatron_mimo.decoders import (
     CodeInput,
@@ -50,38 +57,46 @@ class Kind:
 
 
 def flow_targets(items: int, per_item: int, draw: torch.Generator) -> dict[str, Tensor]:
+    target, weight = uncounted(torch.randn(items * per_item, 4, generator=draw), torch.nan)
     return {
-        "target": torch.randn(items * per_item, 4, generator=draw),
+        "target": target,
+        "weight": weight * torch.rand(items * per_item, generator=draw),
         "noise": torch.randn(items * per_item, 4, generator=draw),
         "time": torch.rand(items, generator=draw),
         "drop": torch.arange(items) % 3 == 1,
-        "weight": torch.rand(items * per_item, generator=draw),
     }
 
 
 def regression_targets(items: int) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(3)
-    return {"target": torch.randn(items * SPAN, 4, generator=draw)}
+    target, weight = uncounted(torch.randn(items * SPAN, 4, generator=draw), torch.nan)
+    return {"target": target, "weight": weight}
 
 
 def code_targets(items: int) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(3)
-    return {
-        "codes": torch.stack(
-            [torch.randint(size, (items * SPAN,), generator=draw) for size in (10, 6)], dim=1
-        ),
-        "drop": torch.arange(items * SPAN) % 4 == 1,
-    }
+    books = [torch.randint(size, (items * SPAN,), generator=draw) for size in (10, 6)]
+    codes, weight = uncounted(torch.stack(books, dim=1), 99)
+    return {"codes": codes, "weight": weight, "drop": torch.arange(items * SPAN) % 4 == 1}
 
 
 def image_targets(items: int) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(3)
+    target, weight = uncounted(torch.randn(items, 1, 4, 4, generator=draw), torch.nan)
     return {
-        "target": torch.randn(items, 1, 4, 4, generator=draw),
+        "target": target,
+        "weight": weight,
         "noise": torch.randn(items, 1, 4, 4, generator=draw),
         "step": torch.randint(1000, (items,), generator=draw),
         "drop": torch.arange(items) % 3 == 1,
     }
+
+
+def uncounted(values: Tensor, padding: float) -> tuple[Tensor, Tensor]:
+    """Every third element made padding, and weights `[N]` that leave it out."""
+    weight = (torch.arange(len(values)) % 3 != 2).float()
+    values[weight == 0] = padding
+    return values, weight
 
 
 def feed(module: type, **params) -> ModuleSpec:
@@ -134,7 +149,8 @@ def kinds() -> dict[str, Kind]:
     }
 
 
-def build(kind: Kind, language: ModuleSpec, **stage: bool) -> MimoModel:
+def build(kind: Kind, language: ModuleSpec, reads: bool = False, **stage: bool) -> MimoModel:
+    """A model that writes through `kind`'s decoder, and with `reads` is shown images too."""
     params = dict(kind.params)
     if kind.sharded:
         params["config"] = language.params["config"]
@@ -153,12 +169,22 @@ def build(kind: Kind, language: ModuleSpec, **stage: bool) -> MimoModel:
     )
     if kind.feed is not None:
         parts["generation_input"] = kind.feed
+    if reads:
+        parts["encoders"] = {"patches": ModuleSpec(module=tiny.PatchEncoder)}
+        parts["input_projections"] = [tiny.linear(16, tiny.HIDDEN)]
     config = tiny.mimo_config(
         language,
         modality_submodules={"images": ModuleSpec(module=VisionModalitySubmodules, submodules=parts)},
-        special_token_ids={},
+        special_token_ids={"images": tiny.READ} if reads else {},
     )
     return MimoModel(config, **stage)
+
+
+def spread(model: torch.nn.Module) -> None:
+    """Weights of a size at which every part changes what comes out; zeros would hide those before them."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
 
 
 def batch(samples: tuple[str, ...]) -> dict[str, Tensor]:
@@ -191,9 +217,7 @@ def equals_one_rank(
     targets = kind.targets(items)
     torch.manual_seed(5)
     whole = build(kind, setting.spec(None))
-    for parameter in whole.parameters():  # zero-started layers would hide everything before them
-        if parameter.ndim > 1 and parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.2)
+    spread(whole)
     counts = {
         "text": tokens["loss_mask"].sum(),
         "images/out": torch.tensor(
@@ -206,9 +230,7 @@ def equals_one_rank(
 
     run = relayout(**sizes)
     model = build(kind, setting.spec(run))
-    with torch.no_grad():
-        for parameter, part, _ in own_part(model, run, setting, initial):
-            parameter.copy_(part)
+    copy_part(model, run, initial)
     mine, own_targets = own_data(run, model, tokens, targets, samples)
     loss = step(model, mine, own_targets, counts)
     dist.all_reduce(loss, group=run.groups.dp_cp)
@@ -264,6 +286,74 @@ def register(kind: str, layout: str) -> None:
 for kind in kinds():
     for layout in LAYOUTS:
         register(kind, layout)
+
+
+SAMPLED = {
+    "regression": {},
+    "discrete": dict(temperature=0.8, top_k=5, guidance=2.0),
+    "flow": dict(steps=3, solver="heun", guidance=2.0),
+    "flow_transformer": dict(steps=3, guidance=2.0),
+    "flow_transformer_own": dict(steps=3, guidance=2.0),
+    "diffusers": dict(steps=3, guidance=2.0),
+}
+
+
+@case(ranks=2, timeout_s=120)
+def sharded_decoders_sample_what_one_rank_does(run: Run) -> None:
+    """From the same rows, weights and generator; with torch's default generator equal on both ranks."""
+    rows = torch.randn(2 * SPAN, tiny.HIDDEN, generator=torch.Generator().manual_seed(1))
+    expected, weights = {}, {}
+    for name in SAMPLED:
+        torch.manual_seed(5)
+        whole = build(kinds()[name], Setting().spec(None))
+        spread(whole)
+        expected[name] = samples(whole, name, rows, seed=2)
+        assert name == "regression" or not torch.equal(samples(whole, name, rows, seed=3), expected[name])
+        weights[name] = {key: p.detach() for key, p in whole.named_parameters()}
+    run = relayout(tensor_model_parallel_size=2)
+    for name in SAMPLED:
+        model = build(kinds()[name], Setting().spec(run))
+        copy_part(model, run, weights[name])
+        close(samples(model, name, rows, seed=2), expected[name], f"samples of {name}")
+        assert torch.equal(*gathered(samples(model, name, rows, seed=None)))
+
+
+def samples(model: MimoModel, name: str, rows: Tensor, seed: int | None) -> Tensor:
+    options = dict(SAMPLED[name])
+    if name != "regression" and seed is not None:
+        options["generator"] = torch.Generator().manual_seed(seed)
+    return model.eval().modality_submodules["images"].decode(rows, options=options)
+
+
+def copy_part(model: MimoModel, run: Run, whole: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for parameter, part, _ in own_part(model, run, Setting(), whole):
+            parameter.copy_(part)
+
+
+IN_THE_LOOP = {"discrete": sample_one_by_one, "flow": sample_flow}
+LOOP_OPTIONS = {"discrete": dict(options=dict(temperature=0)), "flow": dict(steps=2, solver="heun")}
+
+
+@case(ranks=2, timeout_s=120)
+def sampling_with_the_model_in_the_loop_equals_one_rank(run: Run) -> None:
+    ids = batch(UNEVEN)["input_ids"]
+    noise = torch.randn(4 * SPAN, 4, generator=torch.Generator().manual_seed(1))
+    for sizes, setting in (
+        (dict(tensor_model_parallel_size=2), Setting(sequence_parallel=True)),
+        (dict(context_parallel_size=2), Setting(token_local=True)),
+    ):
+        for name, sample in IN_THE_LOOP.items():
+            options = LOOP_OPTIONS[name] | ({"noise": noise} if name == "flow" else {})
+            run = relayout()
+            torch.manual_seed(5)
+            whole = build(kinds()[name], setting.spec(None)).eval()
+            spread(whole)
+            expected = sample(whole, ids, "images", **options)
+            run = relayout(**sizes)
+            model = build(kinds()[name], setting.spec(run)).eval()
+            copy_part(model, run, {key: p.detach() for key, p in whole.named_parameters()})
+            close(sample(model, ids, "images", **options), expected, f"{name} on {sizes}")
 
 
 @case(ranks=2)
