@@ -11,9 +11,8 @@ of Megatron's does when it reads the gradient norm. Variants:
     ours        ours, as it is
     graphed     ours, the encoder's launches replayed as CUDA graphs (TrainingControl.graphed)
 
-Time of a stage is the sum of its kernels' own times from torch's profiler, by the stage in which the
-host launched them: wall-clock differences would mislead, because the encoder's launches hide behind
-whatever the device is still busy with.
+Variants take turns of a few steps, so that a drift of the machine meets all of them; device time by stage
+comes from `benchmarks.stages`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ import gc
 import json
 import statistics
 import sys
-import tempfile
 import time
 import warnings
 from argparse import ArgumentParser
@@ -39,6 +37,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 import megatron_mimo
+from benchmarks.stages import STAGES, Marks, kernel_times, mark
 from examples.recipes import vlm_clip_1b as recipe
 from examples.recipes.parts import with_fused_attention
 from megatron_mimo import MimoModel, MimoModelConfig, loss_terms, specs, total_loss
@@ -54,7 +53,7 @@ with warnings.catch_warnings():
         VisionModalitySubmodules as UpstreamSubmodules,
     )
 
-STAGES = ("encoder", "projection", "language model", "outside")
+STEPS_A_TURN = 5
 
 
 @dataclass(frozen=True)
@@ -174,79 +173,55 @@ def loss_of_theirs(model: UpstreamModel, batch: dict) -> Tensor:
 # Measuring -------------------------------------------------------------------------------
 
 
-def mark(stage: str) -> None:
-    """Writes the time at which the host turns to a stage into the profile."""
-    with torch.profiler.record_function(f"stage:{stage}"):
-        pass
+@dataclass(frozen=True)
+class Variant:
+    """A model and how its encoder runs.
+
+    Args:
+        loss: runs the model on the batch.
+        encoder_forward: what the encoder's `forward` is meanwhile.
+    """
+
+    name: str
+    loss: Callable[[], Tensor]
+    encoder_forward: Callable
 
 
-class Marks:
-    """Marks the host's way through the stages, forward and backward, of modules that both models hold."""
+class Steps:
+    """Runs single training steps of variants that share their modules."""
 
-    def __init__(self, model: MimoModel) -> None:
-        images = model.modality_submodules["images"]
-        self._handles = []
-        self._around(images.encoders["clip"], "encoder")
-        self._around(images.input_projections[0], "projection")
-        self._handles.append(
-            model.language_model.register_forward_pre_hook(self._enter_language_model, with_kwargs=True)
-        )
+    def __init__(self, modules: MimoModel, encoder: torch.nn.Module, on_gpu: bool) -> None:
+        self._modules, self._encoder, self._on_gpu = modules, encoder, on_gpu
 
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _around(self, module: torch.nn.Module, stage: str) -> None:
-        def leave(module, args, output) -> None:
-            mark("outside")
-            first = output[0] if isinstance(output, tuple) else output
-            # Its gradient is there: what the host launches next is this module's backward.
-            first.register_hook(lambda gradient: mark(stage))
-
-        self._handles.append(module.register_forward_pre_hook(lambda module, args: mark(stage)))
-        self._handles.append(module.register_forward_hook(leave))
-
-    @staticmethod
-    def _enter_language_model(module, args, keywords) -> None:
-        keywords["decoder_input"].register_hook(lambda gradient: mark("outside"))
+    def step(self, variant: Variant) -> tuple[float, Tensor]:
+        """Milliseconds of one step, to the end of its work on the device, and its loss."""
+        self._encoder.forward = variant.encoder_forward
+        started = time.perf_counter()
+        self._modules.zero_grad(set_to_none=True)
+        loss = variant.loss()
         mark("language model")
+        loss.backward()
+        loss = loss.detach()
+        self.wait()
+        return 1e3 * (time.perf_counter() - started), loss
 
+    def wait(self) -> None:
+        if self._on_gpu:
+            torch.cuda.synchronize()
 
-def kernel_times(step: Callable[[], object], marks: Callable[[], Marks], steps: int) -> dict[str, float]:
-    """Milliseconds of kernels, copies and fills a step, by stage."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    hooks = marks()
-    with torch.profiler.profile(activities=activities) as profile:
-        for _ in range(steps):
-            mark("outside")
-            step()
-    hooks.remove()
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "trace.json"
-        profile.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    return {stage: us / 1e3 / steps for stage, us in _by_stage(events).items()}
-
-
-def _by_stage(events: list[dict]) -> dict[str, float]:
-    """Microseconds on the device by the stage in which the host launched them."""
-    turns = sorted(
-        (event["ts"], event["name"].removeprefix("stage:"))
-        for event in events
-        if event.get("cat") == "user_annotation" and event["name"].startswith("stage:")
-    )
-    launched = {
-        event["args"]["correlation"]: event["ts"]
-        for event in events
-        if event.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in event["args"]
-    }
-    times = dict.fromkeys(STAGES, 0.0)
-    for event in events:
-        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
-            at = launched[event["args"]["correlation"]]
-            stage = max((turn for turn in turns if turn[0] <= at), default=(0, "outside"))[1]
-            times[stage] += event["dur"]
-    return times
+    def peaks(self, variant: Variant, warmup: int) -> tuple[float, float, float]:
+        """Peaks of the allocator in GiB, of tensors and of all it holds, from a clean start; and the first loss."""
+        self._modules.zero_grad(set_to_none=True)
+        gc.collect()
+        if self._on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        first = self.step(variant)[1].item()
+        for _ in range(warmup - 1):
+            self.step(variant)
+        if not self._on_gpu:
+            return 0.0, 0.0, first
+        return torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30, first
 
 
 @dataclass(frozen=True)
@@ -270,39 +245,25 @@ class Result:
     loss: float
 
 
-def measure(
-    name: str, model, loss_of: Callable, batch: dict, ours: MimoModel, steps: int, warmup: int
-) -> Result:
-    """Times `steps` steps of a model after `warmup`, then profiles a few."""
-    on_gpu = batch["input_ids"].device.type == "cuda"
-    losses = []
-
-    def step() -> float:
-        started = time.perf_counter()
-        ours.zero_grad(set_to_none=True)
-        loss = loss_of(model, batch)
-        mark("language model")
-        loss.backward()
-        losses.append(loss.detach())
+def measure(variants: list[Variant], steps: Steps, marks: Marks, rounds: int, warmup: int, on_gpu: bool):
+    """Results of the variants, whose turns take `STEPS_A_TURN` steps each: a drift of the machine meets all of them."""
+    peaks = {variant.name: steps.peaks(variant, warmup) for variant in variants}
+    times: dict[str, list[float]] = {variant.name: [] for variant in variants}
+    for _ in range(rounds):
+        for variant in variants:
+            steps.step(variant)  # finds the allocator as its own steps leave it
+            times[variant.name] += [steps.step(variant)[0] for _ in range(STEPS_A_TURN)]
+    results = []
+    for variant in variants:
+        kernels = dict.fromkeys(STAGES, 0.0)
         if on_gpu:
-            torch.cuda.synchronize()
-        return 1e3 * (time.perf_counter() - started)
-
-    gc.collect()
-    if on_gpu:
-        torch.cuda.empty_cache()
-    for _ in range(warmup):
-        step()
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    times = sorted(step() for _ in range(steps))
-    peak = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if on_gpu else (0, 0)
-    kernels = kernel_times(step, partial(Marks, ours), 3) if on_gpu else dict.fromkeys(STAGES, 0.0)
-    p20, p80 = times[len(times) // 5], times[len(times) * 4 // 5]
-    allocated, reserved = (size / 2**30 for size in peak)
-    return Result(
-        name, statistics.median(times), p20, p80, kernels, allocated, reserved, losses[0].item()
-    )
+            with marks:
+                kernels = kernel_times(partial(steps.step, variant), 3)
+        ordered = sorted(times[variant.name])
+        p20, p80 = ordered[len(ordered) // 5], ordered[len(ordered) * 4 // 5]
+        median = statistics.median(ordered)
+        results.append(Result(variant.name, median, p20, p80, kernels, *peaks[variant.name]))
+    return results
 
 
 # Report ----------------------------------------------------------------------------------
@@ -335,7 +296,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="toy sizes")
     parser.add_argument("--backend", default="auto", choices=["auto", "torch", "transformer_engine"])
     parser.add_argument("--variants", nargs="+", default=["upstream", "ours", "graphed"])
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=8, help=f"turns of each variant, of {STEPS_A_TURN} steps")
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--out", type=Path, default=None, help="JSON with every figure")
     options = parser.parse_args()
@@ -348,17 +309,20 @@ def main() -> None:
     ours, theirs = build(size, backend, dtype, run.device)
     samples = recipe.RandomSamples(size.length, size.vocabulary, side=size.side)
     batch = recipe.collate([samples[index] for index in range(size.batch)])
-    counts = count_batch(batch, ours)
-    flops = step_flops(part_sizes([ours]), counts)
-    batch = to_device(batch, run.device, dtype)
+    flops = step_flops(part_sizes([ours]), count_batch(batch, ours))
 
     encoder = ours.modality_submodules["images"].encoders["clip"]
-    eager, results = encoder.forward, []
-    for name in options.variants:
-        encoder.forward = GraphedForward(encoder) if name == "graphed" else eager
-        chosen = (theirs, loss_of_theirs) if name == "upstream" else (ours, loss_of_ours)
-        results.append(measure(name, *chosen, batch, ours, options.steps, options.warmup))
-        encoder.forward = eager
+    device_batch = to_device(batch, run.device, dtype)
+    # The reader of batches makes the placement on the CPU (megatron_mimo.training.batches).
+    placed = device_batch | {"placement": ours.place(batch["input_ids"]).to(run.device)}
+    variants = [
+        Variant("upstream", partial(loss_of_theirs, theirs, device_batch), encoder.forward),
+        Variant("ours", partial(loss_of_ours, ours, placed), encoder.forward),
+    ]
+    if on_gpu:
+        variants.append(Variant("graphed", partial(loss_of_ours, ours, placed), GraphedForward(encoder)))
+    steps = Steps(ours, encoder, on_gpu)
+    results = measure(variants, steps, Marks(ours, "images", "clip"), options.rounds, options.warmup, on_gpu)
 
     device = torch.cuda.get_device_name() if on_gpu else "CPU"
     peak = stated_peak(device) if on_gpu else None
