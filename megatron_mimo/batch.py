@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from megatron_mimo import deferred
+
 _INTEGERS = (torch.int64, torch.int32)
 
 
@@ -96,6 +98,58 @@ def _check_shape(name: str, value: Tensor, fits: bool, input_ids: Tensor) -> Non
             f"{name} has shape {list(value.shape)}, which does not fit input_ids "
             f"{list(input_ids.shape)} ([B, S])"
         )
+
+
+def packed_padding(
+    input_ids: Tensor, cu_seqlens: Tensor, cu_seqlens_padded: Tensor, tokens: Mapping[str, int]
+) -> Tensor:
+    """Which positions are padding between packed sequences, bool `[1, S]`.
+
+    Args:
+        input_ids: `[1, S]`.
+        cu_seqlens: `[sequences + 1]` boundaries of the sequences themselves.
+        cu_seqlens_padded: `[sequences + 1]` where each starts in `input_ids`.
+        tokens: what may not stand there, by what an error calls it: attention leaves padding out, so
+            that nothing is read or written at it.
+
+    Raises:
+        ValueError: boundaries of unequal number; a token in padding, with its position, which on a
+            device is reported at the latest one step later.
+
+    Example:
+        >>> ids = torch.zeros(1, 6, dtype=torch.long)
+        >>> packed_padding(ids, torch.tensor([0, 2, 4]), torch.tensor([0, 3, 6]), {}).long()
+        tensor([[0, 0, 1, 0, 0, 1]])
+    """
+    if cu_seqlens.shape != cu_seqlens_padded.shape:
+        raise ValueError(
+            f"cu_seqlens_q has shape {list(cu_seqlens.shape)} but cu_seqlens_q_padded "
+            f"{list(cu_seqlens_padded.shape)}: both need one boundary a packed sequence, and one more."
+        )
+    starts = cu_seqlens_padded.to(input_ids.device, torch.int64)
+    lengths = cu_seqlens.to(starts).diff()
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    # Wrong boundaries are reported where the sequence is cut; until then they must not lead outside.
+    sequence = (torch.searchsorted(starts, positions, right=True) - 1).clamp(0, len(lengths) - 1)
+    padding = (positions - starts[sequence] >= lengths[sequence])[None]
+    for what, token in tokens.items():
+        found = torch.where(padding & (input_ids == token), positions, -1).amax()
+        deferred.check(deferred.Arrival(found), lambda at, what=what: _check_padding(what, at), what)
+    return padding
+
+
+def _check_padding(what: str, position: Tensor) -> None:
+    if position >= 0:
+        raise ValueError(
+            f"{what} at position {int(position)} stands in the padding of a packed sequence (between "
+            "cu_seqlens_q and cu_seqlens_q_padded), where nothing is read or written. Pad with a text token."
+        )
+
+
+def default_loss_mask(labels: Tensor, padding: Tensor | None) -> Tensor:
+    """Float `[B, S]`: 1 where a label is to be learned, 0 where it is negative or padding."""
+    counts = labels >= 0
+    return (counts if padding is None else counts & ~padding).float()
 
 
 def default_positions(input_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:

@@ -14,7 +14,13 @@ from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 from torch import Tensor, nn
 
 from megatron_mimo.align import align, align_by_token_positions
-from megatron_mimo.batch import check_modalities, check_token_tensors, default_positions
+from megatron_mimo.batch import (
+    check_modalities,
+    check_token_tensors,
+    default_loss_mask,
+    default_positions,
+    packed_padding,
+)
 from megatron_mimo.checkpoint import sharded_state_dict
 from megatron_mimo.config import MimoModelConfig, generation_table
 from megatron_mimo.idle import with_idle
@@ -108,10 +114,11 @@ class MimoModel(MegatronModule):
                 replaces the causal one of attention without TransformerEngine.
             labels: `[B, S]` next-token ids. With them the language model returns per-token loss.
             loss_mask: `[B, S]`, returned cut to this context-parallel rank; None with labels counts
-                every label that is not negative.
+                every label that is not negative and not padding of a packed sequence.
             modality_inputs: modality -> encoder -> its keyword inputs.
             modality_targets: modality -> decoder -> its keyword targets, for training.
-            packed_seq_params: boundaries of packed sequences (`qkv_format="thd"`, B = 1).
+            packed_seq_params: boundaries of packed sequences (`qkv_format="thd"`, B = 1). Where
+                `cu_seqlens_q_padded` is given too, it says where each starts in `input_ids`.
             placement: `self.place(input_ids)` made ahead, e.g. by the collator on the CPU.
             inference_context: passed to the language model.
             generation_inputs: modality -> keyword inputs of its `generation_input`, which the language
@@ -133,6 +140,7 @@ class MimoModel(MegatronModule):
         shard = self.shard(input_ids, packed_seq_params)
         self._check_context_parallel(attention_mask, inference_context)
         placement = self._placement(input_ids, packed_seq_params, placement)
+        padding = self._padding(input_ids, packed_seq_params)
         if position_ids is None:
             position_ids = default_positions(input_ids, _boundaries(packed_seq_params))
 
@@ -149,7 +157,7 @@ class MimoModel(MegatronModule):
             rows = self.exchange(rows)
             decoder_input = self.align(input_ids, position_ids, rows, placement, shard)
         if labels is not None and loss_mask is None:
-            loss_mask = (labels >= 0).float()
+            loss_mask = default_loss_mask(labels, padding)
         labels, loss_mask = _cut(shard, labels), _cut(shard, loss_mask)
         language, states = self.run_language_model(
             decoder_input, position_ids, attention_mask, labels, loss_mask,
@@ -512,6 +520,22 @@ class MimoModel(MegatronModule):
         if input_ids.device.type == "cpu":
             self._check_made_from(made, input_ids)
         return made
+
+    def _padding(
+        self, input_ids: Tensor, packed_seq_params: PackedSeqParams | None
+    ) -> Tensor | None:
+        """Padding between packed sequences, bool `[1, S]`, or None where there is none; nothing is read
+        or written there."""
+        padded = _boundaries(packed_seq_params)
+        own = None if padded is None else packed_seq_params.cu_seqlens_q
+        if own is None or own is padded:
+            return None
+        config = self.mimo_config
+        tokens = {
+            **{f"{name}: its special token": id for name, id in config.special_token_ids.items()},
+            **{f"{name}: its generation token": id for name, id in config.generation_token_ids.items()},
+        }
+        return packed_padding(input_ids, own, padded, tokens)
 
     def _check_made_from(self, made: Placement, input_ids: Tensor) -> None:
         """Refuse another batch's placement (on the CPU, where looking costs no wait)."""

@@ -114,6 +114,8 @@ class Placement:
     def spans(self, name: str) -> Tensor:
         """int64 [number of spans, 3] on the CPU: sample, first position and end of each run of the table's token.
 
+        A run ends with its sample or packed sequence.
+
         Raises:
             ValueError: if the placement was built on the device, which the host would have to wait for.
 
@@ -288,10 +290,12 @@ class HostFacts:
     Attributes:
         counts: tokens per sample, for each line of `Placement.counts_table`.
         positions: `Placement.positions` on the CPU.
+        boundaries: `Placement.cu_seqlens`, or None.
     """
 
     counts: list[list[int]]
     positions: Tensor
+    boundaries: list[int] | None = None
 
     @cached_property
     def totals(self) -> list[int]:
@@ -305,6 +309,8 @@ class HostFacts:
         sample = flat.div(sequence_length, rounding_mode="floor")
         opens = torch.ones(count, dtype=torch.bool)
         opens[1:] = (flat[1:] != flat[:-1] + 1) | (sample[1:] != sample[:-1])
+        if self.boundaries is not None:
+            opens |= torch.isin(flat, flat.new_tensor(self.boundaries))
         closes = torch.ones(count, dtype=torch.bool)
         closes[:-1] = opens[1:]
         base = sample[opens] * sequence_length
@@ -365,6 +371,10 @@ def build_placement(
     names = (*special_token_ids, *(() if text_table is None else (text_table,)))
     ids = (*reading_ids, *(() if text_table is None else (None,)), *generation_ids)
     listings = [TokenList(token_id, index) for index, token_id in enumerate(ids)]
+    facts = None
+    if validate == "now":
+        boundaries = None if cu_seqlens is None else cu_seqlens.tolist()
+        facts = HostFacts(counts.tolist(), positions.cpu(), boundaries)
     placement = Placement(
         names=names,
         source=source,
@@ -375,7 +385,7 @@ def build_placement(
         generation=dict(zip(generation_token_ids, listings[len(names) :], strict=True)),
         cu_seqlens=cu_seqlens,
         vocabulary_size=vocabulary_size,
-        host=HostFacts(counts.tolist(), positions.cpu()) if validate == "now" else None,
+        host=facts,
         arrival=deferred.Arrival(counts) if validate == "deferred" else None,
     )
     if vocabulary_size is not None:

@@ -136,6 +136,16 @@ def test_a_predecessor_never_crosses_a_packed_boundary():
         across.generation_positions("images", rule="predecessor")
 
 
+def test_spans_stop_at_a_packed_boundary():
+    ids = torch.tensor([[1, WRITE, WRITE, WRITE, WRITE, 1]])
+    packed = build_placement(ids, {"images": WRITE}, {"images": WRITE}, cu_seqlens=torch.tensor([0, 3, 6]))
+    assert packed.spans("images").tolist() == [[0, 1, 3], [0, 3, 5]]
+    packed.check_generation("images", 4, span=2)
+    across = build_placement(ids, {}, {"images": WRITE}, cu_seqlens=torch.tensor([0, 2, 6]))
+    with pytest.raises(ValueError, match="images: sample 0 has 1 generation tokens in a row.*spans of 2"):
+        across.check_generation("images", 4, span=2)
+
+
 # Counts that do not fit
 
 
