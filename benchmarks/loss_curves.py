@@ -27,6 +27,7 @@ AXES = {
     "pp": "--pipeline-model-parallel-size",
     "cp": "--context-parallel-size",
     "ep": "--expert-model-parallel-size",
+    "mb": "--micro-batch-size",
 }
 LOGGED = re.compile(r" iteration +(\d+)/.*")
 TERM = re.compile(r"\| ([^|:]*loss): (\S+)")
@@ -34,7 +35,7 @@ TERM = re.compile(r"\| ([^|:]*loss): (\S+)")
 
 @dataclass(frozen=True)
 class Layout:
-    """`"2:tp2-sp"`: two ranks, tensor-parallel size 2 with sequence parallelism."""
+    """`"2:tp2-sp"`: two ranks, tensor-parallel size 2 with sequence parallelism; `"1:mb4"`: microbatches of 4."""
 
     text: str
 

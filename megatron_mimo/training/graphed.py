@@ -10,6 +10,9 @@ graph launches all of them at once.
 
 One capture serves one forward pass until its backward pass is done. A pipeline runs several forward
 passes ahead; those beyond `captures` run without a graph, as do shapes that come up after that many.
+
+A capture keeps the activations of one forward pass for good, in a pool of its own; what the encoder needs
+beyond them for its backward pass is the price in memory. Capturing resets torch's peak memory statistics.
 """
 
 from __future__ import annotations
@@ -125,8 +128,11 @@ class _Capture:
         pool = torch.cuda.graph_pool_handle()
         with _no_forks(), torch.set_grad_enabled(bool(self._trained)):
             forward = partial(functional_call, call, aliases)
-            self._warm_up(forward)
+            needed = self._warm_up(forward)
             with torch.cuda.graph(self._forward, pool, capture_error_mode="thread_local"):
+                # The pool begins with one block that all of the passes fit into: grown piece by piece, a
+                # segment for each tensor, it would be larger.
+                torch.empty(needed, dtype=torch.uint8, device=self._inputs[0].device)
                 output = forward(tuple(self._inputs))
             self._output = output.detach()
             if self._trained:
@@ -153,8 +159,11 @@ class _Capture:
         gradients = iter(self._given)
         return [next(gradients) if trained else None for trained in self._places]
 
-    def _warm_up(self, forward: Callable[[tuple[Tensor, ...]], Tensor]) -> None:
+    def _warm_up(self, forward: Callable[[tuple[Tensor, ...]], Tensor]) -> int:
+        """Runs both passes a few times and gives the bytes that they take at their peak."""
         torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         with torch.cuda.stream(torch.cuda.Stream()):
             for _ in range(WARMUP_PASSES):
                 output = forward(tuple(self._inputs))
@@ -163,6 +172,9 @@ class _Capture:
                         output, self._trained, torch.zeros_like(output), allow_unused=True
                     )
         torch.cuda.synchronize()
+        # What cuBLAS works with on that stream, which nothing runs on any more.
+        torch._C._cuda_clearCublasWorkspaces()
+        return torch.cuda.max_memory_allocated() - before
 
 
 class _Replay(torch.autograd.Function):
