@@ -5,9 +5,10 @@ Every weight matrix meets every row once, and a matrix product takes two operati
     forward of a part = 2 * weights * rows  +  4 * (attention width) * rows * (keys each row sees)
 
 A backward pass costs as much again for the gradient of the weights, where they train, and as much again
-for the gradient of the input, where something before the part trains. What activation recomputation
-repeats is not counted: these are the model's operations, not the hardware's. Not counted either are
-norms, activations, losses and the lookup of embeddings, which multiply no matrices.
+for the gradient of the input, where something in the part or before it trains. What activation
+recomputation repeats is not counted: these are the model's operations, not the hardware's. Not counted
+either are norms, activations, losses and the lookup of embeddings, which multiply no matrices, and
+attention in encoders and decoders that do not use Megatron's.
 """
 
 from __future__ import annotations
@@ -23,11 +24,15 @@ from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import nn
 
+from megatron_mimo.decoders.rectified_flow import RectifiedFlowDecoder
 from megatron_mimo.model import MimoModel
 from megatron_mimo.training import counts as names
 from megatron_mimo.training.batches import Counts
 
 LANGUAGE = "language_model"
+
+# The kinds of parts in the order in which the data goes through them.
+ORDER = {"encoders": 0, "generation_input": 1, "input_projections": 1, LANGUAGE: 2, "output_projections": 3, "decoders": 4}
 
 # Dense peak in bfloat16 and float16 as the makers' data sheets state it, without sparsity, TFLOP/s.
 # The first name that a device's name contains counts.
@@ -51,20 +56,23 @@ class PartSize:
     Args:
         weights: elements of weight matrices that each row meets.
         trained: those of them that train.
+        trainable: elements of all its parameters that train, tables and norms too.
         attention: sum over its attention layers of heads times channels, half of it where the mask
             is causal.
-        rows_per_item: positions of one item inside an encoder; 0 where it has one for each row.
+        positions: inside an encoder for each item, inside a decoder for each token; 0 where it has one
+            for each row.
     """
 
     weights: float = 0.0
     trained: float = 0.0
     attention: float = 0.0
-    rows_per_item: float = 0.0
+    positions: float = 0.0
+    trainable: float = 0.0
 
     @property
     def trains(self) -> bool:
         """Whether any of it trains."""
-        return self.trained > 0
+        return self.trained > 0 or self.trainable > 0
 
 
 def part_sizes(chunks: Sequence[MimoModel]) -> dict[str, PartSize]:
@@ -105,12 +113,11 @@ def step_flops(sizes: Mapping[str, PartSize], counts: Counts, *, training: bool 
         {'language_model': 6000.0}
     """
     flops = {}
-    before = any(size.trains for name, size in sizes.items() if name != LANGUAGE)
     for name, size in sizes.items():
         rows, keys = _rows_and_keys(name, size, counts)
         forward = 2 * size.weights * rows + 4 * size.attention * rows * keys
         trained = size.trained / size.weights if size.weights else 0.0
-        inputs = size.trains or before and not _reads(name)
+        inputs = any(other.trains for part, other in sizes.items() if part == name or _before(part, name))
         flops[name] = forward * (1 + trained + inputs if training else 1)
     return flops
 
@@ -156,21 +163,31 @@ def _parts_here(model: MimoModel) -> dict[str, nn.Module]:
 
 def _size(module: nn.Module, model: MimoModel) -> PartSize:
     """Size of a part of this chunk, over all ranks that share its layers."""
-    # A tied output layer multiplies the very table that the embedding looks up.
-    tied = module is model.language_model and model.share_embeddings_and_output_weights
-    lookups = set() if tied and model.post_process else _lookup_weights(module)
-    weights = trained = 0.0
+    lookups = _lookup_weights(module)
+    if module is model.language_model and model.post_process and model.share_embeddings_and_output_weights:
+        # A tied output layer multiplies the very table that the embedding looks up.
+        lookups.discard(id(model.shared_embedding_or_output_weight()))
+    weights = trained = trainable = 0.0
     for name, parameter in module.named_parameters():
+        trainable += parameter.numel() if parameter.requires_grad else 0.0
         # Other matrices (learned queries, positions, class tokens) are added, not multiplied with.
         multiplies = parameter.dim() >= 2 and "weight" in name.rpartition(".")[2]
         if not multiplies or id(parameter) in lookups:
             continue
-        elements = parameter.numel() * _share(parameter, model)
+        elements = parameter.numel() * _share(name, parameter, model)
         weights += elements
         trained += elements if parameter.requires_grad else 0.0
     attention = sum(_attention_width(layer) for layer in module.modules() if isinstance(layer, Attention))
-    rows = float(module.seq_length) if isinstance(module, CLIPViTModel) else 0.0
-    return PartSize(weights, trained, attention, rows)
+    return PartSize(weights, trained, attention, _positions(module), trainable)
+
+
+def _positions(module: nn.Module) -> float:
+    """Positions inside an encoder for each item, inside a decoder for each token; 0: as many as rows."""
+    if isinstance(module, CLIPViTModel):
+        return float(module.seq_length)
+    if isinstance(module, RectifiedFlowDecoder):
+        return module.targets_per_item / module.rows_per_item
+    return 0.0
 
 
 def _lookup_weights(module: nn.Module) -> set[int]:
@@ -179,10 +196,10 @@ def _lookup_weights(module: nn.Module) -> set[int]:
     return {id(layer.weight) for layer in module.modules() if isinstance(layer, kinds)}
 
 
-def _share(parameter: nn.Parameter, model: MimoModel) -> float:
+def _share(name: str, parameter: nn.Parameter, model: MimoModel) -> float:
     """How many ranks' shards a row meets for each one that is here."""
     groups, config = model.pg_collection, model.config
-    if not getattr(parameter, "allreduce", True):  # an expert's
+    if ".experts." in name:  # of which a row meets the router's choice
         ranks = groups.ep.size() * groups.expt_tp.size()
         return ranks * config.moe_router_topk / config.num_moe_experts
     return groups.tp.size() if getattr(parameter, "tensor_model_parallel", False) else 1.0
@@ -197,9 +214,17 @@ def _sum(one: PartSize, other: PartSize) -> PartSize:
     return PartSize(*(a + b for a, b in zip(vars(one).values(), vars(other).values())))
 
 
-def _reads(name: str) -> bool:
-    """Whether a part stands before the language model."""
-    return name.split("/")[1:2] in (["encoders"], ["input_projections"], ["generation_input"])
+def _before(part: str, other: str) -> bool:
+    """Whether `part` feeds `other`: through the language model all that is read feeds all that is written."""
+    (modality, kind), (theirs, to) = (_modality_and_kind(name) for name in (part, other))
+    if ORDER[kind] >= ORDER[to]:
+        return False
+    return modality == theirs or ORDER[kind] <= ORDER[LANGUAGE] <= ORDER[to]
+
+
+def _modality_and_kind(name: str) -> tuple[str, str]:
+    modality, _, kind = name.partition("/")
+    return modality, kind.partition("/")[0] or modality
 
 
 def _rows_and_keys(name: str, size: PartSize, counts: Counts) -> tuple[float, float]:
@@ -210,9 +235,9 @@ def _rows_and_keys(name: str, size: PartSize, counts: Counts) -> tuple[float, fl
     modality, kind, *module = name.split("/")
     if kind == "encoders":
         items = counts[names.items(modality, module[0])]
-        rows = items * size.rows_per_item if size.rows_per_item else counts.get(names.rows_read(modality), 0.0)
+        rows = items * size.positions if size.positions else counts.get(names.rows_read(modality), 0.0)
         return rows, rows / max(items, 1.0)
     if kind == "input_projections":
         return counts.get(names.rows_read(modality), 0.0), 0.0
     rows = counts.get(names.rows_written(modality), 0.0)
-    return rows, 0.0
+    return rows * (size.positions or 1.0), 0.0

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from importlib.util import find_spec
+from time import perf_counter
 from types import ModuleType
 from typing import Protocol
 
@@ -194,8 +195,8 @@ def pretrain(recipe: Recipe, defaults: dict[str, object] | None = None) -> None:
         control.check(config)
         if on_cpu:
             _initialize_cpu(args)
-        until_trained.enter_context(_replaced(_for_the_wheel(control, config)))
-        provider = ModelProvider(config, args, control)
+        provider, counts = ModelProvider(config, args, control), {}
+        until_trained.enter_context(_replaced(_for_the_wheel(control, config, _timed(args, provider, counts))))
         megatron_pretrain(
             pretrain_cfg_container_from_args(args),
             dataset_provider(recipe, args),
@@ -204,21 +205,37 @@ def pretrain(recipe: Recipe, defaults: dict[str, object] | None = None) -> None:
                 microbatches=get_num_microbatches,
                 step=lambda: args.curr_iteration,
                 seed=args.seed,
-                on_step=_throughput(args, provider),
+                on_step=lambda step, counted: counts.update(counted),
             ),
             provider,
         )
 
 
-def _throughput(args: Namespace, provider: ModelProvider) -> Callable[[int, Counts], None]:
-    """What notes the start of a step; the model's size is known when the first one starts."""
+def _timed(args: Namespace, provider: ModelProvider, counts: Counts) -> Callable[[Callable], Callable]:
+    """A wrapper of Megatron's training step that tells how fast it was.
+
+    Args:
+        args: Megatron's.
+        provider: knows the model's sizes when the first step starts.
+        counts: of the step that just ran; empty on pipeline stages that do not count.
+    """
     peak = peak_of_all(args.world_size, args.bf16 or args.fp16, args.device_peak_tflops)
 
     @cache
     def throughput() -> Throughput:
         return Throughput(provider.sizes, peak, log_to_megatron(args), args.log_interval)
 
-    return lambda step, counts: throughput().start_step(step, counts)
+    def wrap(train_step: Callable) -> Callable:
+        def timed_step(*given, **named):
+            started = perf_counter()
+            outcome = train_step(*given, **named)
+            if counts:
+                throughput().add(args.curr_iteration + 1, counts, perf_counter() - started)
+            return outcome
+
+        return timed_step
+
+    return wrap
 
 
 def _initialize_cpu(args: Namespace) -> None:
@@ -236,11 +253,14 @@ def _initialize_cpu(args: Namespace) -> None:
     )
 
 
-def _for_the_wheel(control: TrainingControl, config: MimoModelConfig) -> list[Replacement]:
+def _for_the_wheel(
+    control: TrainingControl, config: MimoModelConfig, timed: Callable[[Callable], Callable]
+) -> list[Replacement]:
     """What `megatron.training` leaves no argument for.
 
-    It asks a function of its own for the parameter groups' overrides. And it compiles its dataset helpers
-    by a Makefile, which the wheel lacks because it brings them compiled.
+    It asks a function of its own for the parameter groups' overrides. It tells nobody how long a step
+    took. And it compiles its dataset helpers by a Makefile, which the wheel lacks because it brings them
+    compiled.
     """
     from megatron.core.datasets import utils
     from megatron.training import training
@@ -251,7 +271,10 @@ def _for_the_wheel(control: TrainingControl, config: MimoModelConfig) -> list[Re
         optimizer, _ = ask(args)
         return optimizer, control.overrides(optimizer, config)
 
-    replacements: list[Replacement] = [(training, "get_megatron_optimizer_config", with_parts)]
+    replacements: list[Replacement] = [
+        (training, "get_megatron_optimizer_config", with_parts),
+        (training, "train_step", timed(training.train_step)),
+    ]
     if find_spec("megatron.core.datasets.helpers_cpp") is not None:
         replacements.append((utils, "compile_helpers", lambda: None))
     return replacements

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 
@@ -16,15 +15,16 @@ Rates = dict[str, float]
 
 
 class Throughput:
-    """Rates of the steps since the last report. Time is read at the start of each step.
+    """Rates of the steps since the last report.
 
-    A step of Megatron's waits for the device before it ends (it reads the gradient norm), so the
-    host's clock at the start of the next one is the step's time.
+    A step's time is its own: evaluations and checkpoints between steps are not in it. A step of
+    Megatron's waits for the device before it ends (it reads the gradient norm), so the host's clock
+    tells it.
 
     Args:
         sizes: of the model's parts.
         peak: of all devices together in FLOP/s; None leaves the MFU out.
-        report: called with the index of the step about to start and the rates since the last call.
+        report: called with the number of steps of the run so far and the rates since the last call.
         every: steps between reports.
     """
 
@@ -37,19 +37,15 @@ class Throughput:
     ) -> None:
         self._sizes, self._peak, self._report, self._every = sizes, peak, report, every
         self._summed: Counts = {}
-        self._started: float | None = None
-        self._steps = 0
+        self._seconds = 0.0
 
-    def start_step(self, step: int, counts: Counts) -> None:
-        """Takes note of a step that starts now, and reports the ones before it where it is time."""
-        now = time.perf_counter()
-        if self._steps >= self._every:
-            self._report(step, self.rates(now - self._started))
-            self._summed, self._started, self._steps = {}, now, 0
-        if self._started is None:
-            self._started = now
+    def add(self, steps: int, counts: Counts, seconds: float) -> None:
+        """Takes note of a step, the `steps`-th of the run, and reports where it is time."""
         self._summed = {name: self._summed.get(name, 0.0) + count for name, count in counts.items()}
-        self._steps += 1
+        self._seconds += seconds
+        if steps % self._every == 0:
+            self._report(steps, self.rates(self._seconds))
+            self._summed, self._seconds = {}, 0.0
 
     def rates(self, seconds: float) -> Rates:
         """By name of the log, for what went through in `seconds`."""
