@@ -37,7 +37,7 @@ def build_language_model(
     Raises:
         ValueError: an interleaved schedule over two stages that would mix up its messages.
     """
-    _check_interleaving(spec.params["config"])
+    check_interleaving(spec.params["config"])
     offered = {"pre_process": pre_process, "post_process": post_process, "vp_stage": vp_stage}
     if pg_collection is not None:
         offered["pg_collection"] = pg_collection
@@ -56,7 +56,7 @@ def _with_own_layers(spec: ModuleSpec, vp_stage: int | None) -> ModuleSpec:
     return dataclasses.replace(spec, params={**spec.params, "transformer_layer_spec": own})
 
 
-def _check_interleaving(config: TransformerConfig) -> None:
+def check_interleaving(config: TransformerConfig) -> None:
     """Refuse what silently trains on the wrong activations.
 
     With two stages, the one before is also the one behind. Sent in one batch, the two messages are

@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mimo.config import MimoModelConfig
+from megatron_mimo.language import check_interleaving
 from megatron_mimo.launch import Layout
 
 # Sizes that a layout and the language model's configuration must agree on.
@@ -40,6 +41,7 @@ def check_layout(layout: Layout, config: MimoModelConfig, sequence_length: int |
     """
     language = config.language_model.params["config"]
     _check_sizes(layout, language)
+    check_interleaving(language)
     _check_experts(layout, language)
     _check_attention(layout, config.language_model)
     if layout.pipeline_model_parallel_size > 1:

@@ -193,13 +193,14 @@ def pretrain(recipe: Recipe, defaults: dict[str, object] | None = None) -> None:
         config = recipe.model_config(args)
         check_layout(layout, config, args.seq_length)
         control.check(config)
+        datasets = dataset_provider(recipe, args)
         if on_cpu:
             _initialize_cpu(args)
         provider, counts = ModelProvider(config, args, control), {}
         until_trained.enter_context(_replaced(_for_the_wheel(control, config, _timed(args, provider, counts))))
         megatron_pretrain(
             pretrain_cfg_container_from_args(args),
-            dataset_provider(recipe, args),
+            datasets,
             ModelType.encoder_or_decoder,
             ForwardStep(
                 microbatches=get_num_microbatches,
