@@ -1,7 +1,7 @@
 """Loss curves of one recipe on several layouts, all from the same weights, each also broken off and resumed.
 
     python -m benchmarks.loss_curves --layouts 1,2:tp2-sp,2:pp2 4:tp2-pp2 --out out/curves.json
-    python -m benchmarks.loss_curves --plot out/curves.json docs/loss_curves.png
+    python -m benchmarks.loss_curves --plot out/curves.json --out out/curves.png
 
 The first run, on one rank, takes a single step with learning rate 0 and saves: these are the initial
 weights that every layout loads. Then each layout trains all steps and saves half-way, and a second run
@@ -27,7 +27,6 @@ AXES = {
     "pp": "--pipeline-model-parallel-size",
     "cp": "--context-parallel-size",
     "ep": "--expert-model-parallel-size",
-    "mb": "--micro-batch-size",
 }
 LOGGED = re.compile(r" iteration +(\d+)/.*")
 TERM = re.compile(r"\| ([^|:]*loss): (\S+)")
@@ -35,13 +34,20 @@ TERM = re.compile(r"\| ([^|:]*loss): (\S+)")
 
 @dataclass(frozen=True)
 class Layout:
-    """`"2:tp2-sp"`: two ranks, tensor-parallel size 2 with sequence parallelism; `"1:mb4"`: microbatches of 4."""
+    """`"2:tp2-sp"`: two ranks, tensor-parallel size 2 with sequence parallelism."""
 
     text: str
 
     @property
     def ranks(self) -> int:
         return int(self.text.partition(":")[0])
+
+    def title(self) -> str:
+        """For people: `"2 ranks: TP 2, SP"`."""
+        axes = [axis for axis in self.text.partition(":")[2].split("-") if axis]
+        parts = [f"{axis[:2].upper()} {axis[2:]}".strip() for axis in axes]
+        ranks = f"{self.ranks} rank{'s' if self.ranks > 1 else ''}"
+        return f"{ranks}: {', '.join(parts)}" if parts else ranks
 
     def arguments(self) -> list[str]:
         given = []
@@ -133,39 +139,68 @@ def run(
     return curves
 
 
+def difference(curve: dict[str, list], reference: dict[str, list]) -> list[float]:
+    """Relative difference of the loss at each step that both have."""
+    expected = dict(zip(reference["step"], reference["loss"]))
+    return [abs(loss - expected[step]) / expected[step] for step, loss in zip(curve["step"], curve["loss"])]
+
+
 def compare(curves: dict) -> list[str]:
-    """How far layouts are from one rank, and resumed runs from unbroken ones: largest differences of the loss."""
-    lines = []
-    reference = curves["unbroken"]["1"]["loss"]
+    """A line a layout: how far it is from one rank, and its resumed half from its unbroken run."""
+    lines = ["layout       first    last     largest relative difference: steps 1-20   all steps   resumed"]
     for text, curve in curves["unbroken"].items():
-        loss = curve["loss"]
-        apart = max(abs(a - b) / b for a, b in zip(loss, reference))
-        resumed = curves["resumed"].get(text, {"step": [1], "loss": []})
-        offset = resumed["step"][0] - 1
-        pairs = zip(resumed["loss"], loss[offset:])
-        broken = max((abs(a - b) / b for a, b in pairs), default=float("nan"))
+        apart, loss = difference(curve, curves["unbroken"]["1"]), curve["loss"]
+        resumed = curves["resumed"].get(text)
+        broken = max(difference(resumed, curve)) if resumed else float("nan")
         lines.append(
-            f"{text:12s} first {loss[0]:.5f}  last {loss[-1]:.5f}  largest relative difference from one rank "
-            f"{apart:.2e}, of the resumed half from the unbroken one {broken:.2e}"
+            f"{text:12s} {loss[0]:.5f}  {loss[-1]:.5f}  {max(apart[:20]):38.1e}   {max(apart):9.1e}   {broken:7.1e}"
         )
     return lines
 
 
-def plot(curves: dict, path: Path) -> None:
-    """One panel a term; a line a layout, dashed where it was resumed."""
+def plot(files: list[Path], picture: Path) -> None:
+    """One panel a loss term, and one for the differences from one rank; a line a layout, the same colour in all.
+
+    Args:
+        files: whose first one's losses are drawn, with its resumed halves as dots; of all, the differences.
+        picture: to write.
+    """
     import matplotlib.pyplot as plt
 
+    runs = {path.stem: json.loads(path.read_text()) for path in files}
+    curves = runs[files[0].stem]
+    layouts = dict.fromkeys(text for run in runs.values() for text in run["unbroken"])
+    colours = {text: f"C{index}" for index, text in enumerate(layouts)}
     terms = [name for name in curves["unbroken"]["1"] if name.endswith("loss") and name != "loss"]
-    figure, panels = plt.subplots(1, len(terms), figsize=(4.5 * len(terms), 3.6), constrained_layout=True)
+    columns = -(-(len(terms) + 1) // 2)
+    figure, grid = plt.subplots(2, columns, figsize=(5 * columns, 7), constrained_layout=True)
+    panels = list(grid.flatten())
     for panel, term in zip(panels, terms):
-        for index, (text, curve) in enumerate(curves["unbroken"].items()):
-            colour = f"C{index}"
-            panel.plot(curve["step"], curve[term], color=colour, label=text, linewidth=1)
-            resumed = curves["resumed"][text]
-            panel.plot(resumed["step"], resumed[term], color=colour, linestyle="--", linewidth=2, alpha=0.5)
-        panel.set(title=term, xlabel="step", yscale="log")
-    panels[0].legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+        _draw_term(panel, term, curves, colours)
+    _draw_differences(panels[len(terms)], runs, colours)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=110)
+
+
+def _draw_term(panel, term: str, curves: dict, colours: dict[str, str]) -> None:
+    for text, curve in curves["unbroken"].items():
+        panel.plot(curve["step"], curve[term], color=colours[text], label=Layout(text).title(), linewidth=1)
+        resumed = curves["resumed"][text]
+        panel.plot(resumed["step"][::5], resumed[term][::5], ".", color=colours[text], markersize=3)
+    panel.set(title=term, xlabel=f"step (dots: resumed after {curves['steps'] // 2})", yscale="log")
+    panel.legend(fontsize=7)
+
+
+def _draw_differences(panel, runs: dict[str, dict], colours: dict[str, str]) -> None:
+    for (name, run), style in zip(runs.items(), ("-", ":")):
+        for text, curve in run["unbroken"].items():
+            if text == "1":
+                continue
+            apart = [max(each, 1e-8) for each in difference(curve, run["unbroken"]["1"])]
+            label = f"{Layout(text).title()}, {name}"
+            panel.plot(curve["step"], apart, style, color=colours[text], linewidth=1, label=label)
+    panel.set(title="loss, relative difference from 1 rank", xlabel="step", yscale="log")
+    panel.legend(fontsize=7)
 
 
 def main() -> None:
@@ -174,10 +209,12 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", help="such as 1,2:tp2-sp,2:pp2 4:tp2-pp2")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--out", type=Path, default=Path("out/curves.json"))
-    parser.add_argument("--plot", nargs=2, type=Path, metavar=("CURVES", "PICTURE"))
+    parser.add_argument("--plot", nargs="+", type=Path, metavar="CURVES", help="draw these files' curves to --out")
     options, extra = parser.parse_known_args()
     if options.plot:
-        plot(json.loads(options.plot[0].read_text()), options.plot[1])
+        plot(options.plot, options.out)
+        for path in options.plot:
+            print(path.stem, *compare(json.loads(path.read_text())), sep="\n")
         return
     groups = [[Layout(text) for text in group.split(",")] for group in options.layouts]
     most = max(layout.ranks for group in groups for layout in group)

@@ -12,7 +12,7 @@ One capture serves one forward pass until its backward pass is done. A pipeline 
 passes ahead; those beyond `captures` run without a graph, as do shapes that come up after that many.
 
 A capture keeps the activations of one forward pass for good, in a pool of its own; what the encoder needs
-beyond them for its backward pass is the price in memory. Capturing resets torch's peak memory statistics.
+beyond them for its backward pass is the price in memory.
 """
 
 from __future__ import annotations
@@ -128,11 +128,11 @@ class _Capture:
         pool = torch.cuda.graph_pool_handle()
         with _no_forks(), torch.set_grad_enabled(bool(self._trained)):
             forward = partial(functional_call, call, aliases)
-            needed = self._warm_up(forward)
+            kept = self._warm_up(forward)
             with torch.cuda.graph(self._forward, pool, capture_error_mode="thread_local"):
-                # The pool begins with one block that all of the passes fit into: grown piece by piece, a
-                # segment for each tensor, it would be larger.
-                torch.empty(needed, dtype=torch.uint8, device=self._inputs[0].device)
+                # The pool begins with one block for all that a forward pass keeps: grown piece by piece,
+                # a segment for each tensor, it would be larger.
+                torch.empty(kept, dtype=torch.uint8, device=self._inputs[0].device)
                 output = forward(tuple(self._inputs))
             self._output = output.detach()
             if self._trained:
@@ -160,13 +160,13 @@ class _Capture:
         return [next(gradients) if trained else None for trained in self._places]
 
     def _warm_up(self, forward: Callable[[tuple[Tensor, ...]], Tensor]) -> int:
-        """Runs both passes a few times and gives the bytes that they take at their peak."""
+        """Runs both passes a few times and gives the bytes that the forward pass keeps for the backward pass."""
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
         with torch.cuda.stream(torch.cuda.Stream()):
             for _ in range(WARMUP_PASSES):
+                output, before = None, torch.cuda.memory_allocated()
                 output = forward(tuple(self._inputs))
+                kept = torch.cuda.memory_allocated() - before
                 if self._trained:
                     torch.autograd.grad(
                         output, self._trained, torch.zeros_like(output), allow_unused=True
@@ -174,7 +174,7 @@ class _Capture:
         torch.cuda.synchronize()
         # What cuBLAS works with on that stream, which nothing runs on any more.
         torch._C._cuda_clearCublasWorkspaces()
-        return torch.cuda.max_memory_allocated() - before
+        return kept
 
 
 class _Replay(torch.autograd.Function):
