@@ -1,16 +1,19 @@
 """N ranks equal one rank: three optimizer steps of a whole MimoModel on every layout.
 
 The reference is the same model on one rank without DDP, stepped by torch's own optimizer on the
-whole batch. Then the layout: Megatron's DDP, optimizer and pipeline schedule. Compared are the loss
-of three steps, every gradient of the first and every weight after the third.
+whole batch. Then the layout: Megatron's DDP, optimizer and pipeline schedule, and the library's forward
+step, once with `calculate_per_token_loss` and once without. Compared are the loss of three steps, every
+gradient of the first and every weight after the third. Microbatches differ in how many tokens count,
+and half of them have no image.
 
-Adam's epsilon is 1e-3, far above rounding: with 1e-8 the first step is the gradient's sign, which
-rounding alone flips where a gradient is zero.
+Adam's epsilon is 0.1, far above rounding, which enters a weight multiplied by learning rate / epsilon
+where a gradient is zero: with 1e-8 the first step is the gradient's sign, and with 1e-3 the rounding of
+a loss that is multiplied by the step's tokens and divided by them again comes to 2e-5 of a bias.
 """
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -32,10 +35,11 @@ from torch import Tensor
 
 from megatron_mimo import MimoModel, loss_terms, specs, total_loss
 from megatron_mimo.launch import Run
+from megatron_mimo.training.forward_step import ForwardStep
 from tests import tiny
 from tests.distributed.harness import case, relayout
 
-SAMPLES, LENGTH, STEPS, LEARNING_RATE, EPSILON = 4, 16, 3, 1e-2, 1e-3
+SAMPLES, LENGTH, STEPS, LEARNING_RATE, EPSILON = 4, 16, 3, 1e-2, 0.1
 TOLERANCE = 1e-5  # of a tensor's largest element: float32 keeps 1e-7, summed in other orders
 
 
@@ -48,6 +52,7 @@ class Setting:
     experts: int | None = None
     token_local: bool = False
     distributed_optimizer: bool = False
+    per_token: bool = True
 
     def spec(self, run: Run | None) -> ModuleSpec:
         """The language model's spec; for one rank without `run`."""
@@ -71,7 +76,11 @@ class Setting:
             add_bias_linear=False,
         )  # fmt: skip
         config = tiny.language_config(
-            num_layers=4, pipeline_dtype=torch.float32, **sizes, **experts
+            num_layers=4,
+            pipeline_dtype=torch.float32,
+            calculate_per_token_loss=self.per_token,
+            **sizes,
+            **experts,
         )
         changes = {"share_embeddings_and_output_weights": self.tied}
         if self.token_local:
@@ -265,20 +274,9 @@ def train(run: Run, setting: Setting, expected: Reference) -> None:
         models,
     )  # fmt: skip
     batch = whole_batch()
-    counts = step_counts(batch)
     per_rank = len(batch) // run.layout.data_parallel_size
     mine = batch[run.data_rank * per_rank : (run.data_rank + 1) * per_rank]
-    calls = per_rank * run.groups.dp_cp.size()  # Megatron divides by the tokens we report: one a call
-
-    def forward_step(data, model):
-        outputs, loss_mask = model(**next(data))
-
-        def loss_func(outputs):
-            loss = loss_of(model.module, outputs, loss_mask, counts)
-            return loss * calls, torch.tensor(1, dtype=torch.int), {"loss": loss.detach()}
-
-        return outputs, loss_func
-
+    forward_step = ForwardStep(microbatches=lambda: per_rank, step=lambda: 0, seed=1)
     for step in range(STEPS):
         for model in models:
             model.zero_grad_buffer()
@@ -293,7 +291,7 @@ def train(run: Run, setting: Setting, expected: Reference) -> None:
             micro_batch_size=1,
         )
         if reports:
-            loss = torch.stack([report["loss"] for report in reports]).sum()
+            loss = sum(report["loss"][0] for report in reports)
             dist.all_reduce(loss, group=run.groups.dp_cp)
             close(loss, expected.losses[step], f"loss of step {step}")
         if step == 0:
@@ -346,7 +344,8 @@ LAYOUTS = {
 def register(name: str, ranks: int, sizes: dict, setting: Setting) -> None:
     def equals_one_rank(run: Run) -> None:
         expected = reference(setting)
-        train(relayout(**sizes), setting, expected)
+        for per_token in (True, False):
+            train(relayout(**sizes), replace(setting, per_token=per_token), expected)
 
     equals_one_rank.__name__ = f"{name}_equals_one_rank"
     case(ranks=ranks, timeout_s=120)(equals_one_rank)
