@@ -43,16 +43,18 @@ def seed_draws(seed: int, data_parallel_rank: int) -> None:
     get_cuda_rng_tracker().add(STATE, seed + _SEED_DISTANCE + data_parallel_rank)
 
 
-def restart_draws(seed: int, data_parallel_rank: int, step: int) -> None:
-    """Starts every stream anew, as `seed`, rank and step say: what a step draws does not depend on the past.
+def restart_draws(seed: int, step: int, microbatch: int) -> None:
+    """Starts every stream anew, as `seed`, step and microbatch say: what is drawn does not depend on the past.
 
-    A training loop calls it at each step on every rank, so that a resumed run draws what an unbroken
-    one does. (Megatron's checkpoints keep one data-parallel rank's tracker for all of them.) No
-    collective. Without effect where `seed_draws` never was: a single process then draws from torch.
+    A training loop calls it before each microbatch on every rank. A resumed run then draws what an
+    unbroken one does (Megatron's checkpoints keep one data-parallel rank's tracker for all of them),
+    and another number of data-parallel ranks what one rank does. No collective. Without effect where
+    `seed_draws` never was: a single process then draws from torch.
 
     Args:
-        seed, data_parallel_rank: as in `seed_draws`.
+        seed: as in `seed_draws`.
         step: the training step about to run.
+        microbatch: its number among those of the step on all data-parallel ranks.
     """
     tracker = _seeded_tracker()
     if tracker is None:
@@ -63,9 +65,9 @@ def restart_draws(seed: int, data_parallel_rank: int, step: int) -> None:
         if name != STATE and not name.startswith(f"{STATE}/")
     }
     tracker.set_states(kept)
-    # The tracker remembers seeds to refuse one that is used twice; a step that runs again would be.
+    # The tracker remembers seeds to refuse one that is used twice; a microbatch that runs again would be.
     tracker.seeds_.clear()
-    digest = hashlib.sha256(f"{seed}/{data_parallel_rank}/{step}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}/{step}/{microbatch}".encode()).digest()
     tracker.add(STATE, int.from_bytes(digest[:8], "big") >> 1)
 
 

@@ -29,7 +29,7 @@ class ForwardStep:
     Args:
         microbatches: gives the number of microbatches of the current training step.
         step: gives the index of the current training step; equal on all ranks.
-        seed: of the decoders' draws, which start anew at each step.
+        seed: of the decoders' draws, which start anew at each microbatch.
         on_step: called on the last pipeline stage with the index and the counts of a training step,
             before it runs.
         log_absent: see `loss_func`.
@@ -89,22 +89,25 @@ class ForwardStep:
         """This chunk's remaining microbatches, read where none are left, and the step's scale."""
         chunk = mimo.vp_stage
         if not mimo.training:
-            # The same draws in every evaluation, and none that training would go on from.
-            self._evaluated[chunk] = self._evaluated.get(chunk, 0) + 1
-            self._restart_draws(mimo, -self._evaluated[chunk])
+            # The same draws in every evaluation, and none of training's.
+            index = self._evaluated.get(chunk, 0)
+            self._evaluated[chunk] = index + 1
+            self._restart_draws(mimo, -1, index)
             return self._read(iterator, mimo, 1), None
         self._evaluated[chunk] = 0
         step = self._steps.get(chunk)
         if not step:
             step = self._steps[chunk] = self._read(iterator, mimo, self._microbatches())
-            self._restart_draws(mimo, self._step())
             if mimo.post_process and self._on_step is not None:
                 self._on_step(self._step(), step.counts)
+        self._restart_draws(mimo, self._step(), self._microbatches() - len(step))
         return step, self._scale(step.counts, mimo) if mimo.post_process else None
 
-    def _restart_draws(self, mimo: MimoModel, step: int) -> None:
+    def _restart_draws(self, mimo: MimoModel, step: int, index: int) -> None:
+        """Before the microbatch `index` of this rank; ranks take turns, as Megatron deals out samples."""
         if mimo.pre_process or mimo.post_process:  # the stages that draw
-            restart_draws(self._seed, mimo.pg_collection.dp.rank(), step)
+            ranks = mimo.pg_collection.dp
+            restart_draws(self._seed, step, index * ranks.size() + ranks.rank())
 
     def _read(self, iterator: Iterator[Batch] | None, mimo: MimoModel, number: int) -> StepBatches:
         groups = mimo.pg_collection

@@ -1,0 +1,225 @@
+"""`examples/pretrain_mimo.py`: Megatron's own loop trains a recipe alike on every layout, stops and goes on.
+
+One process runs it many times, because starting takes longer than training.
+"""
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from examples.recipes import any_to_any_small
+from megatron_mimo import launch
+from megatron_mimo.launch import Run, shutdown
+from megatron_mimo.training.pretraining import pretrain
+from tests.distributed.harness import case, shared_directory
+
+STEPS = 4
+SIZES = [
+    "--num-layers", "2", "--hidden-size", "32", "--ffn-hidden-size", "64", "--num-attention-heads", "4",
+    "--seq-length", "64", "--max-position-embeddings", "64", "--position-embedding-type", "rope",
+    "--tokenizer-type", "NullTokenizer", "--vocab-size", "62", "--make-vocab-size-divisible-by", "32",
+    "--untie-embeddings-and-output-weights", "--attention-dropout", "0", "--hidden-dropout", "0",
+    "--no-gradient-accumulation-fusion", "--no-persist-layer-norm", "--transformer-impl", "local",
+    "--no-rope-fusion", "--micro-batch-size", "1", "--global-batch-size", "4",
+]  # fmt: skip
+TRAINING = [
+    "--lr", "1e-3", "--min-lr", "1e-4", "--lr-decay-style", "cosine", "--lr-decay-iters", str(STEPS), "--lr-warmup-iters", "1",
+    # Adam's epsilon far above rounding: with 1e-8 its first step is the gradient's sign.
+    "--adam-eps", "1e-3", "--weight-decay", "0.01", "--log-interval", "1", "--eval-iters", "0", "--eval-interval", "100",
+    "--num-workers", "0", "--ckpt-format", "torch_dist", "--distributed-timeout-minutes", "1",
+]  # fmt: skip
+
+Curves = dict[str, dict[int, float]]
+
+
+def run_recipe(where: Path, *arguments: str, steps: int = STEPS, recipe=any_to_any_small) -> Curves:
+    """Trains a recipe and gives what TensorBoard holds of it: tag -> step -> value. Empty but on the last rank."""
+    given = [*SIZES, *TRAINING, "--train-iters", str(steps), "--tensorboard-dir", str(where / "tensorboard"), *arguments]
+    with command_line(given):
+        try:
+            pretrain(recipe)
+        finally:
+            forget_megatron()
+    return scalars(where / "tensorboard")
+
+
+@contextmanager
+def command_line(arguments: list[str]) -> Iterator[None]:
+    before = sys.argv
+    sys.argv = ["pretrain_mimo.py", *arguments]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within it, this process is a world of one rank."""
+    kept = {name: os.environ.pop(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    shutdown()
+    started = launch._runs_started  # by which ranks that start a run together find each other
+    try:
+        yield
+    finally:
+        shutdown()
+        launch._runs_started = started
+        os.environ.update(kept)
+
+
+def forget_megatron() -> None:
+    """What a process that trains once leaves behind."""
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+    from megatron.core.rerun_state_machine import destroy_rerun_state_machine
+    from megatron.training import global_vars
+
+    if global_vars._GLOBAL_TENSORBOARD_WRITER is not None:
+        global_vars.get_tensorboard_writer().close()
+    if global_vars._GLOBAL_SIGNAL_HANDLER is not None:
+        global_vars.get_signal_handler().release()
+    global_vars.destroy_global_vars()
+    destroy_num_microbatches_calculator()
+    destroy_rerun_state_machine()
+    shutdown()
+
+
+def scalars(directory: Path) -> Curves:
+    """Everything that was logged to a TensorBoard directory."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    if not directory.exists():
+        return {}
+    events = EventAccumulator(str(directory), size_guidance={"tensors": 0, "scalars": 0})
+    events.Reload()
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+def losses(curves: Curves) -> Curves:
+    return {tag: values for tag, values in curves.items() if tag in ("loss", "text loss", "images/pixels loss", "tones/waves loss")}
+
+
+def assert_close(found: Curves, expected: Curves, steps: range) -> None:
+    """The losses of some steps, in float32 summed in other orders."""
+    assert losses(found), sorted(found)
+    for tag, values in losses(found).items():
+        assert list(values) == list(steps), (tag, values)
+        theirs = {step: expected[tag][step] for step in steps}
+        assert values == pytest.approx(theirs, rel=2e-5), f"{tag}: found {values}, expected {theirs}"
+
+
+LAYOUTS = {
+    # Recomputation changes no loss either.
+    "tp2_sp": [
+        "--tensor-model-parallel-size", "2", "--sequence-parallel",
+        "--recompute-granularity", "selective", "--encoder-recompute-granularity", "selective",
+    ],
+    "pp2": [
+        "--pipeline-model-parallel-size", "2", "--recompute-granularity", "full", "--recompute-method", "uniform",
+        "--recompute-num-layers", "1", "--encoder-recompute-granularity", "full",
+    ],
+    "dp2": ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"],
+}  # fmt: skip
+
+
+REFUSED = {
+    "sequence length 63 is not divisible by 2": ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--seq-length", "63"],
+    "context_parallel_size 2": ["--context-parallel-size", "2"],
+    "have no room there": ["--pipeline-model-parallel-size", "2", "--num-layers", "1", "--account-for-loss-in-pipeline-split"],
+    "frozen: the model has no part 'vision'": ["--freeze", "vision"],
+    "--lr-factor: 'decoders' is given 2 times": ["--lr-factor", "decoders=1", "decoders=2"],
+    "embedding_rows: 64 is outside the vocabulary": ["--train-embedding-rows", "64"],
+    "--dataloader-type cyclic: multimodal batches are nested": ["--dataloader-type", "cyclic"],
+}
+
+
+@case(ranks=2)
+def pretrain_refuses_before_any_process_group_and_names_the_argument(run: Run) -> None:
+    shutdown()
+
+    def built(*given, **named) -> None:
+        raise AssertionError("a process group was built")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "init_process_group", built)
+        for message, arguments in REFUSED.items():
+            with pytest.raises(ValueError, match=re.escape(message)):
+                run_recipe(shared_directory(), *arguments)
+
+
+@case(ranks=2, timeout_s=240)
+def pretrain_trains_alike_on_every_layout_and_a_resumed_half_equals_the_unbroken_run(run: Run) -> None:
+    where = shared_directory() / "pretrain"
+    last, own = run.rank == run.world_size - 1, where / f"alone{run.rank}"
+    with alone():  # each rank the same: Megatron keeps to itself how often it ran in a process
+        run_recipe(own, "--save", str(own / "initial"), "--save-interval", "1", steps=1)
+        one_rank = run_recipe(own / "one", "--load", str(own / "initial"), "--finetune")
+    initial = ["--load", str(where / "alone0" / "initial"), "--finetune"]
+    for name, layout in LAYOUTS.items():
+        own = where / name
+        unbroken = run_recipe(own, *layout, *initial, "--save", str(own / "saved"), "--save-interval", "2")
+        if last:
+            assert_close(unbroken, one_rank, range(1, STEPS + 1))
+            assert_logged(unbroken)
+        if name == "dp2":
+            continue  # the next case resumes it
+        resumed = run_recipe(own / "resumed", *layout, "--load", str(own / "saved"), "--ckpt-step", "2")
+        if last:
+            assert_close(resumed, unbroken, range(3, STEPS + 1))
+
+
+def assert_logged(curves: Curves) -> None:
+    """Rates of everything that the issue asks for, of every step."""
+    expected = ["tokens/s", "images tokens read/s", "tones tokens written/s", "images/vit items/s", "TFLOP/s"]
+    parts = ["language_model", "images/encoders/vit", "images/decoders/pixels", "tones/decoders/waves"]
+    for name in [*expected, *(f"{part} TFLOP/s" for part in parts)]:
+        rates = curves[f"throughput/{name}"]
+        assert list(rates) == list(range(1, STEPS + 1)), name
+    assert all(rate > 0 for rate in curves["throughput/TFLOP/s"].values())
+    together = sum(curves[f"throughput/{name}"][STEPS] for name in flops(curves))
+    assert curves["throughput/TFLOP/s"][STEPS] == pytest.approx(together, rel=1e-5)
+
+
+def flops(curves: Curves) -> list[str]:
+    names = [tag.removeprefix("throughput/") for tag in curves if tag.startswith("throughput/")]
+    return [name for name in names if name.endswith(" TFLOP/s")]
+
+
+class Terminated:
+    """The recipe, whose reader on one rank gets a SIGTERM while it reads a microbatch."""
+
+    model_config = staticmethod(any_to_any_small.model_config)
+    datasets = staticmethod(any_to_any_small.datasets)
+
+    def __init__(self, rank: int, microbatch: int) -> None:
+        self._rank, self._left = rank, microbatch
+
+    def collate(self, samples):
+        self._left -= 1
+        if self._left == 0 and dist.get_rank() == self._rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return any_to_any_small.collate(samples)
+
+
+@case(ranks=2, timeout_s=120)
+def sigterm_to_one_rank_of_pretrain_saves_at_the_step_boundary_and_the_run_goes_on_from_there(run: Run) -> None:
+    where = shared_directory() / "pretrain-sigterm"
+    last = run.rank == run.world_size - 1
+    shutdown()
+    saved = ["--save", str(where / "saved"), "--save-interval", "100"]
+    unbroken = run_recipe(where / "unbroken", *LAYOUTS["dp2"])
+    # Two microbatches a step on each rank: the third is in the second step.
+    with pytest.raises(SystemExit) as stopped:
+        run_recipe(where / "stopped", *LAYOUTS["dp2"], *saved, "--exit-signal-handler", recipe=Terminated(0, 3))
+    assert stopped.value.code == 0
+    assert (where / "saved" / "latest_checkpointed_iteration.txt").read_text() == "2"
+    resumed = run_recipe(where / "resumed", *LAYOUTS["dp2"], "--load", str(where / "saved"))
+    if last:
+        assert_close(scalars(where / "stopped" / "tensorboard"), unbroken, range(1, 3))
+        assert_close(resumed, unbroken, range(3, STEPS + 1))
