@@ -10,7 +10,9 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 
 from megatron_mimo.launch import Run
-from megatron_mimo.training import Trainer, TrainerSettings
+from megatron_mimo.training import Trainer, TrainerSettings, TrainingControl
+from megatron_mimo.training.chunks import build_chunks, parameters_gathered
+from megatron_mimo.training.flops import part_sizes
 from tests import tiny
 from tests.distributed.harness import case, relayout, shared_directory
 
@@ -124,3 +126,122 @@ def a_resumed_run_equals_an_unbroken_one_exactly(run: Run) -> None:
     assert losses(resumed.train(four_samples)) == expected[2:]
     for ours, theirs in zip(resumed.models[0].parameters(), unbroken.models[0].parameters()):
         assert torch.equal(ours, theirs)
+
+
+@case(ranks=2)
+@case(ranks=2, **PIPELINE)
+def sigterm_to_one_rank_saves_at_the_step_boundary_and_the_run_goes_on_from_there(run: Run) -> None:
+    directory = shared_directory() / f"sigterm-{run.layout.pipeline_model_parallel_size}"
+    expected = losses(trainer(run, None).train(four_samples))
+
+    def with_sigterm(step: int, rank: int, size: int) -> list[dict]:
+        if step == 1 and run.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return four_samples(step, rank, size)
+
+    before = signal.getsignal(signal.SIGTERM)
+    run = relayout(**{name: getattr(run.layout, name) for name in PIPELINE})
+    stopped = trainer(run, directory)
+    history = stopped.train(with_sigterm)
+    assert history.stopped and stopped.steps_done == 2
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert [path.name for path in directory.iterdir()] == ["step_00000002"]
+    run = relayout(**{name: getattr(run.layout, name) for name in PIPELINE})
+    resumed = trainer(run, directory)
+    assert resumed.load() == 2
+    assert losses(history) + losses(resumed.train(four_samples)) == expected
+
+
+ROWS = (3, 31, 32, tiny.WRITE)  # the table's halves on two tensor-parallel ranks meet between 31 and 32
+
+
+def naming_all_rows(step: int, rank: int, size: int) -> list[dict]:
+    batches = four_samples(step, rank, size)
+    for batch in batches:
+        batch["input_ids"][0, 12:15] = torch.tensor(ROWS[:3])
+    return batches
+
+
+def rows_that_moved(run: Run, tied: bool, distributed: bool) -> list[int]:
+    """Of the embedding, over all tensor-parallel ranks, after three steps of Adam with weight decay."""
+    config = model_config(run)
+    config.language_model.params["share_embeddings_and_output_weights"] = tied
+    ours = Trainer(
+        config,
+        run,
+        TrainerSettings(steps=3, decay="constant", progress=False),
+        optimizer=OptimizerConfig(lr=1e-2, weight_decay=0.1, use_distributed_optimizer=distributed),
+        ddp=DistributedDataParallelConfig(
+            use_distributed_optimizer=distributed, overlap_grad_reduce=distributed, overlap_param_gather=distributed
+        ),
+        control=TrainingControl(frozen=["language_model", "encoders"], embedding_rows=ROWS),
+    )
+    model = ours.models[0]
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    ours.train(naming_all_rows)
+    if distributed:
+        with parameters_gathered(ours.chunks, ours.optimizer):
+            pass
+    moved = {name: (p != before[name]) for name, p in model.named_parameters() if not p.equal(before[name])}
+    tables = ("language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight")
+    assert not any(name.startswith("language_model.") and name not in tables for name in moved), sorted(moved)
+    assert any(".input_projections." in name or ".decoders." in name for name in moved)
+    first = run.tensor_rank * tiny.VOCABULARY // run.layout.tensor_model_parallel_size
+    rows = {name: (first + moved[name].any(1).nonzero().flatten()).tolist() for name in tables if name in moved}
+    everywhere: list = [None] * run.world_size
+    dist.all_gather_object(everywhere, rows)
+    if run.layout.pipeline_model_parallel_size > 1 and tied:  # the copy of the last stage moves alike
+        assert everywhere[0][tables[0]] == everywhere[1][tables[1]]
+    return sorted({row for each in everywhere for of_table in each.values() for row in of_table})
+
+
+@case(ranks=2, timeout_s=120)
+def only_the_named_embedding_rows_move_on_every_layout(run: Run) -> None:
+    for layout in (TENSOR, {}, PIPELINE):
+        for tied in (False, True):
+            for distributed in (False,) if layout else (False, True):
+                run = relayout(**layout)
+                assert rows_that_moved(run, tied, distributed) == list(ROWS), (layout, tied, distributed)
+
+
+@case(ranks=2, **TENSOR)
+def the_batch_of_a_step_is_read_once_and_sent_in_one_broadcast_a_microbatch(run: Run) -> None:
+    sent: list[int] = []
+    whole = dist.broadcast
+
+    def counted(tensor, *given, **named):
+        sent.append(tensor.numel() * tensor.element_size())
+        return whole(tensor, *given, **named)
+
+    reads: list[int] = []
+
+    def read(step: int, rank: int, size: int) -> list[dict]:
+        reads.append(step)
+        return four_samples(step, rank, size)[: 1 + step]
+
+    ours = trainer(run, None, steps=5)
+    ours.train_step(read)  # whatever is sent once
+    numbers = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "broadcast", counted)
+        for _ in range(3):
+            sent.clear()
+            ours.train_step(read)
+            numbers.append(len(sent))
+    # One more for each microbatch more; beside them a step's shapes, counts and layouts.
+    assert [b - a for a, b in zip(numbers, numbers[1:])] == [1, 1]
+    assert reads == ([0, 1, 2, 3] if run.tensor_rank == 0 else [])
+
+
+@case(ranks=2, **TENSOR)
+@case(ranks=2, **PIPELINE)
+def operations_are_counted_alike_on_every_layout(run: Run) -> None:
+    def sizes(run: Run) -> dict:
+        config = model_config(run)
+        return {name: vars(size) for name, size in part_sizes(build_chunks(config, run, TrainingControl())).items()}
+
+    found = sizes(run)
+    expected = sizes(relayout())
+    for name, size in expected.items():
+        for key in ("weights", "trained", "attention", "positions"):
+            assert found[name][key] == pytest.approx(size[key]), (name, key)
