@@ -592,7 +592,8 @@ class MimoModel(MegatronModule):
         submodule = self.modality_submodules[modality]
         if modality in targets:
             for name, count in submodule.count_target_rows(targets[modality]).items():
-                placement.check_generation(modality, count, submodule.span_of(name))
+                span, medium = submodule.span_of(name), submodule.medium_of(name)
+                placement.check_generation(modality, count, span, medium)
                 known = count
         elif modality in shown:
             count = submodule.count_generation_inputs(modality, shown[modality])

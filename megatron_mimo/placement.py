@@ -169,7 +169,7 @@ class Placement:
             (name, "special", n_rows, items),
         )
 
-    def check_generation(self, name: str, n_rows: int, span: int = 1) -> None:
+    def check_generation(self, name: str, n_rows: int, span: int = 1, medium: int = 1) -> None:
         """Holds the number of target rows against the number of generation tokens, as `check_rows` does.
 
         Args:
@@ -177,6 +177,7 @@ class Placement:
             n_rows: rows that the targets stand for.
             span: rows that are decoded together; every run of generation tokens is a whole number of them. (On
                 the device every sample's count is looked at, not every run.)
+            medium: rows of one image or clip, which need not stand in a row, but in one sample.
 
         Raises:
             ValueError: naming the modality, the sample and both counts.
@@ -187,6 +188,7 @@ class Placement:
             _verify_rows(name, "generation", counts, n_rows)
             lengths = list(enumerate(counts)) if runs is None else [(i, b - a) for i, a, b in runs.tolist()]
             _verify_spans(name, lengths, span)
+            _verify_media(name, counts, medium)
 
         if self.host is not None:
             runs = self.host.spans(listing, self.sequence_length) if span > 1 else None
@@ -195,7 +197,7 @@ class Placement:
         deferred.check(
             self.arrival,
             lambda counts: verify(counts[listing.index].tolist()),
-            (name, "generation", n_rows, span),
+            (name, "generation", n_rows, span, medium),
         )
 
     def raise_deferred(self) -> None:
@@ -456,6 +458,16 @@ def _verify_spans(name: str, lengths: list[tuple[int, int]], span: int) -> None:
             raise ValueError(
                 f"{name}: sample {sample} has {length} generation tokens in a row, which is no whole number of spans of "
                 f"{span}. The decoder makes each item from {span} of them: place that many for every item."
+            )
+
+
+def _verify_media(name: str, counts: list[int], medium: int) -> None:
+    """Raises `ValueError` for a sample whose generation tokens are no whole number of images or clips."""
+    for sample, count in enumerate(counts):
+        if count % medium:
+            raise ValueError(
+                f"{name}: sample {sample} has {count} generation tokens, but one image or clip takes {medium} of "
+                "them: an image would begin in one sample and end in the next. Place that many for each."
             )
 
 

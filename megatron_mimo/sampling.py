@@ -166,9 +166,8 @@ class _Writer:
             )
         name = submodule.decoder_name(decoder)
         placement = mimo.place(input_ids, inputs.get("packed_seq_params"))
-        placement.check_generation(
-            modality, int(placement.generation_total(modality)), submodule.span_of(name)
-        )
+        total = int(placement.generation_total(modality))
+        placement.check_generation(modality, total, submodule.span_of(name), submodule.medium_of(name))
         return cls(model, modality, name, submodule.decoders[name], submodule.generation_input, tokens[modality])
 
     def rows(self, input_ids: Tensor, shown: Mapping[str, Tensor], inputs: Mapping) -> Tensor:

@@ -422,6 +422,10 @@ class ModalitySubmodules(ABC, nn.Module):
         """Rows that one item of a decoder takes, 1 where the decoder is on another stage."""
         return self.decoders[decoder].rows_per_item if decoder in self.decoders else 1
 
+    def medium_of(self, decoder: str) -> int:
+        """Rows of one image or clip of a decoder, 1 where the decoder is on another stage."""
+        return self.decoders[decoder].rows_per_medium if decoder in self.decoders else 1
+
     @property
     def position_rule(self) -> str:
         """Which hidden states the decoders read: "own" or "predecessor"."""

@@ -67,6 +67,11 @@ class Decoder(nn.Module, ABC):
     def num_rows(self, targets: Targets) -> int:
         """How many generation tokens these targets stand for, read from shapes alone."""
 
+    @property
+    def rows_per_medium(self) -> int:
+        """Rows that one image, clip, ... takes: of one sample, though not always in a row."""
+        return self.rows_per_item
+
     def loss_shape(self, targets: Targets) -> tuple[int, ...]:
         """Shape of the losses that `loss` sums up for these targets, read from shapes alone.
 

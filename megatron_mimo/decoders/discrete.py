@@ -102,6 +102,11 @@ class DiscreteDecoder(Decoder):
         self.check_shapes(targets, drop=(rows,), weight=(rows, *each))
         return rows
 
+    @property
+    def rows_per_medium(self) -> int:
+        """The tokenizer's grid, or 1 without a tokenizer."""
+        return 1 if self.tokenizer is None else self.tokenizer.tokens_per_item
+
     def loss_shape(self, targets: Targets) -> tuple[int, int]:
         """One loss for each row and codebook."""
         return self.num_rows(targets), len(self.codebook_sizes)

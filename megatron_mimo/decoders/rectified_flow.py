@@ -231,6 +231,15 @@ class RectifiedFlowDecoder(Decoder):
         self.check_shapes(targets, weight=(count,), **shapes)
         return items * self.rows_per_item
 
+    @property
+    def rows_per_medium(self) -> int:
+        """`rows_per_item` for every `targets_per_item` tokens of a medium, or one item's without a
+        tokenizer."""
+        if self.tokenizer is None:
+            return self.rows_per_item
+        items = self.tokenizer.tokens_per_item // self.targets_per_item
+        return max(items, 1) * self.rows_per_item
+
     def loss_shape(self, targets: Targets) -> tuple[int]:
         """One loss a target."""
         return (self.num_rows(targets) // self.rows_per_item * self.targets_per_item,)

@@ -52,11 +52,15 @@ def test_four_microbatches_of_one_give_the_gradient_of_one_of_four(kind, single_
 class TwoByTwo(nn.Module):
     """A codec of 2 x 2 images of 10 grey levels."""
 
+    def __init__(self):
+        super().__init__()
+        self.brightest = nn.Parameter(torch.tensor(9.0))
+
     def encode(self, images):
-        return (images.flatten(1) * 9).round().long()
+        return (images.flatten(1) * self.brightest).round().long()
 
     def decode(self, codes):
-        return codes[:, None] / 9
+        return codes[:, None] / self.brightest
 
 
 def code_model(**decoder) -> MimoModel:
@@ -110,12 +114,38 @@ def test_the_gradient_reaches_language_model_projection_decoder_and_input(single
     reached = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     for part in ("layers.0", "output_projections", "decoders.codes.heads", "generation_input"):
         assert any(part in name for name in reached), part
+    codec = [name for name, _ in model.named_parameters() if "brightest" in name]
+    assert codec and not reached & set(codec)
+    assert all(p.requires_grad is not (n in codec) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", cases.kinds())
+def test_every_decoders_gradient_reaches_language_model_and_projection(kind, single_process):
+    model = cases.build(cases.kinds()[kind], tiny.language_spec())
+    cases.spread(model)
+    targets = {"images": {"out": cases.kinds()[kind].targets(3)}}
+    outputs, _ = model(cases.batch(("two", "edge"))["input_ids"], modality_targets=targets)
+    outputs.modalities["images"].losses["out"].mean().backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    feed = ("generation_input",) if cases.kinds()[kind].feed is not None else ()
+    for part in ("layers.0.self_attention", "output_projections.0.weight", "decoders.out", *feed):
+        assert any(part in name for name in reached), part
 
 
 def test_media_whose_codes_do_not_match_the_tokens_are_refused(single_process):
     targets = {"images": {"codes": {"media": torch.rand(3, 1, 2, 2)}}}
     with pytest.raises(ValueError, match="images.*12"):
         code_model()(code_ids(), modality_targets=targets)
+
+
+def test_images_that_would_go_on_in_the_next_sample_are_refused(single_process):
+    """Two images of four codes, six tokens in one sample and two in the other."""
+    ids = code_ids()
+    ids[0, 2:8], ids[1] = tiny.WRITE, 1
+    ids[1, 3:5] = tiny.WRITE
+    targets = {"images": {"codes": {"media": torch.rand(2, 1, 2, 2)}}}
+    with pytest.raises(ValueError, match="sample 0 has 6 generation tokens, but one image or clip takes 4"):
+        code_model()(ids, modality_targets=targets)
 
 
 def test_a_generation_token_at_a_samples_start_has_no_predecessor(single_process):

@@ -122,6 +122,16 @@ def test_flow_decoders_learn_latents_and_render_images():
     assert plain.render(drawn) is drawn
 
 
+def test_a_medium_takes_as_many_rows_as_it_has_tokens():
+    rows = FlowDecoder(width=5, target_width=4, hidden_width=8, tokenizer=latent_tokenizer())
+    spans = FlowTransformerDecoder(
+        width=5, target_width=4, targets_per_item=4, rows_per_item=3, hidden_width=8, depth=1, heads=2,
+        tokenizer=latent_tokenizer(),
+    )  # fmt: skip
+    assert (rows.rows_per_medium, spans.rows_per_medium, codes_decoder().rows_per_medium) == (4, 3, 6)
+    assert FlowDecoder(width=5, target_width=4, hidden_width=8, rows_per_item=2).rows_per_medium == 2
+
+
 def test_several_codebooks_stay_apart():
     class Digits(nn.Module):
         def encode(self, media):
