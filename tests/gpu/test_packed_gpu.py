@@ -1,0 +1,99 @@
+"""Packed sequences on a GPU: no host sync in a step, and TransformerEngine's attention keeps them apart."""
+
+from functools import partial
+
+import pytest
+import torch
+
+import megatron_mimo
+from megatron_mimo import MimoModel, deferred, specs
+from tests import packed, tiny
+from tests.distributed.cases import decoders as cases
+from tests.distributed.cases.layouts import token_local_layers
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def run():
+    """Megatron-Core with one rank on the GPU."""
+    yield megatron_mimo.initialize(seed=1)
+    megatron_mimo.shutdown()
+
+
+def on_gpu(node):
+    if isinstance(node, dict):
+        return {name: on_gpu(value) for name, value in node.items()}
+    if isinstance(node, packed.PackedSeqParams):
+        fields = {name: on_gpu(value) for name, value in vars(node).items()}
+        return packed.PackedSeqParams(**fields)
+    return node.cuda() if isinstance(node, torch.Tensor) else node
+
+
+def model_of(name: str, dtype: torch.dtype, **language) -> MimoModel:
+    config = tiny.language_config(
+        num_attention_heads=2,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        masked_softmax_fusion=False,
+    )
+    torch.manual_seed(0)
+    model = cases.build(cases.kinds()[name], tiny.language_spec(config, **language), reads=True)
+    model.to("cuda", dtype)
+    cases.spread(model)
+    return model
+
+
+@pytest.mark.parametrize("name", ["discrete", "flow", "flow_transformer"])
+def test_a_packed_training_step_never_waits_for_the_device(run, name):
+    """Without attention, whose rotary embedding reads the boundaries on the host in Megatron itself."""
+    layers = {"transformer_layer_spec": token_local_layers(2), "position_embedding_type": "learned_absolute"}
+    model = model_of(name, torch.float32, **layers)
+    alone = packed.alone()
+    targets = on_gpu(cases.kinds()[name].targets(sum(packed.spans())))
+    batch, counts = on_gpu(packed.packed(alone)), on_gpu(packed.step_counts(model, alone, targets))
+    packed.step(model, [(batch, targets)], counts)  # the first step compiles and loads kernels
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        terms, gradients = packed.step(model, [(batch, targets)], counts)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(term.sum.isfinite() for term in terms.values())
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("name", ["discrete", "flow"])
+def test_a_packed_batch_gives_the_losses_and_gradients_of_its_sequences_apart(run, name, padded):
+    pytest.importorskip("transformer_engine", reason="packed attention is TransformerEngine's")
+    layers = partial(specs.language_layer_spec, backend="transformer_engine")
+    model = model_of(name, torch.bfloat16, transformer_layer_spec=layers)
+    alone = packed.alone(opens=name == "flow")
+    targets = on_gpu(cases.kinds()[name].targets(sum(packed.spans())))
+    apart = list(zip(map(on_gpu, alone), packed.shares(model, targets)))
+    counts = on_gpu(packed.step_counts(model, alone, targets))
+    expected, gradients = packed.step(model, apart, counts)
+    found, theirs = packed.step(model, [(on_gpu(packed.packed(alone, padded)), targets)], counts)
+    for term in expected:
+        # bfloat16 keeps 3 digits, and packed rows meet other kernels.
+        torch.testing.assert_close(found[term].sum, expected[term].sum, rtol=2e-2, atol=0)
+        torch.testing.assert_close(found[term].count, expected[term].count)
+    for key, gradient in gradients.items():
+        allowed = 5e-2 * gradient.float().norm().item() + 1e-6
+        assert (theirs[key].float() - gradient.float()).norm().item() <= allowed, key
+
+
+def test_what_is_written_in_padding_is_reported(run):
+    layers = {"transformer_layer_spec": token_local_layers(2), "position_embedding_type": "none"}
+    model = model_of("discrete", torch.float32, **layers)
+    batch = packed.packed(packed.alone())
+    targets = on_gpu(cases.kinds()["discrete"].targets(sum(packed.spans())))
+    written = (batch["input_ids"][0] == tiny.WRITE).nonzero()
+    batch["input_ids"][0, written[-1]] = 1
+    batch["input_ids"][0, 31] = tiny.WRITE
+    batch = on_gpu(batch)
+    with pytest.raises(ValueError, match="images: its generation token at position 31 stands in the padding"):
+        model(**batch, modality_targets={"images": {"out": targets}})
+        torch.cuda.synchronize()
+        deferred.report()
