@@ -14,6 +14,7 @@ from megatron_mimo.training import Trainer, TrainerSettings, TrainingControl
 from megatron_mimo.training.chunks import build_chunks, parameters_gathered
 from megatron_mimo.training.flops import part_sizes
 from tests import tiny
+from tests.distributed.cases.layouts import token_local_layers
 from tests.distributed.harness import case, relayout, shared_directory
 
 LENGTH = 16
@@ -22,7 +23,7 @@ INTERLEAVED = {**PIPELINE, "virtual_pipeline_model_parallel_size": 2}
 TENSOR = {"tensor_model_parallel_size": 2}
 
 
-def model_config(run: Run, **changes):
+def model_config(run: Run, token_local: bool = False, **changes):
     """The tiny model on a layout; four layers, so that two stages of two chunks each have one."""
     layout = run.layout
     config = tiny.language_config(
@@ -34,10 +35,12 @@ def model_config(run: Run, **changes):
         sequence_parallel=layout.tensor_model_parallel_size > 1,
         overlap_p2p_comm=layout.virtual_pipeline_model_parallel_size is not None,
         batch_p2p_comm=layout.virtual_pipeline_model_parallel_size is None,
+        context_parallel_size=layout.context_parallel_size,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
         **changes,
     )
-
-    return tiny.mimo_config(tiny.language_spec(config))
+    own = dict(transformer_layer_spec=token_local_layers(4), position_embedding_type="none") if token_local else {}
+    return tiny.mimo_config(tiny.language_spec(config, **own))
 
 
 def four_samples(step: int, rank: int, size: int) -> list[dict]:
@@ -65,13 +68,16 @@ def four_samples(step: int, rank: int, size: int) -> list[dict]:
     return batches[rank * share : (rank + 1) * share]
 
 
-def trainer(run: Run, directory, steps: int = 4, per_token: bool = True, **options) -> Trainer:
+def trainer(
+    run: Run, directory, steps: int = 4, per_token: bool = True, distributed: bool = False,
+    save_every: int | None = None, **changes,
+) -> Trainer:  # fmt: skip
+    """A trainer of the tiny model, `changes` made to its configuration."""
     # Adam's epsilon far above rounding: with 1e-8 its first step is the gradient's sign.
-    distributed = options.pop("distributed", False)
     return Trainer(
-        model_config(run, calculate_per_token_loss=per_token),
+        model_config(run, calculate_per_token_loss=per_token, **changes),
         run,
-        TrainerSettings(steps=steps, decay="constant", progress=False, directory=directory, **options),
+        TrainerSettings(steps=steps, decay="constant", progress=False, directory=directory, save_every=save_every),
         optimizer=OptimizerConfig(
             lr=1e-2, adam_eps=1e-3, clip_grad=1.0, use_distributed_optimizer=distributed
         ),
@@ -245,3 +251,57 @@ def operations_are_counted_alike_on_every_layout(run: Run) -> None:
     for name, size in expected.items():
         for key in ("weights", "trained", "attention", "positions"):
             assert found[name][key] == pytest.approx(size[key]), (name, key)
+
+
+def assert_equals(first: Trainer, layouts: tuple, build) -> None:
+    """The losses of `first` and of what `build(run)` gives on each layout, from the same weights."""
+    start = first.save()
+    expected = losses(first.train(four_samples)) + [first.evaluate(four_samples)]
+    for layout in layouts:
+        other = build(relayout(**layout))
+        other.load(start)
+        assert_close(losses(other.train(four_samples)) + [other.evaluate(four_samples)], expected)
+
+
+@case(ranks=2, timeout_s=120)
+def trainer_trains_experts_and_parts_of_a_sequence_as_one_rank_does(run: Run) -> None:
+    experts = dict(
+        num_moe_experts=4, moe_router_topk=2, moe_token_dispatcher_type="alltoall", moe_aux_loss_coeff=0.0,
+        moe_router_load_balancing_type="none", add_bias_linear=False,
+    )  # fmt: skip
+
+    def with_experts(run: Run) -> Trainer:
+        return trainer(run, shared_directory() / "experts", **experts)
+
+    def token_local(run: Run) -> Trainer:
+        return trainer(run, shared_directory() / "token-local", token_local=True)
+
+    assert_equals(with_experts(run), ({"expert_model_parallel_size": 2},), with_experts)
+    assert_equals(token_local(relayout()), ({"context_parallel_size": 2},), token_local)
+
+
+@case(ranks=4, timeout_s=180)
+def trainer_trains_on_two_axes_and_on_four_stages_as_on_one(run: Run) -> None:
+    def build(run: Run) -> Trainer:
+        return trainer(run, shared_directory() / "two-axes", distributed=run.layout.data_parallel_size > 1)
+
+    four_stages = {"pipeline_model_parallel_size": 4}
+    assert_equals(build(run), ({**TENSOR, **PIPELINE}, PIPELINE, four_stages), build)
+
+
+@case(ranks=4, **PIPELINE)
+def middle_and_outer_stages_read_what_they_need_alone(run: Run) -> None:
+    run = relayout(pipeline_model_parallel_size=4)
+    ours = trainer(run, None)
+    seen: set[str] = set()
+    whole = type(ours.models[0]).forward
+
+    def forward(self, **batch):
+        seen.update(batch)
+        return whole(self, **batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(ours.models[0]), "forward", forward)
+        ours.train_step(four_samples)
+    more = {0: {"placement", "modality_inputs", "modality_targets"}, 3: {"placement", "labels", "loss_mask", "modality_targets"}}
+    assert seen == {"input_ids"} | more.get(run.pipeline_rank, set())
