@@ -83,6 +83,10 @@ class ForwardStep:
             log_absent=self._log_absent,
         )
 
+    def start_evaluation(self) -> None:
+        """The evaluation that follows draws what every one does; of two in a row nothing else tells."""
+        self._evaluated.clear()
+
     def _current_step(
         self, iterator: Iterator[Batch] | None, mimo: MimoModel
     ) -> tuple[StepBatches, StepScale | None]:

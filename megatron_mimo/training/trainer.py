@@ -239,6 +239,7 @@ class Trainer:
         with parameters_gathered(self.chunks, self.optimizer):
             for chunk in self.chunks:
                 chunk.eval()
+            self._forward_step.start_evaluation()
             logged = []
             for step in range(self.settings.evaluation_steps):
                 logged += self._run(data, step, forward_only=True)
