@@ -8,9 +8,12 @@ Five tasks over three modalities, one sequence each. `I` and `A` are read, `i` a
     DIAL        dial 7  a a a a a a a a                    text  -> tone
     HEAR_DRAW   A A A A A A A A  draw  i i i i             tone  -> image
 
+The model that draws with codes has one task, DRAW with a generation token for each of 16 codes.
+
 Shapes: `B` samples of the whole step, `n` those of them that use a modality.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
@@ -19,8 +22,10 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
+from torch.nn import functional as F
 
 from examples.digits.tones import dial_tones
+from examples.digits.vq import GRID
 from megatron_mimo.assemble import images_to_patches
 
 # Handwritten digits ----------------------------------------------------------------------
@@ -45,7 +50,7 @@ def load_split() -> tuple[Digits, Digits]:
     return Digits(images[train], labels[train]), Digits(images[held_out], labels[held_out])
 
 
-# Sequences -------------------------------------------------------------------------------
+# Sequences of the model that reads, hears, draws and dials -----------------------------------
 
 PATCH = 4
 """Side of a drawn patch: an image is 4 patches of 16 pixels."""
@@ -205,3 +210,47 @@ def model_inputs(images: Tensor, clips: Tensor) -> dict:
     if len(clips):
         inputs["audio"] = {"ear": {"waveforms": clips}}
     return inputs
+
+
+# Sequences of the model that draws with codes ------------------------------------------------
+
+CODE_ROWS = math.prod(GRID)
+"""Positions of an image in codes."""
+CODE_LENGTH = 2 + CODE_ROWS
+"""Positions of every sequence: "draw", the digit, and its codes."""
+
+
+def code_sequences(digit: Tensor) -> Tensor:
+    """Token ids `[B, CODE_LENGTH]` that ask for drawings of digits `[B]`, one code at a position."""
+    ids = torch.full((len(digit), CODE_LENGTH), TOKEN["<draw>"])
+    ids[:, 0] = TOKEN["draw"]
+    ids[:, 1] = digit
+    return ids
+
+
+def otherwise_written(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images `[n, 8, 8]`, each turned by up to 10 degrees, scaled by up to 10 % and moved by up to half a pixel."""
+    turn, wide, high, right, down = 2 * torch.rand(5, len(images), generator=generator) - 1
+    angle = math.radians(10) * turn
+    across = torch.stack([angle.cos(), -angle.sin(), right / 8], 1) * (1 + 0.1 * wide)[:, None]
+    along = torch.stack([angle.sin(), angle.cos(), down / 8], 1) * (1 + 0.1 * high)[:, None]
+    grid = F.affine_grid(torch.stack([across, along], 1), [len(images), 1, 8, 8], align_corners=False)
+    ink = F.grid_sample(images[:, None] + 1, grid, align_corners=False)  # nothing, which is 0, lies outside
+    return ink[:, 0] - 1
+
+
+def code_batch(digits: Digits, count: int, seed: int, step: int, rank: int = 0, size: int = 1) -> dict:
+    """Keyword arguments of `MimoModel.forward` for one rank's share of `count` digits to draw with codes.
+
+    The images are targets as they are; the decoder's tokenizer makes codes of them. There is no text to learn.
+    """
+    generator = torch.Generator().manual_seed(1_000_003 * seed + step)
+    chosen = torch.randint(len(digits.labels), (count,), generator=generator)
+    images = otherwise_written(digits.images[chosen], generator).chunk(size)[rank]
+    ids = code_sequences(digits.labels[chosen].chunk(size)[rank])
+    return {
+        "input_ids": ids,
+        "labels": ids,
+        "loss_mask": torch.zeros(ids.shape),
+        "modality_targets": {"images": {"codes": {"media": images[:, None]}}},
+    }

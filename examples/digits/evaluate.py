@@ -1,4 +1,4 @@
-"""What the trained model can do: asked on held-out data, judged by `judges`, which never sees the model."""
+"""What the trained models can do: asked on held-out data, judged by `judges`, which never see them."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,15 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch import Tensor
 
 from examples.digits import judges
-from examples.digits.data import TOKEN, Digits, Task, model_inputs, sequences
+from examples.digits.data import TOKEN, Digits, Task, code_sequences, model_inputs, sequences
 from examples.digits.tones import dial_tones
-from megatron_mimo import MimoModel, MimoOutput
+from examples.digits.train import Trained
+from examples.digits.vq import CODES
+from megatron_mimo import MimoModel, MimoOutput, sample_one_by_one
 
 NOTHING: Tensor = torch.empty(0)
+TEMPERATURE = 0.4
+"""Of the codes. Higher draws more diverse digits, fewer of which the judge recognises (docs/log.md)."""
 
 
 class Session:
@@ -73,9 +77,12 @@ def _unanswered(task: Task, count: int) -> Tensor:
     return sequences(task, torch.full((count,), TOKEN["<pad>"]))
 
 
+# Figures ---------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
-class Results:
-    """The figures, and the pictures and tones that they were taken from.
+class FlowResults:
+    """Figures of the model that reads, hears, draws and dials, and what they were taken from.
 
     Args:
         figures: name -> value.
@@ -91,9 +98,28 @@ class Results:
     dialled: Tensor
 
 
-def evaluate(model: MimoModel, train: Digits, held_out: Digits, *, seed: int, per_digit: int = 50) -> Results:
+@dataclass(frozen=True)
+class CodeResults:
+    """Figures of the model that draws with codes, and what they were taken from.
+
+    Args:
+        figures: name -> value.
+        asked: `[n]`, the digits asked for.
+        drawn: `[n, 8, 8]` in [-1, 1].
+        given_back: `[m, 8, 8]`, what the tokenizer makes of held-out digits.
+    """
+
+    figures: dict[str, float]
+    asked: Tensor
+    drawn: Tensor
+    given_back: Tensor
+
+
+def evaluate_flow(
+    trained: Trained, train: Digits, held_out: Digits, *, seed: int, per_digit: int = 50
+) -> FlowResults:
     """Asks `per_digit` times for every digit, and lets the judges look and listen."""
-    session = Session(model, seed)
+    session = Session(trained.model, seed)
     asked = torch.arange(10).repeat(per_digit)
     # Training seeds its tones with numbers that are not negative: these are none of them.
     clips = dial_tones(asked, torch.Generator().manual_seed(-1 - seed))
@@ -110,5 +136,42 @@ def evaluate(model: MimoModel, train: Digits, held_out: Digits, *, seed: int, pe
         "draw_novelty": judges.novelty(drawn, train, held_out),
         "dial_accuracy": judges.accuracy(keys, [str(digit) for digit in asked.tolist()]),
         "hear_then_draw_accuracy": judges.accuracy(judges.recognise(svm, heard_drawn), asked),
+        "train_seconds": round(trained.seconds, 1),
     }
-    return Results(figures, asked, drawn, heard_drawn, dialled)
+    return FlowResults(figures, asked, drawn, heard_drawn, dialled)
+
+
+def evaluate_codes(
+    trained: Trained, train: Digits, held_out: Digits, *, seed: int, per_digit: int = 50
+) -> CodeResults:
+    """Asks `per_digit` times for every digit; the same judge looks at the drawings, and at the tokenizer alone."""
+    asked = torch.arange(10).repeat(per_digit)
+    drawn = draw_with_codes(trained.model, asked, seed)
+    codec = trained.model.modality_submodules["images"].decoders["codes"].tokenizer
+    device = next(trained.model.parameters()).device
+    codes = codec.encode(held_out.images[:, None].to(device))
+    given_back = codec.decode(codes).squeeze(1).cpu()
+
+    svm = judges.train_svm(train)
+    figures = {
+        "draw_codes_accuracy": judges.accuracy(judges.recognise(svm, drawn), asked),
+        "draw_codes_diversity": judges.diversity(Digits(drawn, asked), held_out),
+        "draw_codes_novelty": judges.novelty(drawn, train, held_out),
+        "vq_reconstruction_error": float((given_back - held_out.images).square().mean().sqrt()),
+        "vq_recognised": judges.accuracy(judges.recognise(svm, given_back), held_out.labels),
+        "vq_codes_used": len(codes.unique()) / CODES,
+        "train_codes_seconds": round(trained.seconds, 1),
+    }
+    return CodeResults(figures, asked, drawn, given_back)
+
+
+def draw_with_codes(model: MimoModel, digits: Tensor, seed: int) -> Tensor:
+    """Images `[n, 8, 8]` of digits `[n]`: the model runs once for each code, and sees those before it."""
+    device = next(model.parameters()).device
+    codes = sample_one_by_one(
+        model.eval(),
+        code_sequences(digits).to(device),
+        "images",
+        options={"temperature": TEMPERATURE, "generator": torch.Generator(device).manual_seed(seed)},
+    )
+    return model.modality_submodules["images"].finish(codes).squeeze(1).cpu()

@@ -1,6 +1,11 @@
-"""The model of the demo: a small GPT that reads images and tones, and draws and dials them by flow."""
+"""The two models of the demo, each around a small GPT.
+
+One reads images and tones, and draws and dials them by rectified flow. The other draws with the codes of a VQ
+tokenizer, one after another.
+"""
 
 import math
+from pathlib import Path
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -8,10 +13,27 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from examples.digits.data import AUDIO_ROWS, BAND, IMAGE_ROWS, LENGTH, PATCH, TOKEN, VOCABULARY
+from examples.digits.data import (
+    AUDIO_ROWS,
+    BAND,
+    CODE_LENGTH,
+    IMAGE_ROWS,
+    LENGTH,
+    PATCH,
+    TOKEN,
+    VOCABULARY,
+)
 from examples.digits.tones import CLIP
+from examples.digits.vq import CODES, GRID, DigitCodec
 from megatron_mimo import AudioModalitySubmodules, MimoModelConfig, VisionModalitySubmodules
-from megatron_mimo.decoders import FlowTransformerDecoder, LatentTokenizer, QueryInput
+from megatron_mimo.decoders import (
+    CodeInput,
+    CodeTokenizer,
+    DiscreteDecoder,
+    FlowTransformerDecoder,
+    LatentTokenizer,
+    QueryInput,
+)
 from megatron_mimo.specs import language_layer_spec
 
 HIDDEN = 96
@@ -74,8 +96,30 @@ class CosineBands(nn.Module):
         return bands[..., 0].transpose(1, 2).flatten(1) @ self.basis
 
 
-def digits_config(*, tensor_parallel: int = 1, sequence_parallel: bool = False) -> MimoModelConfig:
-    """The model's configuration. Its first weights are the same under every layout."""
+def flow_config(*, tensor_parallel: int = 1, sequence_parallel: bool = False) -> MimoModelConfig:
+    """The model that reads and hears, and draws and dials by flow."""
+    return MimoModelConfig(
+        language_model=language_model(LENGTH, tensor_parallel, sequence_parallel),
+        modality_submodules={"images": images_spec(), "audio": audio_spec()},
+        special_token_ids={"images": TOKEN["<image>"], "audio": TOKEN["<tone>"]},
+        generation_token_ids={"images": TOKEN["<draw>"], "audio": TOKEN["<dial>"]},
+    )
+
+
+def codes_config(
+    codec: Path, *, tensor_parallel: int = 1, sequence_parallel: bool = False
+) -> MimoModelConfig:
+    """The model that draws with the codes of a trained `DigitCodec`, whose weights are in the file `codec`."""
+    return MimoModelConfig(
+        language_model=language_model(CODE_LENGTH, tensor_parallel, sequence_parallel),
+        modality_submodules={"images": code_images_spec(codec)},
+        special_token_ids={},
+        generation_token_ids={"images": TOKEN["<draw>"]},
+    )
+
+
+def language_model(length: int, tensor_parallel: int, sequence_parallel: bool) -> ModuleSpec:
+    """A GPT for sequences of `length`. Its first weights are the same under every layout."""
     config = TransformerConfig(
         num_layers=3,
         hidden_size=HIDDEN,
@@ -88,20 +132,14 @@ def digits_config(*, tensor_parallel: int = 1, sequence_parallel: bool = False) 
         tensor_model_parallel_size=tensor_parallel,
         sequence_parallel=sequence_parallel,
     )
-    language_model = ModuleSpec(
+    return ModuleSpec(
         module=GPTModel,
         params={
             "config": config,
             "transformer_layer_spec": language_layer_spec(config),
             "vocab_size": VOCABULARY,
-            "max_sequence_length": LENGTH,
+            "max_sequence_length": length,
         },
-    )
-    return MimoModelConfig(
-        language_model=language_model,
-        modality_submodules={"images": images_spec(), "audio": audio_spec()},
-        special_token_ids={"images": TOKEN["<image>"], "audio": TOKEN["<tone>"]},
-        generation_token_ids={"images": TOKEN["<draw>"], "audio": TOKEN["<dial>"]},
     )
 
 
@@ -136,6 +174,33 @@ def audio_spec() -> ModuleSpec:
             "input_projections": [projection(Ear.width)],
             "generation_input": queries(AUDIO_ROWS),
             "decoders": {"bands": flow(AUDIO_ROWS, BAND, tokenizer=codec)},
+        },
+    )
+
+
+def code_images_spec(codec: Path) -> ModuleSpec:
+    """Draws code by code: each position sees the code before it, and the decoder predicts the next."""
+    tokenizer = ModuleSpec(
+        module=CodeTokenizer,
+        params={"module": ModuleSpec(module=DigitCodec, params={"weights": codec}), "grid": GRID},
+    )
+    return ModuleSpec(
+        module=VisionModalitySubmodules,
+        submodules={
+            "generation_input": ModuleSpec(
+                module=CodeInput, params={"hidden_size": HIDDEN, "codebook_sizes": CODES}
+            ),
+            "decoders": {
+                "codes": ModuleSpec(
+                    module=DiscreteDecoder,
+                    params={
+                        "width": HIDDEN,
+                        "codebook_sizes": CODES,
+                        "tokenizer": tokenizer,
+                        "position_rule": "predecessor",
+                    },
+                )
+            },
         },
     )
 

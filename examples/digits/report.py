@@ -1,10 +1,11 @@
-"""The report of the demo: one page that needs no other file, the figures as JSON, and a picture."""
+"""The report of the demo: one page that needs no other file, the figures as JSON, and pictures."""
 
 import base64
 import html
 import io
 import json
 import wave
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -12,31 +13,54 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec
 from torch import Tensor
 
-from examples.digits.data import Digits
-from examples.digits.evaluate import Results
+from examples.digits.data import CODE_ROWS, Digits
+from examples.digits.evaluate import CodeResults, FlowResults
 from examples.digits.tones import CLIP, HIGH_HZ, KEY_HZ, LOW_HZ, RATE
+from examples.digits.vq import CODES
 
-FIGURES = {
-    "read_accuracy": (0.95, "held-out handwriting read as the digit it is"),
-    "hear_accuracy": (0.98, "new tones heard as the digit they dial"),
-    "draw_accuracy": (0.90, "drawn digits that an SVM trained on real ones recognises"),
-    "draw_diversity": (0.50, "distance between two drawings of a digit, over that of real handwriting"),
-    "dial_accuracy": (0.95, "dialled tones that a Goertzel detector decodes"),
-    "hear_then_draw_accuracy": (0.85, "digits drawn from a tone that the SVM recognises"),
+Losses = list[dict[str, float]]
+"""Term -> mean over the batch, for each step."""
+
+GOALS = {
+    "read_accuracy": 0.95,
+    "hear_accuracy": 0.98,
+    "draw_accuracy": 0.90,
+    "draw_diversity": 0.50,
+    "dial_accuracy": 0.95,
+    "hear_then_draw_accuracy": 0.85,
+    "draw_codes_accuracy": 0.90,
+    "draw_codes_diversity": 0.50,
 }
-"""Name -> what it should reach, and what it says."""
-ALSO = {
+"""Figures that have a goal: at least this."""
+SAYS = {
+    "read_accuracy": "held-out handwriting read as the digit it is",
+    "hear_accuracy": "new tones heard as the digit they dial",
+    "draw_accuracy": "drawn digits that an SVM trained on real ones recognises",
+    "draw_diversity": "distance between two drawings of a digit, over that of real handwriting",
     "draw_novelty": "distance from a drawing to the nearest training image, over that of unseen handwriting",
+    "dial_accuracy": "dialled tones that a Goertzel detector decodes",
+    "hear_then_draw_accuracy": "digits drawn from a tone that the SVM recognises",
     "train_seconds": "time of the training on this machine",
+    "draw_codes_accuracy": "digits drawn with codes that the SVM recognises",
+    "draw_codes_diversity": "distance between two of them, over that of real handwriting",
+    "draw_codes_novelty": "distance from one of them to the nearest training image, over that of unseen handwriting",
+    "vq_reconstruction_error": "root mean square of what the tokenizer changes in unseen handwriting, white being -1 "
+    "and black 1",
+    "vq_recognised": "unseen handwriting that the SVM recognises after the tokenizer",
+    "vq_codes_used": "share of the codebook that unseen handwriting uses",
+    "train_codes_seconds": "time of the training on this machine, without the tokenizer's",
 }
+"""Every figure, and what it says."""
 
-TERMS = {
+FLOW_TERMS = {
     "text": ("text: which digit", "#1b6ca8"),
     "images/pixels": ("images: velocity of the pixels", "#d1495b"),
     "audio/bands": ("audio: velocity of the spectrum", "#2e8b57"),
 }
+CODE_TERMS = {"images/codes": ("images: cross-entropy of the codes", "#d1495b")}
 INK = "#22303c"
 PHONE_NUMBER = (3, 1, 4, 1, 5, 9, 2, 6, 5, 3)
 
@@ -54,23 +78,37 @@ LOOK = {
 
 @matplotlib.rc_context(LOOK)
 def write_report(
-    out: Path, results: Results, losses: list[dict[str, float]], held_out: Digits
+    out: Path,
+    losses: dict[str, Losses],
+    held_out: Digits,
+    *,
+    flow: FlowResults | None = None,
+    codes: CodeResults | None = None,
 ) -> None:
-    """Writes metrics.json, digits.png and report.html to `out`."""
-    (out / "metrics.json").write_text(json.dumps(results.figures, indent=2) + "\n")
-    overview = draw_overview(results, held_out)
-    overview.savefig(out / "digits.png", dpi=160)
-    (out / "report.html").write_text(page(results, losses, held_out))
+    """Writes metrics.json, report.html and a picture of each model to `out`; a model that is None is left out."""
+    figures = {name: value for results in (flow, codes) if results for name, value in results.figures.items()}
+    (out / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
+    sections = []
+    if flow:
+        picture = png(draw_flow(flow, held_out))
+        (out / "digits.png").write_bytes(picture)
+        sections.append(flow_section(flow, losses["flow"], picture))
+    if codes:
+        picture = png(draw_codes(codes, held_out, flow))
+        (out / "digits_codes.png").write_bytes(picture)
+        sections.append(codes_section(losses["codes"], picture))
+    (out / "report.html").write_text(page(figures, sections))
 
 
-# Figures ---------------------------------------------------------------------------------
+# Pictures --------------------------------------------------------------------------------
 
 
-def draw_losses(losses: list[dict[str, float]]) -> Figure:
+def draw_losses(losses: Losses, terms: dict[str, tuple[str, str]]) -> Figure:
     """Every term over the steps: each step pale, their running mean in full colour."""
     figure = Figure(figsize=(10, 2.8), layout="constrained")
-    for axis, (name, (title, colour)) in zip(figure.subplots(1, 3), TERMS.items()):
-        steps = [step for step, terms in enumerate(losses) if name in terms]
+    axes = figure.subplots(1, len(terms), squeeze=False)[0]
+    for axis, (name, (title, colour)) in zip(axes, terms.items()):
+        steps = [step for step, at_step in enumerate(losses) if name in at_step]
         values = np.array([losses[step][name] for step in steps])
         axis.plot(steps, values, color=colour, alpha=0.25, linewidth=0.7)
         width = max(1, len(values) // 40)
@@ -83,17 +121,46 @@ def draw_losses(losses: list[dict[str, float]]) -> Figure:
     return figure
 
 
-def draw_overview(results: Results, held_out: Digits) -> Figure:
+def draw_flow(results: FlowResults, held_out: Digits) -> Figure:
     """Real and drawn digits, and below each the spectrogram of its dialled tone."""
+    figure = Figure(figsize=(10, 6))
+    grid = figure.add_gridspec(
+        4, 10, height_ratios=(3, 4, 2, 4.5), left=0.1, right=0.99, top=0.95, bottom=0.02, hspace=0.1, wspace=0.1
+    )
     blocks = (
         ("real", held_out.images, held_out.labels, 3),
         ("drawn", results.drawn, results.asked, 4),
         ("drawn on\nhearing\nits tone", results.heard_drawn, results.asked, 2),
     )
-    figure = Figure(figsize=(10, 6))
+    _draw_blocks(figure, grid, blocks)
+    for digit in range(10):
+        axis = figure.add_subplot(grid[3, digit])
+        _draw_spectrogram(axis, results.dialled[results.asked == digit][0], labelled=digit == 0)
+    return figure
+
+
+def draw_codes(results: CodeResults, held_out: Digits, flow: FlowResults | None) -> Figure:
+    """Real digits, the same after the tokenizer, digits drawn with codes, and by flow where there are any."""
+    blocks = [
+        ("real", held_out.images, held_out.labels, 2),
+        ("the same\nthrough the\ntokenizer", results.given_back, held_out.labels, 2),
+        ("drawn\nwith codes", results.drawn, results.asked, 4),
+    ]
+    if flow:
+        blocks.append(("drawn\nby flow", flow.drawn, flow.asked, 4))
+    heights = [rows for *_, rows in blocks]
+    figure = Figure(figsize=(10, 0.3 + 0.42 * sum(heights)))
     grid = figure.add_gridspec(
-        4, 10, height_ratios=(3, 4, 2, 4.5), left=0.1, right=0.99, top=0.95, bottom=0.02, hspace=0.1, wspace=0.1
+        len(blocks), 10, height_ratios=heights, left=0.1, right=0.99, top=0.93, bottom=0.01, hspace=0.1, wspace=0.1
     )
+    _draw_blocks(figure, grid, blocks)
+    return figure
+
+
+def _draw_blocks(
+    figure: Figure, grid: GridSpec, blocks: Sequence[tuple[str, Tensor, Tensor, int]]
+) -> None:
+    """A row of the grid for each block (title, images, labels, rows): two columns of images of every digit."""
     for place, (title, images, labels, rows) in enumerate(blocks):
         for digit in range(10):
             axis = figure.add_subplot(grid[place, digit])
@@ -104,10 +171,13 @@ def draw_overview(results: Results, held_out: Digits) -> Figure:
                 axis.set_title(str(digit))
             if digit == 0:
                 axis.set_ylabel(title, rotation=0, ha="right", va="center", labelpad=10)
-    for digit in range(10):
-        axis = figure.add_subplot(grid[3, digit])
-        _draw_spectrogram(axis, results.dialled[results.asked == digit][0], labelled=digit == 0)
-    return figure
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=160)
+    return buffer.getvalue()
 
 
 def mosaic(images: Tensor, rows: int, columns: int) -> Tensor:
@@ -138,7 +208,7 @@ def spectrogram(clip: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 # Page ------------------------------------------------------------------------------------
 
 
-def page(results: Results, losses: list[dict[str, float]], held_out: Digits) -> str:
+def page(figures: dict[str, float], sections: list[str]) -> str:
     """The report as HTML; pictures and sounds are in it."""
     return f"""<!doctype html>
 <html lang="en">
@@ -147,27 +217,46 @@ def page(results: Results, losses: list[dict[str, float]], held_out: Digits) -> 
 <title>megatron_mimo: digits</title>
 <style>{STYLE}</style>
 <main>
-<h1>One model that reads, hears, draws and dials</h1>
-<p>A small Megatron language model over handwriting, dial tones and text, trained from nothing in
-{len(losses)} steps. What follows is asked on data that it never trained on, and judged by programs that
-never saw it.</p>
+<h1>Models that read, hear, draw and dial</h1>
+<p>Small Megatron language models over handwriting, dial tones and text, trained from nothing. What follows is
+asked on data that they never trained on, and judged by programs that never saw them.</p>
 <table>
 <tr><th>figure<th class="number">goal<th class="number">reached</tr>
-{"".join(_row(name, results.figures[name]) for name in [*FIGURES, *ALSO])}
+{"".join(_row(name, value) for name, value in figures.items())}
 </table>
-<h2>What it draws and dials</h2>
-{_picture(draw_overview(results, held_out), "Real digits, drawn digits, and spectrograms of dialled tones")}
+{"".join(sections)}
+</main>
+</html>
+"""
+
+
+def flow_section(results: FlowResults, losses: Losses, picture: bytes) -> str:
+    """What the model that reads, hears, draws and dials has made."""
+    return f"""
+<h2>By flow: one model draws and dials</h2>
+{_picture(picture, "Real digits, drawn digits, and spectrograms of dialled tones")}
 <p>Every drawing starts from other noise. In the last two rows of digits the model was told no digit: it heard
 its tone. Below, a dialled tone of each digit, from left to right in time.</p>
-<h2>Listen</h2>
+<h3>Listen</h3>
 <p>Tones as the model made them, 128 ms each: it chooses level, phases, duration and noise anew every time.</p>
 <div class="keys">{"".join(_key(results, digit) for digit in range(10))}</div>
 <p>A number, dialled digit by digit: {"".join(map(str, PHONE_NUMBER))}</p>
 {_player(_dialled_number(results))}
-<h2>Losses</h2>
-{_picture(draw_losses(losses), "Loss of every term over the steps")}
-</main>
-</html>
+<h3>Losses of its {len(losses)} steps</h3>
+{_picture(png(draw_losses(losses, FLOW_TERMS)), "Loss of every term over the steps")}
+"""
+
+
+def codes_section(losses: Losses, picture: bytes) -> str:
+    """What the model that draws with codes has made."""
+    return f"""
+<h2>With codes: another draws them one by one</h2>
+{_picture(picture, "Real digits, digits through the tokenizer, and drawn digits")}
+<p>A small VQ tokenizer, trained first and then frozen, makes {CODE_ROWS} codes of an image, each one of {CODES}. The
+model predicts them as a language model predicts words: it sees the codes before each. What the tokenizer loses, no
+drawing can have.</p>
+<h3>Losses of its {len(losses)} steps</h3>
+{_picture(png(draw_losses(losses, CODE_TERMS)), "Loss of the codes over the steps")}
 """
 
 
@@ -175,7 +264,7 @@ STYLE = """
 body { margin: 0; background: #f5f7fa; color: #22303c; font: 16px/1.5 system-ui, sans-serif; }
 main { max-width: 62rem; margin: 2rem auto; padding: 1rem 3rem 3rem; background: white;
        border-radius: 8px; box-shadow: 0 1px 4px #0002; }
-h1 { font-size: 1.7rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
+h1 { font-size: 1.7rem; } h2 { font-size: 1.3rem; margin-top: 2.5rem; } h3 { font-size: 1.05rem; }
 table { border-collapse: collapse; width: 100%; }
 th, td { padding: .35rem .8rem; text-align: left; border-bottom: 1px solid #e4e7eb; }
 .number { font-variant-numeric: tabular-nums; text-align: right !important; }
@@ -188,29 +277,27 @@ img { width: 100%; }
 
 
 def _row(name: str, value: float) -> str:
-    goal, says = FIGURES.get(name, (None, ALSO.get(name)))
+    goal = GOALS.get(name)
     reached = "" if goal is None else "reached" if value >= goal else "missed"
-    shown = f"{value:.1f}" if name == "train_seconds" else f"{value:.3f}"
+    shown = f"{value:.1f}" if name.endswith("seconds") else f"{value:.3f}"
     return (
-        f"<tr><td>{name}<br><small>{html.escape(says)}</small>"
+        f"<tr><td>{name}<br><small>{html.escape(SAYS[name])}</small>"
         f'<td class="number">{"" if goal is None else f"{goal:.2f}"}'
         f'<td class="number {reached}">{shown}</tr>\n'
     )
 
 
-def _picture(figure: Figure, description: str) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=140)
-    return f'<img alt="{description}" src="{_data_url("image/png", buffer.getvalue())}">'
+def _picture(content: bytes, description: str) -> str:
+    return f'<img alt="{description}" src="{_data_url("image/png", content)}">'
 
 
-def _key(results: Results, digit: int) -> str:
+def _key(results: FlowResults, digit: int) -> str:
     clip = results.dialled[results.asked == digit][0]
     low, high = KEY_HZ[str(digit)]
     return f"<figure>{_player(clip)}<figcaption>{digit} <small>{low:.0f} + {high:.0f} Hz</small></figcaption></figure>"
 
 
-def _dialled_number(results: Results) -> Tensor:
+def _dialled_number(results: FlowResults) -> Tensor:
     """Another clip for each digit of the number, with pauses."""
     clips = [
         results.dialled[results.asked == digit][place] for place, digit in enumerate(PHONE_NUMBER)
