@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
+from megatron.core import parallel_state
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
     make_sharded_tensors_for_checkpoint,
     sharded_state_dict_default,
 )
-from megatron.core.utils import get_tensor_model_parallel_group_if_none
 from torch import nn
 
 
@@ -45,7 +45,7 @@ def sharded_state_dict(
             sharded_offsets,
             # Replicated over both groups: without the first, every tensor-parallel rank would
             # claim to hold the copy that is written.
-            tp_group=get_tensor_model_parallel_group_if_none(None),
+            tp_group=parallel_state.get_tensor_model_parallel_group(check_initialized=False),
             dp_cp_group=metadata["dp_cp_group"],
         )
     )

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
@@ -120,12 +120,27 @@ def _state(
         for index, chunk in enumerate(chunks)
     }
     if optimizer is not None:
+        for each in getattr(optimizer, "chained_optimizers", [optimizer]):
+            if each.init_state_fn is None:
+                each.init_state_fn = _momentum_of_nothing
         state["optimizer"] = optimizer.sharded_state_dict(
             dict(state), is_loading=loading, metadata=metadata
         )
     if random:
         state["random"] = ShardedObject("random", _random_state(), (run.world_size,), (run.rank,))
     return state
+
+
+def _momentum_of_nothing(optimizer: torch.optim.Optimizer, config: OptimizerConfig | None = None) -> None:
+    """The state of an SGD that has not taken a step, which Megatron, unlike Adam's, does not describe.
+
+    Loading a checkpoint begins with that description.
+    """
+    for group in optimizer.param_groups:
+        if not group.get("momentum"):
+            continue
+        for parameter in group["params"]:
+            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
 
 def _metadata(run: Run) -> dict:

@@ -45,3 +45,67 @@ def test_terms_that_a_step_counts_nothing_of_are_left_out(single_process):
     ids = torch.tensor([[1, 2, 3, 4]])
     report = trainer(single_process).train_step(lambda *_: [dict(input_ids=ids, labels=ids)])
     assert set(report.losses) == {"text", "loss"}
+
+
+def test_training_evaluates_and_saves_as_often_as_asked(single_process, tmp_path):
+    ours = trainer(single_process, steps=5, evaluate_every=2, save_every=2, directory=tmp_path)
+    history = ours.train(one_batch, evaluation=one_batch)
+    assert list(history.evaluations) == [2, 4] and not history.stopped
+    assert [report.step for report in history.steps] == [0, 1, 2, 3, 4]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000004"]
+    # An evaluation after two steps is the loss that the third one starts from.
+    assert history.evaluations[2]["loss"] == pytest.approx(history.steps[2].losses["loss"], rel=1e-6)
+
+
+def test_without_save_every_the_end_is_saved_and_the_latest_checkpoint_is_loaded(single_process, tmp_path):
+    ours = trainer(single_process, steps=2, directory=tmp_path)
+    ours.train(one_batch)
+    (tmp_path / "step_00000009").mkdir()  # cut short while it was written
+    other = trainer(single_process, steps=3, directory=tmp_path)
+    assert other.load() == 2
+    for mine, theirs in zip(ours.models[0].parameters(), other.models[0].parameters()):
+        assert mine.equal(theirs)
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint at .*step_00000009"):
+        other.load(tmp_path / "step_00000009")
+
+
+def test_a_trainer_with_nothing_to_load_stands_at_its_first_step(single_process, tmp_path):
+    assert trainer(single_process, directory=tmp_path).load() == 0
+    assert trainer(single_process).load() == 0
+    assert trainer(single_process).save() is None
+
+
+@pytest.mark.parametrize("optimizer", [OptimizerConfig(lr=1e-2), sgd(sgd_momentum=0.9)], ids=["adam", "sgd"])
+def test_an_interrupted_run_resumes_with_momentum_and_schedule(optimizer, single_process, tmp_path):
+    settings = dict(steps=4, decay="linear", save_every=2, directory=tmp_path, optimizer=optimizer)
+    unbroken = trainer(single_process, **settings)
+    expected = unbroken.train(one_batch).steps
+    resumed = trainer(single_process, **settings)
+    resumed.load(tmp_path / "step_00000002")
+    found = resumed.train(one_batch).steps
+    assert [(r.step, r.losses, r.learning_rate) for r in found] == [(r.step, r.losses, r.learning_rate) for r in expected[2:]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(steps=0), "steps must be at least 1, got 0"),
+        (dict(evaluation_steps=0), "evaluation_steps must be at least 1"),
+        (dict(warmup_steps=4), r"warmup_steps must lie in \[0, steps = 4\), got 4"),
+        (dict(save_every=2), "save_every 2 needs a directory"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainerSettings(**{"steps": 4, **settings})
+
+
+def test_an_optimizer_distributed_unlike_ddp_is_refused(single_process):
+    with pytest.raises(ValueError, match="use_distributed_optimizer: the optimizer has True, DDP False"):
+        trainer(single_process, optimizer=sgd(use_distributed_optimizer=True))
+
+
+def test_progress_bar_shows_where_the_run_stands_and_its_losses(single_process, capsys):
+    trainer(single_process, steps=2, progress=True).train(one_batch)
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[-1].startswith("[########################] 2/2  0 s left") and "images/pixels" in shown[-1]
