@@ -3,6 +3,7 @@
 import copy
 from argparse import Namespace
 from functools import partial
+from importlib.util import find_spec
 
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
@@ -13,6 +14,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_mimo import specs
+
+
+# Apex brings it. In half precision Megatron's attention in plain torch asks for it by default, and fails without.
+SOFTMAX_KERNEL = find_spec("scaled_masked_softmax_cuda") is not None
 
 
 class FusedAttention(MegatronModule):
@@ -50,10 +55,12 @@ def language_spec(args: Namespace) -> ModuleSpec:
     """A `GPTModel` as Megatron's arguments describe it."""
     from megatron.training.argument_utils import core_transformer_config_from_args
 
+    config = core_transformer_config_from_args(args)
+    config.masked_softmax_fusion &= SOFTMAX_KERNEL
     return ModuleSpec(
         module=GPTModel,
         params=dict(
-            config=core_transformer_config_from_args(args),
+            config=config,
             transformer_layer_spec=partial(specs.language_layer_spec, backend=backend(args)),
             vocab_size=args.padded_vocab_size,
             max_sequence_length=args.max_position_embeddings,
@@ -78,6 +85,7 @@ def encoder_config(args: Namespace, **sizes: int) -> TransformerConfig:
         fp16=args.fp16,
         hidden_dropout=0.0,
         attention_dropout=0.0,
+        masked_softmax_fusion=SOFTMAX_KERNEL,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         activation_func=F.gelu,

@@ -3,6 +3,7 @@
 One process runs it many times, because starting takes longer than training.
 """
 
+import math
 import os
 import re
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from examples.recipes import any_to_any_small
+from examples.recipes import any_to_any_small, vlm_clip_1b
 from megatron_mimo import launch
 from megatron_mimo.launch import Run, shutdown
 from megatron_mimo.training.pretraining import pretrain
@@ -189,6 +190,27 @@ def assert_logged(curves: Curves) -> None:
 def flops(curves: Curves) -> list[str]:
     names = [tag.removeprefix("throughput/") for tag in curves if tag.startswith("throughput/")]
     return [name for name in names if name.endswith(" TFLOP/s")]
+
+
+@case(ranks=2, timeout_s=120)
+def vlm_clip_1b_takes_a_step_of_its_four_images_with_everything_but_its_sizes(run: Run) -> None:
+    shutdown()
+    length = 4 * (vlm_clip_1b.IMAGE_ROWS + 1)
+    arguments = [
+        "--seq-length", str(length), "--max-position-embeddings", str(length), "--num-layers", "1", "--global-batch-size", "2",
+        "--swiglu", "--normalization", "RMSNorm", "--disable-bias-linear", "--use-distributed-optimizer", "--bf16",
+        "--calculate-per-token-loss", "--freeze", "images/encoders", "--lr-factor", "input_projections=10",
+        "--train-embedding-rows", "3", "--compile-encoders", "images/encoders", "--device-peak-tflops", "0.001",
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vlm_clip_1b, "VISION", dict(num_layers=1, hidden_size=32, ffn_hidden_size=32, num_attention_heads=2))
+        curves = run_recipe(shared_directory() / "vlm", *arguments, steps=1, recipe=vlm_clip_1b)
+    if run.rank == run.world_size - 1:
+        assert curves["text loss"][1] == pytest.approx(math.log(64), rel=0.1)
+        rates = {tag.removeprefix("throughput/"): values[1] for tag, values in curves.items() if tag.startswith("throughput/")}
+        assert rates["images tokens read/s"] == pytest.approx(vlm_clip_1b.IMAGE_ROWS * rates["images/clip items/s"])
+        assert rates["tokens/s"] == pytest.approx(length * rates["samples/s"])
+        assert rates["MFU"] == pytest.approx(rates["TFLOP/s"] / 0.002, rel=1e-5)
 
 
 class Terminated:
