@@ -12,7 +12,10 @@ import torch.distributed as dist
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_mimo.launch import Run
+from megatron_mimo.route import route
+from megatron_mimo.sharding import sequence_shard
 from tests import packed
+from tests.distributed.cases.align import LargestResult
 from tests.distributed.cases.decoders import build, copy_part, kinds, spread
 from tests.distributed.cases.layouts import Setting, close, own_part
 from tests.distributed.harness import case, relayout
@@ -76,3 +79,31 @@ def register(kind: str, layout: str) -> None:
 for kind in ("discrete", "flow", "flow_transformer"):
     for layout in LAYOUTS:
         register(kind, layout)
+
+
+@case(ranks=2, **TENSOR)
+@case(ranks=2, **CONTEXT)
+def routing_packed_rows_holds_no_more_than_this_ranks_part_of_the_sequence(run: Run) -> None:
+    lengths = [length for _, length, _, _ in packed.SEQUENCES]
+    splits = run.layout.tensor_model_parallel_size > 1
+    shard = sequence_shard(
+        sum(lengths),
+        tp_rank=run.tensor_rank if splits else 0,
+        tp_size=2 if splits else 1,
+        cp_rank=run.context_rank,
+        cp_size=run.layout.context_parallel_size,
+        cu_seqlens=packed.boundaries(lengths),
+    )
+    whole = torch.randn(sum(lengths), 1, 8, generator=torch.Generator().manual_seed(1))
+    hidden = whole[shard.positions].requires_grad_()
+    positions = torch.tensor([2, 3, 15, 16, 30])
+    group = run.groups.tp if splits else run.groups.cp
+    largest = LargestResult()
+    with largest:
+        rows = route(hidden, positions, shard, (group,), None if splits else group)
+        (rows * torch.arange(1.0, 6)[:, None]).sum().backward()
+    assert largest.numel <= hidden.numel()
+    assert torch.equal(rows, whole[positions, 0])
+    # Tensor-parallel ranks decode the same rows; the gradients of context-parallel ranks' shares are added up.
+    expected = torch.zeros(sum(lengths)).index_put((positions,), torch.arange(1.0, 6) * (1 if splits else 2))
+    assert torch.equal(hidden.grad[:, 0, 0], expected[shard.positions])
