@@ -140,7 +140,7 @@ class MimoModel(MegatronModule):
         shard = self.shard(input_ids, packed_seq_params)
         self._check_context_parallel(attention_mask, inference_context)
         placement = self._placement(input_ids, packed_seq_params, placement)
-        padding = self._padding(input_ids, packed_seq_params)
+        padding = self.padding(input_ids, packed_seq_params)
         if position_ids is None:
             position_ids = default_positions(input_ids, _boundaries(packed_seq_params))
 
@@ -196,6 +196,25 @@ class MimoModel(MegatronModule):
             cu_seqlens=_boundaries(packed_seq_params),
             device=input_ids.device,
         )
+
+    def padding(
+        self, input_ids: Tensor, packed_seq_params: PackedSeqParams | None
+    ) -> Tensor | None:
+        """Padding between packed sequences, bool `[1, S]`, or None where there is none.
+
+        Raises:
+            ValueError: a special or generation token in it: nothing is read or written there.
+        """
+        padded = _boundaries(packed_seq_params)
+        own = None if padded is None else packed_seq_params.cu_seqlens_q
+        if own is None or own is padded:
+            return None
+        config = self.mimo_config
+        tokens = {
+            **{f"{name}: its special token": id for name, id in config.special_token_ids.items()},
+            **{f"{name}: its generation token": id for name, id in config.generation_token_ids.items()},
+        }
+        return packed_padding(input_ids, own, padded, tokens)
 
     def prepare(self, targets: Nested) -> Nested:
         """Targets completed with this microbatch's random draws."""
@@ -520,22 +539,6 @@ class MimoModel(MegatronModule):
         if input_ids.device.type == "cpu":
             self._check_made_from(made, input_ids)
         return made
-
-    def _padding(
-        self, input_ids: Tensor, packed_seq_params: PackedSeqParams | None
-    ) -> Tensor | None:
-        """Padding between packed sequences, bool `[1, S]`, or None where there is none; nothing is read
-        or written there."""
-        padded = _boundaries(packed_seq_params)
-        own = None if padded is None else packed_seq_params.cu_seqlens_q
-        if own is None or own is padded:
-            return None
-        config = self.mimo_config
-        tokens = {
-            **{f"{name}: its special token": id for name, id in config.special_token_ids.items()},
-            **{f"{name}: its generation token": id for name, id in config.generation_token_ids.items()},
-        }
-        return packed_padding(input_ids, own, padded, tokens)
 
     def _check_made_from(self, made: Placement, input_ids: Tensor) -> None:
         """Refuse another batch's placement (on the CPU, where looking costs no wait)."""

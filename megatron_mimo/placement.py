@@ -8,7 +8,7 @@ their device without waiting for that device.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Literal
@@ -291,12 +291,12 @@ class HostFacts:
 
     Attributes:
         counts: tokens per sample, for each line of `Placement.counts_table`.
-        positions: `Placement.positions` on the CPU.
+        positions: `Placement.positions`, on the CPU wherever the placement itself goes.
         boundaries: `Placement.cu_seqlens`, or None.
     """
 
     counts: list[list[int]]
-    positions: Tensor
+    positions: Tensor = field(metadata={"on_host": True})
     boundaries: list[int] | None = None
 
     @cached_property

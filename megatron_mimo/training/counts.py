@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from megatron_mimo.batch import default_loss_mask
 from megatron_mimo.model import MimoModel
 from megatron_mimo.training.batches import Batch, Counts
 
@@ -64,9 +65,11 @@ def count_batch(batch: Batch, model: MimoModel) -> Counts:
             f"a training batch has no labels, found {sorted(batch)}. Give labels [B, S], the id that "
             "each position shall predict, and a loss_mask of zeros where nothing is to be learned."
         )
+    if mask is None:
+        mask = default_loss_mask(labels, model.padding(ids, batch.get("packed_seq_params")))
     counts = {
-        term("text"): float(labels.numel() if mask is None else mask.sum()),
-        TOKENS: float(labels.numel() if mask is None else mask.count_nonzero()),
+        term("text"): float(mask.sum()),
+        TOKENS: float(mask.count_nonzero()),
         POSITIONS: float(ids.numel()),
         SAMPLES: float(ids.shape[0]),
     }

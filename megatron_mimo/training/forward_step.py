@@ -8,7 +8,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from megatron.core.utils import unwrap_model
-from torch import Tensor, nn
+from torch import nn
 
 from megatron_mimo.draws import restart_draws
 from megatron_mimo.losses import LossTerm
@@ -67,8 +67,6 @@ class ForwardStep:
         mimo = unwrap_model(model)
         step, scale = self._current_step(data_iterator, mimo)
         batch, counted = step.next()
-        if mimo.pre_process:
-            batch = with_inputs_in_encoder_dtype(batch, mimo)
         outputs, loss_mask = model(**batch)
         if not mimo.post_process:
             return outputs, None
@@ -174,37 +172,6 @@ def part_for(batch: Batch, model: MimoModel) -> Batch:
         or model.modality_submodules[modality].generation_input is not None
     }
     return {**part, "modality_targets": fed}
-
-
-def with_inputs_in_encoder_dtype(batch: Batch, model: MimoModel) -> Batch:
-    """The batch with floating inputs in the dtype of their encoder's parameters.
-
-    A model in bfloat16 is fed float32 pixels by its dataset. Encoders without parameters get their
-    inputs as they are.
-
-    Args:
-        batch: keyword arguments of `MimoModel.forward`.
-        model: of the first pipeline stage.
-    """
-    dtypes = {
-        (modality, name): next((p.dtype for p in encoder.parameters() if p.is_floating_point()), None)
-        for modality, submodule in model.modality_submodules.items()
-        for name, encoder in submodule.encoders.items()
-    }
-    inputs = {
-        modality: {
-            name: _cast(keywords, dtypes.get((modality, name))) for name, keywords in encoders.items()
-        }
-        for modality, encoders in (batch.get("modality_inputs") or {}).items()
-    }
-    return {**batch, "modality_inputs": inputs} if inputs else batch
-
-
-def _cast(keywords: Mapping[str, object], dtype: torch.dtype | None) -> dict[str, object]:
-    def casts(value: object) -> bool:
-        return dtype is not None and isinstance(value, Tensor) and value.is_floating_point()
-
-    return {name: value.to(dtype) if casts(value) else value for name, value in keywords.items()}
 
 
 def _nothing(batch: Batch) -> Counts:

@@ -41,10 +41,11 @@ class Record:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a packed batch is made of; small, and free of tensors.
+    """What a packed batch is made of; small.
 
     Args:
-        tree: the batch with a `Slot` in the place of each tensor and a `Record` of each dataclass.
+        tree: the batch with a `Slot` in the place of each tensor and a `Record` of each dataclass. Fields
+            of dataclasses with the metadata `on_host` are in it as they are.
         size: bytes of the buffer.
     """
 
@@ -105,8 +106,13 @@ def _described(node: object, where: str, tensors: list[tuple[Slot, Tensor]]) -> 
         items = [_described(value, f"{where}[{i}]", tensors) for i, value in enumerate(node)]
         return items if isinstance(node, list) else tuple(items)
     if is_dataclass(node) and not isinstance(node, type):
-        values = {field.name: getattr(node, field.name) for field in fields(node)}
-        return Record(type(node), _described(values, where, tensors))
+        values = {
+            field.name: getattr(node, field.name)
+            if field.metadata.get("on_host")
+            else _described(getattr(node, field.name), f"{where}.{field.name}", tensors)
+            for field in fields(node)
+        }
+        return Record(type(node), values)
     return node
 
 

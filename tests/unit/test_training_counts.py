@@ -1,4 +1,4 @@
-"""What a decoder's loss will count is known from its targets, before anything runs."""
+"""What the losses of a batch will count is known from its masks and targets, before anything runs."""
 
 import pytest
 import torch
@@ -9,7 +9,9 @@ from megatron_mimo.decoders import (
     FlowTransformerDecoder,
     RegressionDecoder,
 )
-from tests import tiny
+from megatron_mimo import MimoModel, loss_terms
+from megatron_mimo.training.counts import TOKENS, count_batch, term
+from tests import packed, tiny
 
 WIDTH = 16
 CODES = torch.tensor([[0, 1], [2, 3], [4, 0], [1, 1]])
@@ -38,3 +40,22 @@ def test_count_equals_the_count_of_the_loss(name, weighted):
         targets = {**targets, "weight": torch.rand(len(next(iter(targets.values()))))}
     term = decoder.loss(torch.randn(4, WIDTH), decoder.prepare(targets))
     assert decoder.count(targets) == pytest.approx(term.count.item())
+
+
+def test_text_counts_without_a_mask_what_the_loss_counts_without_one(single_process):
+    model = MimoModel(tiny.mimo_config())
+    batch = tiny.batch()
+    del batch["loss_mask"]
+    batch["labels"][:, 3:7] = -100
+    counts = count_batch(batch, model)
+    assert counts[term("text")] == counts[TOKENS] == 3 * 12
+    assert counts[term("text")] == loss_terms(*model(**batch))["text"].count.item()
+
+
+def test_padding_of_packed_sequences_does_not_count_where_there_is_no_mask(single_process):
+    model = MimoModel(tiny.mimo_config(packed.language_spec(tiny.language_config())))
+    ids = torch.arange(1, 13)[None]
+    batch = {"input_ids": ids, "labels": ids.roll(-1, 1), "packed_seq_params": packed.packed_params([5, 3], [8, 4])}
+    counts = count_batch(batch, model)
+    assert counts[term("text")] == counts[TOKENS] == 5 + 3
+    assert counts[term("text")] == loss_terms(*model(**batch))["text"].count.item()

@@ -136,3 +136,12 @@ EVERYWHERE = {"input_ids", "position_ids", "attention_mask", "packed_seq_params"
 )
 def test_each_pipeline_stage_gets_only_what_it_needs(first, last, more):
     assert set(part_for_stage(WHOLE, first=first, last=last)) == EVERYWHERE | more
+
+
+def test_what_the_host_knows_of_a_placement_stays_out_of_the_buffer():
+    placement = build_placement(torch.tensor([[1, -200, -200, 61]]), {"images": -200}, {"images": 61})
+    layout, buffer = pack({"placement": placement})
+    found = unpack(layout, torch.zeros_like(buffer))["placement"]
+    assert found.host.positions.equal(placement.host.positions)
+    assert found.spans("images").tolist() == [[0, 1, 3]]
+    assert not found.positions.any()  # these lay in the buffer, which came as zeros
