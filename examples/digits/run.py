@@ -8,6 +8,7 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from examples.digits.model import codes_config, flow_config
 from examples.digits.report import write_report
 from examples.digits.train import Trained, train
 from examples.digits.vq import DigitCodec, train_codec
+from megatron_mimo import MimoModelConfig
 from megatron_mimo.launch import Run, initialize, shutdown
+from megatron_mimo.training.trainer import StepData
 
 STEPS = {"flow": 1200, "codes": 400}
 
@@ -93,7 +96,9 @@ def train_codes(options: argparse.Namespace, run: Run, digits: Digits) -> Traine
     return _train(partial(codes_config, weights), options, run, data, "codes")
 
 
-def _train(config, options: argparse.Namespace, run: Run, data, name: str) -> Trained:
+def _train(
+    config: Callable[..., MimoModelConfig], options: argparse.Namespace, run: Run, data: StepData, name: str
+) -> Trained:
     return train(
         config(tensor_parallel=options.tensor_parallel, sequence_parallel=options.sequence_parallel),
         run,
