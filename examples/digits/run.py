@@ -20,7 +20,7 @@ from examples.digits.evaluate import evaluate_codes, evaluate_flow
 from examples.digits.model import codes_config, flow_config
 from examples.digits.report import write_report
 from examples.digits.train import Trained, train
-from examples.digits.vq import DigitCodec, train_codec
+from examples.digits.vq import train_codec
 from megatron_mimo import MimoModelConfig
 from megatron_mimo.launch import Run, initialize, shutdown
 from megatron_mimo.training.trainer import StepData
