@@ -63,6 +63,7 @@ class Setting:
             virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
             context_parallel_size=layout.context_parallel_size,
             expert_model_parallel_size=layout.expert_model_parallel_size,
+            expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
             sequence_parallel=self.sequence_parallel,
         )  # fmt: skip
         if layout is not None and layout.virtual_pipeline_model_parallel_size:
@@ -332,11 +333,33 @@ LAYOUTS = {
         dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
         Setting(sequence_parallel=True),
     ),
+    "pp4": (4, dict(pipeline_model_parallel_size=4), Setting()),
+    "ep2_pp2": (
+        4,
+        dict(expert_model_parallel_size=2, pipeline_model_parallel_size=2),
+        Setting(experts=4),
+    ),
+    "tp2_ep2": (
+        4,
+        # Experts cut over TP gather unequal numbers of tokens, which gloo cannot.
+        dict(tensor_model_parallel_size=2, expert_model_parallel_size=2, expert_tensor_parallel_size=1),
+        Setting(sequence_parallel=True, experts=4),
+    ),
     "dp2_pp2": (4, dict(pipeline_model_parallel_size=2), Setting(distributed_optimizer=True)),
     "tp2_cp2": (
         4,
         dict(tensor_model_parallel_size=2, context_parallel_size=2),
         Setting(sequence_parallel=True, token_local=True),
+    ),
+    "tp2_pp2_dp2_ep2": (
+        8,
+        dict(
+            tensor_model_parallel_size=2,
+            pipeline_model_parallel_size=2,
+            expert_model_parallel_size=2,
+            expert_tensor_parallel_size=1,
+        ),
+        Setting(sequence_parallel=True, experts=4),
     ),
 }
 
