@@ -39,7 +39,7 @@ def stand_in(modules: Iterable[nn.Module], like: Tensor | None = None) -> Tensor
     """
     modules = list(modules)
     for module in modules:
-        _gather_parameters(module)
+        gather_parameters(module)
     parameters = list(dict.fromkeys(p for module in modules for p in module.parameters()))
     if like is None:
         like = parameters[0].detach().flatten()[:1] if parameters else torch.empty(1)
@@ -66,8 +66,11 @@ def with_idle(x: Tensor, stand_ins: Sequence[Tensor]) -> Tensor:
     return _Carry.apply(x, *needed)
 
 
-def _gather_parameters(module: nn.Module) -> None:
-    """What running `module` would have made DDP do first: wait for its parameters, fetch the next."""
+def gather_parameters(module: nn.Module) -> None:
+    """What running `module`'s parts would have made DDP do first: wait for their parameters, fetch the next.
+
+    DDP hangs that on each part's forward pass (`overlap_param_gather`); call it where the parts do not run.
+    """
     for part in module.modules():
         for hook in part._forward_pre_hooks.values():
             if hook.__module__ == _DDP:

@@ -30,6 +30,8 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from megatron_mimo.idle import gather_parameters
+
 logger = logging.getLogger(__name__)
 
 # As many eager passes as torch.cuda.make_graphed_callables makes before it captures: lazy
@@ -61,6 +63,7 @@ class GraphedForward:
 
     def __call__(self, *args, **keywords):
         """The encoder's output for these inputs."""
+        gather_parameters(self._encoder)  # a replay runs none of its parts' hooks
         given = self._signature.bind(*args, **keywords).arguments
         names = [name for name, value in given.items() if isinstance(value, Tensor)]
         tensors = [given[name] for name in names]

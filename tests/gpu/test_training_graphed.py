@@ -68,6 +68,24 @@ def test_an_encoder_without_gradient_keeps_its_outputs_apart():
     torch.testing.assert_close(replayed, eager, rtol=0, atol=0)
 
 
+def test_parameters_of_all_its_parts_are_gathered_before_each_replay():
+    encoder = vision_transformer()
+    gathered = []
+
+    def gather(module, *inputs) -> None:
+        gathered.append(module)
+
+    gather.__module__ = "megatron.core.distributed.distributed_data_parallel"  # as DDP's own hooks are known
+    parts = list(encoder.modules())
+    for part in parts:
+        part.register_forward_pre_hook(gather)
+    encoder.forward = GraphedForward(encoder)
+    encoder(x=images(2, 0)).sum().backward()
+    gathered.clear()
+    encoder(x=images(2, 1)).sum().backward()
+    assert set(parts) <= set(gathered)
+
+
 def test_an_encoder_with_dropout_is_refused():
     with pytest.raises(ValueError, match="has dropout"):
         GraphedForward(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)).cuda())
