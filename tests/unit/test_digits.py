@@ -19,7 +19,7 @@ from examples.digits.report import GOALS, SAYS, wav, write_report
 from examples.digits.tones import CLIP, KEY_HZ, RATE, dial_tones
 from examples.digits.vq import CODES, GRID, DigitCodec, MovingCodebook, train_codec
 from megatron_mimo import MimoModel
-from megatron_mimo.launch import initialize, shutdown
+from megatron_mimo.launch import initialize
 
 
 @pytest.fixture(scope="module")
@@ -254,12 +254,11 @@ def test_shares_of_a_step_of_codes_are_the_step(split):
 
 
 @pytest.fixture
-def painter(codec, tmp_path) -> MimoModel:
+def painter(codec, tmp_path, no_run) -> MimoModel:
     """The model that draws with codes, untrained."""
     codec.save(tmp_path / "codec.pt")
     run = initialize(seed=0)
-    yield MimoModel(codes_config(tmp_path / "codec.pt"), pg_collection=run.groups)
-    shutdown()
+    return MimoModel(codes_config(tmp_path / "codec.pt"), pg_collection=run.groups)
 
 
 def test_media_are_encoded_on_the_fly_and_no_gradient_reaches_the_codec(split, painter):
