@@ -42,12 +42,8 @@ def patches_to_images(patches: Tensor, image_shape: tuple[int, int, int]) -> Ten
     """
     channels, height, width = image_shape
     count, values = patches.shape
-    patch = math.isqrt(values // channels)
-    if channels * patch * patch != values or height % patch or width % patch:
-        raise ValueError(
-            f"rows of {values} values are no square patches of an image {list(image_shape)}"
-        )
-    rows, columns = height // patch, width // patch
+    rows, columns = patch_grid(values, image_shape)
+    patch = height // rows
     if count % (rows * columns):
         raise ValueError(
             f"{count} patch rows do not fill images of {rows} x {columns} = {rows * columns} "
@@ -55,6 +51,25 @@ def patches_to_images(patches: Tensor, image_shape: tuple[int, int, int]) -> Ten
         )
     grid = patches.reshape(-1, rows, columns, channels, patch, patch)
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, height, width)
+
+
+def patch_grid(values: int, image_shape: tuple[int, int, int]) -> tuple[int, int]:
+    """Rows and columns of square patches of `values` values each in an image `(C, height, width)`.
+
+    Raises:
+        ValueError: no such patch fills the image.
+
+    Example:
+        >>> patch_grid(12, (3, 8, 6))
+        (4, 3)
+    """
+    channels, height, width = image_shape
+    patch = math.isqrt(values // channels)
+    if not patch or channels * patch * patch != values or height % patch or width % patch:
+        raise ValueError(
+            f"rows of {values} values are no square patches of an image {list(image_shape)}"
+        )
+    return height // patch, width // patch
 
 
 def waveforms_to_frames(waveforms: Tensor, frame: int) -> Tensor:

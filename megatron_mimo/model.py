@@ -166,7 +166,7 @@ class MimoModel(MegatronModule):
         outputs = language
         if self._generates:
             hidden = self.route(states, counts, placement, shard)
-            outputs = MimoOutput(language, self.decode_losses(states, hidden, targets))
+            outputs = MimoOutput(language, self.decode_losses(states, hidden, targets), placement)
         if placement is not None and not self.training:
             placement.raise_deferred()  # no next step will
         return outputs, loss_mask
@@ -384,12 +384,15 @@ class MimoModel(MegatronModule):
             Modality -> decoder -> its samples, of modalities with generation tokens.
 
         Raises:
-            ValueError: options for a modality or decoder that the model lacks.
+            ValueError: options for a modality or decoder that the model lacks, or generation tokens of a
+                sample that are no whole number of images or clips.
         """
         options = options or {}
         check_modalities("options", options, outputs.modalities)
         for modality, of_decoders in options.items():
             self.modality_submodules[modality].check_decoder_names(f"options[{modality!r}]", of_decoders)
+        if outputs.placement is not None:
+            self._check_media(outputs)
         return {
             modality: {
                 name: self.modality_submodules[modality].decode(
@@ -608,7 +611,18 @@ class MimoModel(MegatronModule):
                 placement.check_generation(modality, 0)
         if known is None and not self.training:
             known = int(placement.generation_total(modality))  # inference waits for the device here
+        if known is not None and not reads and submodule.rows_shown_together > 1:
+            placement.check_generation(modality, known, medium=submodule.rows_shown_together)
         return known
+
+    def _check_media(self, outputs: MimoOutput) -> None:
+        """Refuse images or clips that would be assembled from rows of two samples."""
+        for modality, output in outputs.modalities.items():
+            submodule = self.modality_submodules[modality]
+            for name in submodule.decoders if output.hidden is not None else ():
+                span, medium = submodule.span_of(name), submodule.medium_of(name)
+                outputs.placement.check_generation(modality, output.hidden.shape[0], span, medium)
+        outputs.placement.raise_deferred()
 
     def _row_groups(self):
         """Groups whose ranks own different rows, and the one whose ranks decode different rows."""

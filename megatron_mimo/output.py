@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from megatron_mimo.losses import LossTerm, language_term
+from megatron_mimo.placement import Placement
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,13 @@ class MimoOutput:
         language: what the language model returned: per-token loss `[B, S / cp]` with labels,
             logits `[B, S / cp, V or V / tp]` without.
         modalities: modality name -> `ModalityOutput`.
+        placement: which positions the hidden states are from, so that `MimoModel.decode` refuses an image
+            or clip of two samples; None where that is unknown.
     """
 
     language: Tensor
     modalities: Mapping[str, ModalityOutput]
+    placement: Placement | None = None
 
 
 def loss_terms(outputs: Tensor | MimoOutput, loss_mask: Tensor | None = None) -> dict[str, LossTerm]:

@@ -456,8 +456,8 @@ def _verify_spans(name: str, lengths: list[tuple[int, int]], span: int) -> None:
     for sample, length in lengths:
         if length % span:
             raise ValueError(
-                f"{name}: sample {sample} has {length} generation tokens in a row, which is no whole number of spans of "
-                f"{span}. The decoder makes each item from {span} of them: place that many for every item."
+                f"{name}: sample {sample} has {length} generation tokens in a row, which is no whole number of spans "
+                f"of {span}. The decoder makes each item from {span} of them: place that many for every item."
             )
 
 

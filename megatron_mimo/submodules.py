@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC
 from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, Literal, Self
@@ -13,7 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
-from megatron_mimo.assemble import frames_to_waveforms, patches_to_images
+from megatron_mimo.assemble import frames_to_waveforms, patch_grid, patches_to_images
 from megatron_mimo.build import build
 from megatron_mimo.checkpoint import sharded_state_dict
 from megatron_mimo.decoders.base import Decoder
@@ -423,8 +424,28 @@ class ModalitySubmodules(ABC, nn.Module):
         return self.decoders[decoder].rows_per_item if decoder in self.decoders else 1
 
     def medium_of(self, decoder: str) -> int:
-        """Rows of one image or clip of a decoder, 1 where the decoder is on another stage."""
-        return self.decoders[decoder].rows_per_medium if decoder in self.decoders else 1
+        """Rows of one image or clip of a decoder, 1 where the decoder is on another stage.
+
+        Where samples are patches or frames that `assemble` puts together, whole items of them that make
+        whole images or clips.
+        """
+        if decoder not in self.decoders:
+            return 1
+        decoder = self.decoders[decoder]
+        if decoder.sampled_rows is None:
+            return decoder.rows_per_medium
+        given, width = decoder.sampled_rows
+        return math.lcm(given, self.samples_per_medium(width)) // given * decoder.rows_per_item
+
+    def samples_per_medium(self, width: int) -> int:
+        """How many samples of `width` values `assemble` makes one image or clip of. Here: 1."""
+        del width
+        return 1
+
+    @property
+    def rows_shown_together(self) -> int:
+        """Generation tokens that the generation input fills together, 1 without one on this stage."""
+        return 1 if self.generation_input is None else self.generation_input.rows_per_item
 
     @property
     def position_rule(self) -> str:
@@ -558,6 +579,14 @@ class VisionModalitySubmodules(ModalitySubmodules):
         super().__init__(*args, **named)
         self.image_shape = image_shape
 
+    def samples_per_medium(self, width: int) -> int:
+        """Patches of `width` values in an image of `image_shape`.
+
+        Raises:
+            ValueError: no square patches of that many values fill it.
+        """
+        return 1 if self.image_shape is None else math.prod(patch_grid(width, self.image_shape))
+
     def assemble(self, samples: Tensor) -> Tensor:
         """Images `[n, C, height, width]` from patch rows `[N, D]`."""
         if self.image_shape is None or samples.dim() != 2:
@@ -578,6 +607,10 @@ class AudioModalitySubmodules(ModalitySubmodules):
     def __init__(self, *args, frames_per_clip: int | None = None, **named) -> None:
         super().__init__(*args, **named)
         self.frames_per_clip = frames_per_clip
+
+    def samples_per_medium(self, width: int) -> int:
+        """`frames_per_clip`, whatever the width of a frame."""
+        return self.frames_per_clip or super().samples_per_medium(width)
 
     def assemble(self, samples: Tensor) -> Tensor:
         """Waveforms `[n, frames_per_clip * D]` from frame rows `[N, D]`."""

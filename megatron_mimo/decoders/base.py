@@ -72,6 +72,12 @@ class Decoder(nn.Module, ABC):
         """Rows that one image, clip, ... takes: of one sample, though not always in a row."""
         return self.rows_per_item
 
+    @property
+    def sampled_rows(self) -> tuple[int, int] | None:
+        """Of samples that are rows `[M, D]`, of which a modality assembles images or clips: how many an
+        item gives, and `D`. None where samples are whole media, or rows of unknown width."""
+        return None
+
     def loss_shape(self, targets: Targets) -> tuple[int, ...]:
         """Shape of the losses that `loss` sums up for these targets, read from shapes alone.
 

@@ -43,9 +43,11 @@ class GenerationInput(nn.Module, ABC):
     Attributes:
         shows_target: whether a position's row tells its own target. A decoder that reads its own
             position would then copy its answer, so it must read the predecessor.
+        rows_per_item: positions that are filled together, all of one sample.
     """
 
     shows_target: ClassVar[bool] = False
+    rows_per_item: int = 1
 
     def __init__(self, *, hidden_size: int, decoder: str | None = None) -> None:
         super().__init__()
@@ -141,6 +143,7 @@ class QueryInput(GenerationInput):
     def __init__(self, *, hidden_size: int, rows_per_item: int, decoder: str | None = None) -> None:
         super().__init__(hidden_size=hidden_size, decoder=decoder)
         at_least_one("QueryInput", rows_per_item=rows_per_item)
+        self.rows_per_item = rows_per_item
         # Like a token's embedding beside it, which Megatron starts at this spread too.
         self.queries = nn.Parameter(nn.init.normal_(torch.empty(rows_per_item, hidden_size), std=0.02))
 

@@ -240,6 +240,11 @@ class RectifiedFlowDecoder(Decoder):
         items = self.tokenizer.tokens_per_item // self.targets_per_item
         return max(items, 1) * self.rows_per_item
 
+    @property
+    def sampled_rows(self) -> tuple[int, int] | None:
+        """An item's targets; None where the tokenizer makes media of them."""
+        return (self.targets_per_item, self.target_width) if self.tokenizer is None else None
+
     def loss_shape(self, targets: Targets) -> tuple[int]:
         """One loss a target."""
         return (self.num_rows(targets) // self.rows_per_item * self.targets_per_item,)

@@ -73,6 +73,11 @@ class RegressionDecoder(Decoder):
         self.huber_delta = huber_delta
         self.network = _network(width, hidden_width, target_width)
 
+    @property
+    def sampled_rows(self) -> tuple[int, int]:
+        """One prediction a row."""
+        return 1, self.target_width
+
     def num_rows(self, targets: Targets) -> int:
         """The number of targets, one a row."""
         self.check_targets(targets, ("target",), ("weight",))

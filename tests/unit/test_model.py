@@ -11,6 +11,7 @@ from torch import nn
 
 import megatron_mimo
 from megatron_mimo import MimoModel, MimoOutput, build_placement
+from megatron_mimo.decoders import FlowDecoder, FlowTransformerDecoder, QueryInput, RegressionDecoder
 from tests import tiny
 
 
@@ -87,6 +88,82 @@ def test_spans_that_do_not_fit_the_decoder_are_found(single_process):
     ids[0, 2:4] = ids[1, 2:6] = tiny.WRITE
     with pytest.raises(ValueError, match="sample 0 has 2 generation tokens in a row.*spans of 3"):
         model(ids, modality_targets={"images": {"pixels": {"pixels": torch.zeros(6, tiny.PIXELS)}}})
+
+
+def writer(params: dict, decoder: ModuleSpec, **parts) -> MimoModel:
+    """A model that writes images, with `params` of their submodules."""
+    parts = {"decoders": {"out": decoder}, "output_projections": [], **parts}
+    kind = params.pop("kind", megatron_mimo.VisionModalitySubmodules)
+    images = ModuleSpec(module=kind, params=params, submodules=parts)
+    tokens = dict(special_token_ids={}, generation_token_ids={"images": tiny.WRITE})
+    return MimoModel(tiny.mimo_config(modality_submodules={"images": images}, **tokens))
+
+
+def flow_decoder(**params) -> ModuleSpec:
+    given = dict(width=tiny.HIDDEN, target_width=4, hidden_width=8, depth=1)
+    return ModuleSpec(module=FlowDecoder, params={**given, **params})
+
+
+FOUR_ROWS = {
+    "patches_by_flow": (dict(image_shape=(1, 4, 4)), flow_decoder()),
+    "patches_by_regression": (
+        dict(image_shape=(1, 4, 4)),
+        ModuleSpec(module=RegressionDecoder, params=dict(width=tiny.HIDDEN, target_width=4)),
+    ),
+    "frames": (
+        dict(kind=megatron_mimo.AudioModalitySubmodules, frames_per_clip=4),
+        flow_decoder(rows_per_item=1),
+    ),
+}
+SPLIT = torch.tensor([[1, tiny.WRITE, 2, 3], [1, tiny.WRITE, tiny.WRITE, tiny.WRITE]])
+WHOLE = torch.tensor([[1, 2, 3, 4, 5], [1] + [tiny.WRITE] * 4])
+
+
+@pytest.mark.parametrize("case", FOUR_ROWS)
+def test_an_image_or_clip_of_rows_of_two_samples_is_refused(single_process, case):
+    params, decoder = FOUR_ROWS[case]
+    model = writer(dict(params), decoder)
+    targets = {"images": {"out": {"target": torch.zeros(4, 4)}}}
+    message = "images: sample 0 has 1 generation tokens, but one image or clip takes 4 of them"
+    with pytest.raises(ValueError, match=message):
+        model(SPLIT, modality_targets=targets)
+    model(WHOLE, modality_targets=targets)
+    outputs, _ = model.eval()(SPLIT)
+    with pytest.raises(ValueError, match=message):
+        model.decode(outputs)
+    outputs, _ = model(WHOLE)
+    assert model.decode(outputs)["images"]["out"].shape[0] == 1
+
+
+def test_samples_of_two_samples_are_found_in_a_deferred_placement_too(single_process):
+    params, decoder = FOUR_ROWS["patches_by_flow"]
+    model = writer(dict(params), decoder).eval()
+    placement = build_placement(SPLIT, {}, {"images": tiny.WRITE}, validate="deferred")
+    outputs, _ = model(SPLIT, placement=placement)
+    with pytest.raises(ValueError, match="images: sample 0 has 1 generation tokens, but one image"):
+        model.decode(outputs)
+
+
+def test_whole_items_of_patches_fill_whole_images(single_process):
+    params = dict(image_shape=(1, 4, 4))
+    for targets, rows in ((2, 6), (4, 3), (8, 3), (3, 12)):
+        decoder = ModuleSpec(
+            module=FlowTransformerDecoder,
+            params=dict(
+                width=tiny.HIDDEN, target_width=4, hidden_width=8, depth=1, heads=2,
+                targets_per_item=targets, rows_per_item=3,
+            ),
+        )  # fmt: skip
+        assert writer(dict(params), decoder).modality_submodules["images"].medium_of("out") == rows
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_queries_for_a_span_of_two_samples_are_refused(single_process, train):
+    feed = ModuleSpec(module=QueryInput, params=dict(hidden_size=tiny.HIDDEN, rows_per_item=4))
+    model = writer({}, flow_decoder(), generation_input=feed).train(train)
+    targets = {"images": {"out": {"target": torch.zeros(4, 4)}}} if train else None
+    with pytest.raises(ValueError, match="images: sample 0 has 1 generation tokens, .* takes 4 of them"):
+        model(SPLIT, modality_targets=targets)
 
 
 def test_one_token_may_read_and_write(single_process):
