@@ -11,11 +11,11 @@ from typing import ClassVar, Literal, Self
 import torch
 from megatron.core.models.common.vision_module.vision_module import VisionModule
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 from torch import Tensor, nn
 
 from megatron_mimo.assemble import frames_to_waveforms, patch_grid, patches_to_images
-from megatron_mimo.build import build
+from megatron_mimo.build import build, constructor_parameters
 from megatron_mimo.checkpoint import sharded_state_dict
 from megatron_mimo.decoders.base import Decoder
 from megatron_mimo.decoders.inputs import GenerationInput
@@ -112,6 +112,7 @@ class ModalitySubmodules(ABC, nn.Module):
                 return {name: build(item, offered) for name, item in specs.items()}
             return [build(item, offered) for item in specs or ()]
 
+        _check_generation_specs(parts)  # here, since one stage may build only one of the two
         feed = parts.get("generation_input") if pre_process else None
         return cls(
             encoders=built("encoders", pre_process) or None,
@@ -518,6 +519,11 @@ class ModalitySubmodules(ABC, nn.Module):
             )
         if self.decoders and self.generation_input is not None:
             self.generation_input.check_rule(self.position_rule)
+            name = _only(self.decoders, self.generation_input.decoder)
+            if name is not None:
+                self.generation_input.check_agreement(
+                    vars(self.generation_input), name, vars(self.decoders[name])
+                )
 
     @property
     def encode_is_overridden(self) -> bool:
@@ -617,6 +623,31 @@ class AudioModalitySubmodules(ModalitySubmodules):
         if self.frames_per_clip is None or samples.dim() != 2:
             return samples
         return frames_to_waveforms(samples, self.frames_per_clip)
+
+
+def _check_generation_specs(parts: Mapping[str, object]) -> None:
+    """Refuse specs of a decoder and of the generation input that reads its targets which do not fit."""
+    feed, decoders = parts.get("generation_input"), parts.get("decoders") or {}
+    kind = None if feed is None else get_module(feed)
+    if not (isinstance(kind, type) and issubclass(kind, GenerationInput)):
+        return
+    own = _settings(feed)
+    name = _only(decoders, own.get("decoder"))
+    if name is not None:
+        kind.check_agreement(own, name, _settings(decoders[name]))
+
+
+def _only(decoders: Iterable[str], named: str | None) -> str | None:
+    """The decoder whose targets a generation input reads, None where each batch's targets say which."""
+    names = [name for name in decoders if named in (None, name)]
+    return names[0] if len(names) == 1 else None
+
+
+def _settings(spec: ModuleSpec | type) -> dict[str, object]:
+    """What a spec's constructor is given, and the defaults of the rest; None stands for unknown."""
+    defaults = {key: p.default for key, p in constructor_parameters(spec).items() if p.default is not p.empty}
+    given = {**defaults, **((spec.params or {}) if isinstance(spec, ModuleSpec) else {})}
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def _rows(encoder: str, output: object) -> Tensor:

@@ -43,10 +43,12 @@ class GenerationInput(nn.Module, ABC):
     Attributes:
         shows_target: whether a position's row tells its own target. A decoder that reads its own
             position would then copy its answer, so it must read the predecessor.
+        shares: settings that it must have in common with the decoder whose targets it reads.
         rows_per_item: positions that are filled together, all of one sample.
     """
 
     shows_target: ClassVar[bool] = False
+    shares: ClassVar[tuple[str, ...]] = ()
     rows_per_item: int = 1
 
     def __init__(self, *, hidden_size: int, decoder: str | None = None) -> None:
@@ -112,15 +114,37 @@ class GenerationInput(nn.Module, ABC):
             num_rows: `N`, at least 1.
         """
 
-    def check_rule(self, position_rule: str) -> None:
+    @classmethod
+    def check_agreement(cls, own: Mapping[str, object], decoder: str, others: Mapping[str, object]) -> None:
+        """Refuses a decoder that does not fit this input; both may be on different pipeline stages.
+
+        Args:
+            own: this input's settings by name, as far as known.
+            decoder: name of the decoder whose targets it reads.
+            others: that decoder's settings.
+
+        Raises:
+            ValueError: naming the decoder, the setting and both values.
+        """
+        for key in cls.shares:
+            if key in own and key in others and _plain(own[key]) != _plain(others[key]):
+                raise ValueError(
+                    f"decoder {decoder!r} has {key}={others[key]!r}, but the generation input {cls.__name__}, "
+                    f"which reads its targets, has {key}={own[key]!r}. Give both the same."
+                )
+        if "position_rule" in others:
+            cls.check_rule(others["position_rule"])
+
+    @classmethod
+    def check_rule(cls, position_rule: str) -> None:
         """Refuses a decoder that would read its answer off its own position.
 
         Raises:
             ValueError: naming input and rule.
         """
-        if self.shows_target and position_rule == "own":
+        if cls.shows_target and position_rule == "own":
             raise ValueError(
-                f"{type(self).__name__} shows each position its own target, and the decoder reads the "
+                f"{cls.__name__} shows each position its own target, and the decoder reads the "
                 "hidden state at that position: it would learn to copy. Set the decoder's "
                 "position_rule to 'predecessor', or feed the positions with QueryInput or "
                 "NoisedTargetInput."
@@ -183,6 +207,7 @@ class TargetInput(GenerationInput):
     """
 
     shows_target = True
+    shares = ("target_width",)
 
     def __init__(
         self,
@@ -241,6 +266,7 @@ class CodeInput(GenerationInput):
     """
 
     shows_target = True
+    shares = ("codebook_sizes",)
 
     def __init__(
         self,
@@ -315,6 +341,8 @@ class NoisedTargetInput(GenerationInput):
         torch.Size([6, 16])
     """
 
+    shares = ("target_width", "rows_per_item", "flow")
+
     def __init__(
         self,
         *,
@@ -375,6 +403,11 @@ def _projection(width: int, hidden_width: int | None, hidden_size: int) -> nn.Mo
     return nn.Sequential(
         nn.Linear(width, hidden_width), nn.GELU(), nn.Linear(hidden_width, hidden_size)
     )
+
+
+def _plain(setting: object) -> object:
+    """A setting for comparison: one codebook may be named by its size alone."""
+    return tuple(setting) if isinstance(setting, Sequence) else (setting,)
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

@@ -13,7 +13,15 @@ from megatron_mimo import (
     ModalitySubmodules,
     VisionModalitySubmodules,
 )
-from megatron_mimo.decoders.inputs import TargetInput
+from megatron_mimo.decoders import (
+    CodeInput,
+    DiscreteDecoder,
+    FlowDecoder,
+    NoisedTargetInput,
+    RectifiedFlow,
+    RegressionDecoder,
+    TargetInput,
+)
 from megatron_mimo.widths import input_width, output_width
 from tests import tiny
 
@@ -285,6 +293,58 @@ def test_mistakes_are_named(case):
     mistake, message = MISTAKES[case]
     with pytest.raises(ValueError, match=message):
         mistake()
+
+
+FLOW = dict(width=8, target_width=4, hidden_width=8, depth=1)
+DISAGREEING = {
+    "time": (FlowDecoder, {**FLOW, "flow": RectifiedFlow("logit-normal")}, NoisedTargetInput, dict(target_width=4)),
+    "rows_per_item": (FlowDecoder, FLOW, NoisedTargetInput, dict(target_width=4, rows_per_item=3)),
+    "target_width": (FlowDecoder, FLOW, NoisedTargetInput, dict(target_width=6)),
+    "target_width of one row": (
+        RegressionDecoder,
+        dict(width=8, target_width=3, position_rule="predecessor"),
+        TargetInput,
+        dict(target_width=4),
+    ),
+    "codebook_sizes": (DiscreteDecoder, dict(width=8, codebook_sizes=16), CodeInput, dict(codebook_sizes=(8,))),
+}
+
+
+@pytest.mark.parametrize("case", DISAGREEING)
+def test_a_decoder_and_a_generation_input_that_disagree_are_refused_on_every_stage(case):
+    decoder, settings, feed, fed = DISAGREEING[case]
+    fed = dict(hidden_size=8, **fed)
+    message = f"decoder 'out' has {'flow' if case == 'time' else case.split()[0]}=.*{feed.__name__}, which reads"
+    spec = ModuleSpec(
+        module=ModalitySubmodules,
+        submodules={"decoders": {"out": ModuleSpec(decoder, settings)}, "generation_input": ModuleSpec(feed, fed)},
+    )
+    for stage in ({}, {"pre_process": False}, {"post_process": False}):
+        with pytest.raises(ValueError, match=message):
+            ModalitySubmodules.from_spec(spec, **stage)
+    with pytest.raises(ValueError, match=message):
+        ModalitySubmodules(decoders={"out": decoder(**settings)}, generation_input=feed(**fed))
+
+
+def test_an_input_that_tells_the_answer_is_refused_on_every_stage():
+    decoder = ModuleSpec(DiscreteDecoder, dict(width=8, codebook_sizes=4, position_rule="own"))
+    feed = ModuleSpec(CodeInput, dict(hidden_size=8, codebook_sizes=4))
+    spec = ModuleSpec(ModalitySubmodules, submodules={"decoders": {"out": decoder}, "generation_input": feed})
+    for stage in ({}, {"pre_process": False}, {"post_process": False}):
+        with pytest.raises(ValueError, match="learn to copy"):
+            ModalitySubmodules.from_spec(spec, **stage)
+
+
+def test_an_input_is_held_against_the_decoder_that_it_names_alone():
+    decoders = {"a": ModuleSpec(FlowDecoder, FLOW), "b": ModuleSpec(FlowDecoder, {**FLOW, "target_width": 6})}
+    for named, fits in (("a", True), ("b", False), (None, True)):
+        feed = ModuleSpec(NoisedTargetInput, dict(hidden_size=8, target_width=4, decoder=named))
+        spec = ModuleSpec(ModalitySubmodules, submodules={"decoders": decoders, "generation_input": feed})
+        if fits:
+            ModalitySubmodules.from_spec(spec)
+            continue
+        with pytest.raises(ValueError, match="decoder 'b' has target_width=6"):
+            ModalitySubmodules.from_spec(spec)
 
 
 def test_an_encoder_must_return_a_tensor():
