@@ -152,6 +152,30 @@ def default_loss_mask(labels: Tensor, padding: Tensor | None) -> Tensor:
     return (counts if padding is None else counts & ~padding).float()
 
 
+def check_labels(labels: Tensor, loss_mask: Tensor, vocabulary_size: int) -> None:
+    """Refuses labels outside the vocabulary that count in the loss, which would be wrong without a word.
+
+    Args:
+        labels: `[B, S]`, global sequence.
+        loss_mask: `[B, S]`; where it is 0, a label may be anything.
+        vocabulary_size: V.
+
+    Raises:
+        ValueError: naming the sample and how many; on a device at the latest one step later.
+    """
+    outside = ((labels < 0) | (labels >= vocabulary_size)) & (loss_mask != 0)
+
+    def verify(counts: Tensor) -> None:
+        for sample, count in enumerate(counts.tolist()):
+            if count:
+                raise ValueError(
+                    f"text: sample {sample} has {count} labels outside the vocabulary (0 to {vocabulary_size - 1}) "
+                    "that count in the loss. Set loss_mask to 0 where nothing is to be learned."
+                )
+
+    deferred.check(deferred.Arrival(outside.sum(dim=1)), verify, "labels")
+
+
 def default_positions(input_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     """Positions `[B, S]` int64 that count from 0, anew in each packed sequence.
 

@@ -13,8 +13,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 from torch import Tensor, nn
 
+from megatron_mimo import deferred
 from megatron_mimo.align import align, align_by_token_positions
 from megatron_mimo.batch import (
+    check_labels,
     check_modalities,
     check_token_tensors,
     default_loss_mask,
@@ -87,6 +89,7 @@ class MimoModel(MegatronModule):
             }
         )
         self.language_model = language_model
+        self._vocabulary_size = config.language_model.params.get("vocab_size")
         self._generates = post_process and bool(config.generation_token_ids)
         self._language_keywords = inspect.signature(self.language_model.forward).parameters.keys()
         logger.info("MimoModel: %s", self.extra_repr())
@@ -134,6 +137,7 @@ class MimoModel(MegatronModule):
                 collective; for device tensors counts are checked without waiting for them, and
                 a mismatch is raised at the latest one step later.
         """
+        deferred.report(current=None if placement is None else placement.arrival)
         check_token_tensors(input_ids, position_ids, attention_mask, labels, loss_mask)
         modality_inputs, modality_targets = self._check_batch(modality_inputs, modality_targets)
         generation_inputs = self._check_generation_inputs(generation_inputs, modality_targets)
@@ -158,6 +162,9 @@ class MimoModel(MegatronModule):
             decoder_input = self.align(input_ids, position_ids, rows, placement, shard)
         if labels is not None and loss_mask is None:
             loss_mask = default_loss_mask(labels, padding)
+        if labels is not None and self.post_process and self._vocabulary_size is not None:
+            # After alignment, which waits for all checks but the placement's own.
+            check_labels(labels, loss_mask, self._vocabulary_size)
         labels, loss_mask = _cut(shard, labels), _cut(shard, loss_mask)
         language, states = self.run_language_model(
             decoder_input, position_ids, attention_mask, labels, loss_mask,
@@ -167,8 +174,8 @@ class MimoModel(MegatronModule):
         if self._generates:
             hidden = self.route(states, counts, placement, shard)
             outputs = MimoOutput(language, self.decode_losses(states, hidden, targets), placement)
-        if placement is not None and not self.training:
-            placement.raise_deferred()  # no next step will
+        if not self.training:
+            deferred.report()  # no next step will
         return outputs, loss_mask
 
     # The stages, in the order of the flow --------------------------------------------------
@@ -180,7 +187,7 @@ class MimoModel(MegatronModule):
             self.mimo_config.reading_tables,
             self.mimo_config.generation_token_ids,
             cu_seqlens=_boundaries(packed_seq_params),
-            vocabulary_size=self.mimo_config.language_model.params.get("vocab_size"),
+            vocabulary_size=self._vocabulary_size,
         )
 
     def shard(self, input_ids: Tensor, packed_seq_params: PackedSeqParams | None = None) -> SequenceShard:

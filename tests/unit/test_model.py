@@ -10,7 +10,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import nn
 
 import megatron_mimo
-from megatron_mimo import MimoModel, MimoOutput, build_placement
+from megatron_mimo import MimoModel, MimoOutput, build_placement, deferred
 from megatron_mimo.decoders import FlowDecoder, FlowTransformerDecoder, QueryInput, RegressionDecoder
 from tests import tiny
 
@@ -199,6 +199,37 @@ def test_negative_labels_do_not_count_without_a_mask(model):
     outputs, loss_mask = model(ids, labels=torch.tensor([[2, 3, -100, -100]]))
     assert loss_mask.tolist() == [[1, 1, 0, 0]]
     assert megatron_mimo.loss_terms(outputs, loss_mask)["text"].count == 2
+
+
+@pytest.mark.parametrize("label", [-100, tiny.VOCABULARY, 10_000])
+def test_labels_outside_the_vocabulary_that_count_are_refused(model, label):
+    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4]])
+    labels, loss_mask = ids.clone(), torch.ones(2, 4)
+    labels[1, 2:] = label
+    message = r"text: sample 1 has 2 labels outside the vocabulary \(0 to 63\) that count in the loss"
+    for train in (True, False):
+        with pytest.raises(ValueError, match=message):
+            model.train(train)(ids, labels=labels, loss_mask=loss_mask)
+    loss_mask[1, 2:] = 0
+    model(ids, labels=labels, loss_mask=loss_mask)
+    if label > 0:
+        with pytest.raises(ValueError, match=message):
+            model(ids, labels=labels)
+
+
+def test_labels_under_way_are_held_against_the_vocabulary_when_the_next_step_begins(model, monkeypatch):
+    class UnderWay(deferred.Arrival):
+        def here(self):
+            return False
+
+    monkeypatch.setattr(deferred, "Arrival", UnderWay)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    model(ids, labels=torch.full_like(ids, 64))
+    with pytest.raises(ValueError, match="text: sample 0 has 4 labels outside the vocabulary"):
+        model(ids, labels=ids)
+    model.eval()
+    with pytest.raises(ValueError, match="text: sample 0 has 4 labels outside the vocabulary"):
+        model(ids, labels=torch.full_like(ids, 64))
 
 
 def test_logits_are_no_loss(model, single_process):
