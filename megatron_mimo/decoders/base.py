@@ -208,6 +208,17 @@ class Decoder(nn.Module, ABC):
             )
         check_tensors(type(self).__name__, targets)
 
+    def check_noise(self, noise: Tensor, shape: tuple[int, ...]) -> None:
+        """Refuses noise to start sampling from that does not fit the rows, which would be broadcast.
+
+        Raises:
+            ValueError: naming both shapes.
+        """
+        if tuple(noise.shape) != shape:
+            raise ValueError(
+                f"{type(self).__name__}'s noise must be {list(shape)} for these rows, got {list(noise.shape)}"
+            )
+
     def check_shapes(self, targets: Targets, **expected: tuple[int, ...]) -> None:
         """Refuses targets of another shape than expected; those that are not there pass.
 
@@ -229,7 +240,7 @@ def weighted_sum(values: Tensor, weight: Tensor | None) -> LossTerm:
         `sum(weight * values)` and `sum(weight)`, float32. What has weight 0 may be NaN.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not fit, or, on the CPU, a negative weight.
 
     Example:
         >>> weighted_sum(torch.tensor([1.0, 5.0]), torch.tensor([True, False])).mean()
@@ -242,6 +253,11 @@ def weighted_sum(values: Tensor, weight: Tensor | None) -> LossTerm:
         raise ValueError(
             f"weight has shape {list(weight.shape)} but the loss elements have shape "
             f"{list(values.shape)}: weight's shape must be the leading dims of theirs."
+        )
+    if weight.device.type == "cpu" and (weight < 0).any():  # elsewhere looking would wait for the device
+        raise ValueError(
+            f"weight has {int((weight < 0).sum())} negative elements of {weight.numel()}: the loss would grow "
+            "without bound. Give what does not count 0."
         )
     weight = over(weight.to(values.dtype), values).expand_as(values)
     # A product would let the NaN of an element that does not count through: 0 * NaN is NaN.

@@ -203,9 +203,10 @@ class DiffusersDecoder(Decoder):
         """
         self.check_rows(rows)
         at_least_one("DiffusersDecoder", steps=steps)
+        shape = (rows.shape[0] // self.rows_per_item, *self.sample_shape)
         if noise is None:
-            shape = (rows.shape[0] // self.rows_per_item, *self.sample_shape)
             noise = torch.randn(shape, device=rows.device, generator=generator)
+        self.check_noise(noise, shape)
         if guidance != 1:
             null = self.condition_dropout.unconditional(rows, unconditional_rows)
         # A copy: setting the steps rewrites a scheduler's tables.

@@ -297,10 +297,10 @@ class RectifiedFlowDecoder(Decoder):
             generator: on the rows' device.
         """
         self.check_rows(rows)
+        shape = (rows.shape[0] // self.rows_per_item * self.targets_per_item, self.target_width)
         if noise is None:
-            count = rows.shape[0] // self.rows_per_item * self.targets_per_item
-            shape = (count, self.target_width)
             noise = torch.randn(shape, device=rows.device, generator=generator)
+        self.check_noise(noise, shape)
         field = partial(self.velocity, rows)
         if guidance != 1:
             null = self.condition_dropout.unconditional(rows, unconditional_rows)

@@ -84,6 +84,11 @@ def test_a_weight_of_another_shape_is_refused():
         weighted_sum(torch.zeros(2, 2), torch.ones(3))
 
 
+def test_a_negative_weight_is_refused():
+    with pytest.raises(ValueError, match="weight has 1 negative elements of 2.*what does not count 0"):
+        weighted_sum(torch.zeros(2, 2), torch.tensor([1.0, -1.0]))
+
+
 @pytest.mark.parametrize(
     ("rows", "targets", "match"),
     [

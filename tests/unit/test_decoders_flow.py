@@ -194,6 +194,16 @@ def test_sampling_starts_from_the_noise_given_or_the_generators(kind):
     assert decoder.sample(rows[:0], steps=3).shape == (0, 4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_noise_of_another_number_of_rows_is_refused_not_broadcast(kind):
+    make, rows_per_item, targets_per_item = KINDS[kind]
+    decoder, rows = make(), torch.randn(rows_per_item, 6)
+    for count in (1, 5 * targets_per_item):
+        if count != targets_per_item:
+            with pytest.raises(ValueError, match=rf"noise must be \[{targets_per_item}, 4\] for these rows, got"):
+                decoder.sample(rows, steps=1, noise=torch.randn(count, 4))
+
+
 def test_guidance_extrapolates_from_the_null_conditions_velocity():
     torch.manual_seed(0)
     decoder = randomised(head(condition_dropout=0.1))
