@@ -13,7 +13,7 @@ a loss that is multiplied by the step's tokens and divided by them again comes t
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -53,6 +53,7 @@ class Setting:
     token_local: bool = False
     distributed_optimizer: bool = False
     per_token: bool = True
+    stages: dict[str, object] = field(default_factory=dict)  # how layers are dealt out to pipeline stages
 
     def spec(self, run: Run | None) -> ModuleSpec:
         """The language model's spec; for one rank without `run`."""
@@ -65,6 +66,7 @@ class Setting:
             expert_model_parallel_size=layout.expert_model_parallel_size,
             expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
             sequence_parallel=self.sequence_parallel,
+            **self.stages,
         )  # fmt: skip
         if layout is not None and layout.virtual_pipeline_model_parallel_size:
             sizes |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
@@ -85,7 +87,8 @@ class Setting:
         )
         changes = {"share_embeddings_and_output_weights": self.tied}
         if self.token_local:
-            changes |= {"transformer_layer_spec": token_local_layers(4), "position_embedding_type": "none"}
+            layers = token_local_layers(4 // (1 if layout is None else layout.pipeline_model_parallel_size))
+            changes |= {"transformer_layer_spec": layers, "position_embedding_type": "none"}
         return tiny.language_spec(config, **changes)
 
 
@@ -326,6 +329,16 @@ LAYOUTS = {
         dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
         Setting(),
     ),
+    "pp2_uneven": (
+        2,
+        dict(pipeline_model_parallel_size=2),
+        Setting(stages=dict(num_layers_in_first_pipeline_stage=1)),
+    ),
+    "pp2_layers_on_the_last_stage": (
+        2,
+        dict(pipeline_model_parallel_size=2),
+        Setting(stages=dict(pipeline_model_parallel_layout="E|ttttL")),
+    ),
     "ep2": (2, dict(expert_model_parallel_size=2), Setting(experts=4)),
     "cp2": (2, dict(context_parallel_size=2), Setting(token_local=True)),
     "tp2_pp2": (
@@ -344,6 +357,11 @@ LAYOUTS = {
         # Experts cut over TP gather unequal numbers of tokens, which gloo cannot.
         dict(tensor_model_parallel_size=2, expert_model_parallel_size=2, expert_tensor_parallel_size=1),
         Setting(sequence_parallel=True, experts=4),
+    ),
+    "cp2_pp2": (
+        4,
+        dict(context_parallel_size=2, pipeline_model_parallel_size=2),
+        Setting(token_local=True),
     ),
     "dp2_pp2": (4, dict(pipeline_model_parallel_size=2), Setting(distributed_optimizer=True)),
     "tp2_cp2": (
