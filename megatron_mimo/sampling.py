@@ -19,6 +19,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from megatron_mimo.decoders.base import Decoder
+from megatron_mimo.decoders.guidance import guided
 from megatron_mimo.decoders.inputs import GenerationInput, NoisedTargetInput
 from megatron_mimo.decoders.rectified_flow import RectifiedFlowDecoder, integrate
 
@@ -31,6 +32,7 @@ def sample_one_by_one(
     decoder: str | None = None,
     *,
     options: Mapping[str, object] | None = None,
+    unconditional_ids: Tensor | None = None,
     **inputs,
 ) -> Tensor:
     """Samples for every generation token, each drawn from a language model that saw those before it.
@@ -45,6 +47,9 @@ def sample_one_by_one(
         decoder: whose samples; may be left out where the modality has one.
         options: keyword options of the decoder's `sample`. A `generator` must be in the same state on
             every tensor- and context-parallel rank, as torch's default is after `initialize`.
+        unconditional_ids: `[B, S]`, the prompt without its condition and the same generation tokens, to
+            contrast with where `options` hold `guidance`; the model runs on it too, with the same samples
+            and the same `inputs`. None takes the decoder's null condition.
         inputs: further arguments of `MimoModel.forward`, like `modality_inputs`.
 
     Returns:
@@ -53,9 +58,16 @@ def sample_one_by_one(
 
     Raises:
         ValueError: a model in training mode or cut into pipeline stages, a generation input that shows
-            no samples, or a decoder that draws several rows together.
+            no samples, a decoder that draws several rows together, or guidance of another form.
     """
     writer = _Writer.of(model, input_ids, modality, decoder, inputs)
+    options = dict(options or {})
+    if "unconditional_rows" in options:
+        raise ValueError(
+            f"{modality}: unconditional_rows change with every sample that the language model sees; give "
+            "unconditional_ids, whose rows are made at each step"
+        )
+    writer.check_unconditional(input_ids, unconditional_ids, options.get("guidance", 1))
     if writer.decoder.rows_per_item > 1:
         raise ValueError(
             f"{modality}: {type(writer.decoder).__name__} draws {writer.decoder.rows_per_item} rows "
@@ -67,7 +79,10 @@ def sample_one_by_one(
     turn = written.cumsum(dim=1)[written] - 1  # place of each token among those of its sample
     for step in range(int(written.sum(dim=1).max())):
         rows = writer.rows(input_ids, {keyword: samples}, inputs)
-        samples[turn == step] = writer.decoder.sample(rows[turn == step], **(options or {})).to(samples)
+        if unconditional_ids is not None:
+            contrast = writer.unconditional_rows(unconditional_ids, {keyword: samples}, inputs)
+            options["unconditional_rows"] = contrast[turn == step]
+        samples[turn == step] = writer.decoder.sample(rows[turn == step], **options).to(samples)
     return samples
 
 
@@ -81,6 +96,8 @@ def sample_flow(
     steps: int = 25,
     solver: Literal["euler", "heun"] = "euler",
     shift: float = 1.0,
+    guidance: float = 1.0,
+    unconditional_ids: Tensor | None = None,
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
     **inputs,
@@ -96,6 +113,10 @@ def sample_flow(
         modality: which one.
         decoder: whose samples; may be left out where the modality has one.
         steps, solver, shift: of the integration, see `megatron_mimo.decoders.rectified_flow.integrate`.
+        guidance: scale of classifier-free guidance on the velocity, 1 is off.
+        unconditional_ids: `[B, S]`, the prompt without its condition and the same generation tokens, to
+            contrast with; the model runs on it too, with the same state and the same `inputs`. None takes
+            the decoder's null condition.
         noise: `[N, D]` to start from; None draws it from `generator`, or torch's default.
         generator: on the ids' device, in the same state on every tensor- and context-parallel rank.
         inputs: further arguments of `MimoModel.forward`, like `modality_inputs`.
@@ -106,9 +127,10 @@ def sample_flow(
 
     Raises:
         ValueError: a model in training mode or cut into pipeline stages, a decoder or generation input
-            of another kind, or spans that do not fit the decoder.
+            of another kind, spans that do not fit the decoder, or unconditional ids that do not fit.
     """
     writer = _Writer.of(model, input_ids, modality, decoder, inputs)
+    writer.check_unconditional(input_ids, unconditional_ids, guidance)
     network, feed = writer.decoder, writer.feed
     if not (isinstance(network, RectifiedFlowDecoder) and isinstance(feed, NoisedTargetInput)):
         raise ValueError(
@@ -126,7 +148,14 @@ def sample_flow(
 
     def velocity(x: Tensor, time: Tensor) -> Tensor:
         shown = {"x": x, "time": time.expand(count // feed.rows_per_item)}
-        return network.velocity(writer.rows(input_ids, shown, inputs), x, time)
+        rows, contrast = writer.rows(input_ids, shown, inputs), None
+        conditional = network.velocity(rows, x, time)
+        if guidance == 1:
+            return conditional
+        if unconditional_ids is not None:
+            contrast = writer.unconditional_rows(unconditional_ids, shown, inputs)
+        contrast = network.condition_dropout.unconditional(rows, contrast)
+        return guided(conditional, network.velocity(contrast, x, time), guidance)
 
     return integrate(velocity, noise, steps=steps, solver=solver, shift=shift)
 
@@ -169,6 +198,27 @@ class _Writer:
         total = int(placement.generation_total(modality))
         placement.check_generation(modality, total, submodule.span_of(name), submodule.medium_of(name))
         return cls(model, modality, name, submodule.decoders[name], submodule.generation_input, tokens[modality])
+
+    def check_unconditional(self, input_ids: Tensor, unconditional_ids: Tensor | None, guidance: float) -> None:
+        """Refuses unconditional ids of no use, or whose generation tokens stand elsewhere than the prompt's."""
+        if unconditional_ids is None:
+            return
+        if guidance == 1:
+            raise ValueError(
+                f"{self.modality}: unconditional_ids are contrasted with by guidance, which is off; give a "
+                "guidance other than 1 or leave them out"
+            )
+        written, contrasted = input_ids == self.token, unconditional_ids == self.token
+        if written.shape != contrasted.shape or not torch.equal(written, contrasted):
+            raise ValueError(
+                f"{self.modality}: unconditional_ids {list(unconditional_ids.shape)} must have its generation tokens "
+                f"where input_ids {list(input_ids.shape)} has them. Replace tokens of the condition one by one, by "
+                "padding for example."
+            )
+
+    def unconditional_rows(self, ids: Tensor, shown: Mapping[str, Tensor], inputs: Mapping) -> Tensor:
+        """`rows` for the prompt without its condition, of which a placement of the prompt knows nothing."""
+        return self.rows(ids, shown, {key: value for key, value in inputs.items() if key != "placement"})
 
     def rows(self, input_ids: Tensor, shown: Mapping[str, Tensor], inputs: Mapping) -> Tensor:
         """The decoder's rows `[N, W]` when the language model sees `shown` at its generation tokens."""

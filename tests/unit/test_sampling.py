@@ -1,5 +1,7 @@
 """Sampling with the language model in the loop draws what training taught, and refuses what it cannot."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -43,8 +45,8 @@ def ids() -> torch.Tensor:
     return cases.batch(("two", "edge", "none"))["input_ids"]
 
 
-def rows(model: MimoModel, shown: dict) -> torch.Tensor:
-    outputs, _ = model(ids(), generation_inputs={"images": shown})
+def rows(model: MimoModel, shown: dict, prompt: torch.Tensor | None = None) -> torch.Tensor:
+    outputs, _ = model(ids() if prompt is None else prompt, generation_inputs={"images": shown})
     return model.modality_submodules["images"].rows_for("out", outputs.modalities["images"].hidden)
 
 
@@ -111,6 +113,42 @@ def test_samples_repeat_with_the_generator(single_process):
     assert all(map(torch.equal, first, again)) and not any(map(torch.equal, first, other))
 
 
+def without_condition() -> torch.Tensor:
+    """The prompts with every token but the generation tokens replaced by padding."""
+    return torch.where(ids() == tiny.WRITE, ids(), 0)
+
+
+@torch.no_grad()
+def test_codes_with_guidance_contrast_the_prompt_with_one_without_its_condition(single_process):
+    model = model_of(CODES)
+    options = {"temperature": 0, "guidance": 3.0}
+    codes = sample_one_by_one(
+        model, ids(), "images", options=options, unconditional_ids=without_condition(), placement=model.place(ids())
+    )
+    shown, decoder = {"codes": codes}, decoder_of(model)
+    pairs = zip(decoder.logits(rows(model, shown)), decoder.logits(rows(model, shown, without_condition())))
+    likeliest = [(null + 3 * (part - null)).argmax(1) for part, null in pairs]
+    assert torch.equal(torch.stack(likeliest, dim=1), codes)
+    assert not torch.equal(codes, sample_one_by_one(model, ids(), "images", options={"temperature": 0}))
+    assert not torch.equal(codes, sample_one_by_one(model, ids(), "images", options=options))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [FLOW, NOISED], ids=["rows", "transformer"])
+@pytest.mark.parametrize("null", [True, False], ids=["null condition", "unconditional ids"])
+def test_a_solver_step_with_guidance_extrapolates_from_the_unconditional_velocity(single_process, kind, null):
+    model, noise = model_of(replace(kind, params={**kind.params, "condition_dropout": 0.1})), torch.randn(9, 4)
+    decoder, one = decoder_of(model), torch.ones(())
+    given = {} if null else {"unconditional_ids": without_condition()}
+    drawn = sample_flow(model, ids(), "images", noise=noise, steps=1, guidance=3.0, **given)
+    shown = {"x": noise, "time": torch.ones(3)}
+    seen = rows(model, shown)
+    contrast = decoder.condition_dropout.null.expand_as(seen) if null else rows(model, shown, without_condition())
+    slope, base = decoder.velocity(seen, noise, one), decoder.velocity(contrast, noise, one)
+    torch.testing.assert_close(drawn, noise - (base + 3 * (slope - base)), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(drawn, noise - slope, atol=1e-3)
+
+
 def test_a_prompt_without_generation_tokens_draws_nothing(single_process):
     text = torch.ones(2, 8, dtype=torch.int64)
     assert sample_one_by_one(model_of(CODES), text, "images").shape == (0, 2)
@@ -167,6 +205,24 @@ BAD = {
     "noise of another batch": (
         lambda: sample_flow(model_of(FLOW), ids(), "images", noise=torch.zeros(6, 4), steps=1),
         r"images: noise must be \[9, 4\], a row for each generation token, got \[6, 4\]",
+    ),
+    "unconditional ids without guidance": (
+        lambda: sample_one_by_one(model_of(CODES), ids(), "images", unconditional_ids=ids()),
+        "images: unconditional_ids are contrasted with by guidance, which is off",
+    ),
+    "unconditional ids of another length": (
+        lambda: sample_flow(model_of(FLOW), ids(), "images", guidance=2.0, unconditional_ids=ids()[:, 1:]),
+        r"images: unconditional_ids \[3, 15\] must have its generation tokens where input_ids \[3, 16\] has",
+    ),
+    "unconditional ids that write elsewhere": (
+        lambda: sample_flow(model_of(FLOW), ids(), "images", guidance=2.0, unconditional_ids=ids().roll(1, 1)),
+        "images: unconditional_ids .* must have its generation tokens where",
+    ),
+    "unconditional rows in the loop": (
+        lambda: sample_one_by_one(
+            model_of(CODES), ids(), "images", options={"guidance": 2.0, "unconditional_rows": torch.zeros(9, WIDTH)}
+        ),
+        "images: unconditional_rows change with every sample .* give unconditional_ids",
     ),
     "too few codes": (
         show(images={"codes": torch.zeros(8, 2, dtype=torch.int64)}),

@@ -332,7 +332,10 @@ def copy_part(model: MimoModel, run: Run, whole: dict[str, Tensor]) -> None:
 
 
 IN_THE_LOOP = {"discrete": sample_one_by_one, "flow": sample_flow}
-LOOP_OPTIONS = {"discrete": dict(options=dict(temperature=0)), "flow": dict(steps=2, solver="heun")}
+LOOP_OPTIONS = {
+    "discrete": dict(options=dict(temperature=0, guidance=2.0)),
+    "flow": dict(steps=2, solver="heun", guidance=2.0),
+}
 
 
 @case(ranks=2, timeout_s=120)
@@ -344,7 +347,8 @@ def sampling_with_the_model_in_the_loop_equals_one_rank(run: Run) -> None:
         (dict(context_parallel_size=2), Setting(token_local=True)),
     ):
         for name, sample in IN_THE_LOOP.items():
-            options = LOOP_OPTIONS[name] | ({"noise": noise} if name == "flow" else {})
+            others = {"noise": noise} if name == "flow" else {"unconditional_ids": ids.where(ids == tiny.WRITE, 0)}
+            options = LOOP_OPTIONS[name] | others
             run = relayout()
             torch.manual_seed(5)
             whole = build(kinds()[name], setting.spec(None)).eval()
