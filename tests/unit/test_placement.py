@@ -22,6 +22,11 @@ IDS = torch.tensor(
 TABLES = {"images": IMAGES, "audio": AUDIO}
 
 
+def total(placement, name: str) -> int:
+    """How many positions a reading table fills."""
+    return int(placement.counts(name).sum())
+
+
 def test_source_and_row_name_the_table_and_number_its_rows_sample_after_sample():
     placement = build_placement(IDS, TABLES, {"images": WRITE})
     assert placement.names == ("images", "audio")
@@ -35,14 +40,12 @@ def test_counts_are_known_per_sample_and_on_the_host():
     placement = build_placement(IDS, TABLES, {"images": WRITE})
     assert placement.counts("images").tolist() == [2, 2, 0]
     assert placement.counts("audio").tolist() == [1, 0, 0]
-    assert placement.count_on_host("images") == 4
     assert placement.generation_count("images") == 3
     assert placement.generation_total("images").item() == 3
 
 
 def test_a_deferred_placement_keeps_its_counts_off_the_host():
     placement = build_placement(IDS, TABLES, {"images": WRITE}, validate="deferred")
-    assert placement.count_on_host("images") is None
     assert placement.generation_count("images") is None
     assert placement.counts("images").tolist() == [2, 2, 0]
 
@@ -62,16 +65,17 @@ def test_spans_of_a_placement_that_the_host_does_not_know_are_refused():
 def test_the_text_table_takes_every_other_position():
     placement = build_placement(IDS, TABLES, text_table="text")
     assert placement.names == ("images", "audio", "text")
-    assert placement.count_on_host("text") == 18 - 5
+    assert total(placement, "text") == 18 - 5
     assert placement.source.tolist()[0] == [2, 0, 0, 2, 1, 2]
     assert placement.row.tolist()[1] == [2, 3, 4, 5, 6, 3]
 
 
 def test_a_placement_moves_with_what_the_host_knows():
-    placement = build_placement(IDS, TABLES, cu_seqlens=None)
+    placement = build_placement(IDS, TABLES, {"images": WRITE}, cu_seqlens=None)
     moved = placement.to("meta", non_blocking=True)
     assert moved.device.type == "meta"
-    assert moved.count_on_host("images") == 4
+    assert moved.generation_count("images") == 3
+    assert moved.spans("images").equal(placement.spans("images"))
     with pytest.raises(dataclasses.FrozenInstanceError):
         moved.names = ()
 
@@ -79,8 +83,8 @@ def test_a_placement_moves_with_what_the_host_knows():
 def test_pinning_asks_every_tensor_and_leaves_the_rest(monkeypatch):
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
-    placement = build_placement(IDS[:1], TABLES, cu_seqlens=torch.tensor([0, 6]))
-    assert placement.pin_memory().count_on_host("images") == 2
+    placement = build_placement(IDS[:1], TABLES, {"images": WRITE}, cu_seqlens=torch.tensor([0, 6]))
+    assert placement.pin_memory().generation_count("images") == 1
     assert len(pinned) == 5
 
 
@@ -97,7 +101,7 @@ def test_generation_positions_are_flat_and_in_order():
 def test_a_generation_token_may_be_the_special_token():
     placement = build_placement(IDS, TABLES, {"images": IMAGES})
     assert placement.generation_positions("images").tolist() == [1, 2, 6, 11]
-    assert placement.count_on_host("images") == placement.generation_count("images") == 4
+    assert total(placement, "images") == placement.generation_count("images") == 4
 
 
 def test_a_given_number_of_positions_is_kept_whatever_the_batch_holds():
@@ -271,7 +275,7 @@ def test_text_outside_the_vocabulary_is_reported_and_special_tokens_are_not(vali
         build_placement(ids, TABLES, vocabulary_size=64, validate=validate)
 
 
-@pytest.mark.parametrize("method", ["counts", "count_on_host", "spans"])
+@pytest.mark.parametrize("method", ["counts", "spans"])
 def test_an_unknown_table_is_named(method):
     with pytest.raises(ValueError, match=r"no reading table 'video' in this placement; it has \['audio', 'images'\]"):
         getattr(build_placement(IDS, TABLES), method)("video")
@@ -303,7 +307,7 @@ def test_every_token_is_listed_once_and_points_back(ids, dtype):
     ids = torch.tensor(ids).clamp(max=2**31 - 1).to(dtype)
     placement = build_placement(ids, tables, {"images": WRITE})
     for code, (name, token) in enumerate(tables.items()):
-        count = placement.count_on_host(name)
+        count = total(placement, name)
         listed = placement.positions[placement.reading[name].index]
         assert torch.equal(listed[:count].long(), (ids.flatten() == token).nonzero().squeeze(1))
         assert (listed[count:] == -1).all()
@@ -334,4 +338,4 @@ class Batches(torch.utils.data.Dataset):
 
 def test_a_placement_can_be_built_in_a_loaders_worker():
     loader = torch.utils.data.DataLoader(Batches(), batch_size=None, num_workers=1)
-    assert [placement.count_on_host("images") for placement in loader] == [4, 4, 4]
+    assert [placement.generation_count("images") for placement in loader] == [3, 3, 3]
