@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,6 +25,19 @@ from megatron_mimo.model import MimoModel
 
 logger = logging.getLogger(__name__)
 
+@dataclass(frozen=True)
+class Trained:
+    """What trained in a run, so that its optimizer has a state of it.
+
+    Args:
+        frozen: what the names of parameters that did not train begin with.
+        embedding_rows: rows of the embedding that trained; empty where the table trained like the rest.
+    """
+
+    frozen: tuple[str, ...]
+    embedding_rows: tuple[int, ...]
+
+
 _COMPLETE = "complete"  # written last: a directory without it was cut short
 
 
@@ -34,15 +48,17 @@ def save(
     optimizer: MegatronOptimizer,
     schedule: OptimizerParamScheduler,
     run: Run,
+    trained: Trained,
 ) -> Path:
     """Writes `directory/step_<step>` and gives its path. Collective over all ranks.
 
-    A checkpoint of the same step that is there is replaced.
+    A checkpoint of the same step that is there is replaced, once this one is whole.
     """
     path = directory / f"step_{step:08d}"
+    written = directory / f"writing_{path.name}"
     if run.rank == 0:
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(parents=True)
+        shutil.rmtree(written, ignore_errors=True)
+        written.mkdir(parents=True)
     dist.barrier()
     # Before its first update an optimizer has no state to save.
     updated = schedule.num_steps > 0
@@ -52,13 +68,26 @@ def save(
         "updated": updated,
         "layout": vars(run.layout),
         "schedule": schedule.state_dict(),
+        "trained": vars(trained),
     }
-    dist_checkpointing.save(state, str(path), content_metadata=_saved(_metadata(run)))
+    dist_checkpointing.save(state, str(written), content_metadata=_saved(_metadata(run)))
     dist.barrier()
     if run.rank == 0:
-        (path / _COMPLETE).touch()
+        (written / _COMPLETE).touch()
+        _replace(path, written)
         logger.info("saved step %d to %s", step, path)
+    dist.barrier()  # from here on every rank finds it
     return path
+
+
+def _replace(path: Path, written: Path) -> None:
+    """Moves `written` to `path`; what was there goes last."""
+    old = path.with_name(f"old_{path.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    written.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load(
@@ -67,6 +96,7 @@ def load(
     optimizer: MegatronOptimizer,
     schedule: OptimizerParamScheduler,
     run: Run,
+    trained: Trained,
 ) -> int:
     """Reads a checkpoint into model, optimizer and schedule, and gives the number of steps it has behind it.
 
@@ -74,13 +104,12 @@ def load(
 
     Raises:
         FileNotFoundError: there is no complete checkpoint at `path`.
+        ValueError: the optimizer's state there is of other parameters than those that train now.
     """
-    if not (path / _COMPLETE).exists():
-        raise FileNotFoundError(
-            f"no complete checkpoint at {path}. Give the directory step_... that save() returned; one "
-            f"without a file {_COMPLETE!r} was cut short while it was written."
-        )
+    _check_complete(path)
     common = dist_checkpointing.load_common_state_dict(str(path))
+    if common["updated"]:
+        _check_trained(path, Trained(**common["trained"]), trained)
     same_layout = common["layout"] == vars(run.layout)
     updated = common["updated"]
     wanted = _state(
@@ -93,10 +122,48 @@ def load(
         optimizer.load_state_dict(state["optimizer"])
     else:
         optimizer.reload_model_params()  # its own float32 copies of half-precision weights
+    schedule.num_steps = 0  # it adds those of the checkpoint
     schedule.load_state_dict(state["schedule"])
     if same_layout:
         _set_random_state(state["random"])
     return state["step"]
+
+
+def load_weights(path: Path, chunks: Sequence[MimoModel], optimizer: MegatronOptimizer, run: Run) -> None:
+    """Reads a checkpoint's weights into the model, and nothing else. Collective over all ranks.
+
+    Raises:
+        FileNotFoundError: there is no complete checkpoint at `path`.
+    """
+    _check_complete(path)
+    state = dist_checkpointing.load(_state(chunks, None, run, loading=True, random=False), str(path))
+    for index, chunk in enumerate(chunks):
+        chunk.load_state_dict(state[f"model{index}"])
+    optimizer.reload_model_params()  # its own float32 copies of half-precision weights
+
+
+def _check_complete(path: Path) -> None:
+    if not (path / _COMPLETE).exists():
+        raise FileNotFoundError(
+            f"no complete checkpoint at {path}. Give the directory step_... that save() returned; one "
+            f"without a file {_COMPLETE!r} was cut short while it was written."
+        )
+
+
+def _check_trained(path: Path, theirs: Trained, ours: Trained) -> None:
+    """Refuses an optimizer state that lacks parameters, or has momentum of rows that shall not move."""
+    if tuple(theirs.frozen) != ours.frozen:
+        raise ValueError(
+            f"{path} was written with {list(theirs.frozen)} frozen, this run freezes {list(ours.frozen)}: the "
+            "optimizer's states do not match. Begin a run with the checkpoint's weights alone: "
+            "load(path, weights_only=True)."
+        )
+    rows = set(theirs.embedding_rows)
+    if ours.embedding_rows and not (rows and rows <= set(ours.embedding_rows)):
+        raise ValueError(
+            f"{path} has momentum of embedding rows outside embedding_rows, which would go on moving. Begin a "
+            "run with the checkpoint's weights alone: load(path, weights_only=True)."
+        )
 
 
 def latest(directory: Path) -> Path | None:

@@ -105,6 +105,8 @@ def parameters_gathered(
         optimizer.prepare_model_params_for_param_sync()
     for chunk in overlapped:
         chunk.disable_forward_pre_hook(param_sync=True)
-    yield
-    for chunk in overlapped:
-        chunk.enable_forward_pre_hook()
+    try:
+        yield
+    finally:
+        for chunk in overlapped:
+            chunk.enable_forward_pre_hook()

@@ -12,7 +12,8 @@ Parts are named as they are configured:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations
@@ -73,9 +74,11 @@ class TrainingControl:
                     )
         for option in ("learning_rate", "weight_decay"):
             for part, factor in getattr(self, option).items():
-                if not factor >= 0:
-                    raise ValueError(f"{option}[{part!r}] must be at least 0, got {factor}")
+                if not (math.isfinite(factor) and factor >= 0):
+                    raise ValueError(f"{option}[{part!r}] must be finite and at least 0, got {factor}")
+                self._check_trains(option, part, config)
             _check_apart(option, getattr(self, option), config)
+        self._check_compiled_or_graphed(config)
         vocabulary = config.language_model.params.get("vocab_size")
         for row in self.embedding_rows:
             if row < 0 or vocabulary is not None and row >= vocabulary:
@@ -83,6 +86,30 @@ class TrainingControl:
                     f"embedding_rows: {row} is outside the vocabulary [0, {vocabulary}): it has no row. "
                     "Give ids inside it, or enlarge the language model's vocab_size."
                 )
+
+    def frozen_prefixes(self, config: MimoModelConfig) -> tuple[str, ...]:
+        """What the names of the frozen parts' parameters begin with; sorted, none inside another."""
+        found = sorted(set(self._prefixes(self.frozen, config)))
+        return tuple(p for p in found if not any(p != other and p.startswith(other) for other in found))
+
+    def _check_trains(self, option: str, part: str, config: MimoModelConfig) -> None:
+        frozen = self.frozen_prefixes(config)
+        # Rows of a frozen embedding train, though without weight decay.
+        rows = part == LANGUAGE_MODEL and option == "learning_rate" and bool(self.embedding_rows)
+        if not rows and frozen and all(p.startswith(frozen) for p in parameter_prefixes(part, config, option)):
+            raise ValueError(
+                f"{option}[{part!r}]: the part is frozen by frozen={list(self.frozen)}, a factor changes nothing. "
+                "Give it no factor, or do not freeze it."
+            )
+
+    def _check_compiled_or_graphed(self, config: MimoModelConfig) -> None:
+        for one in self.compiled:
+            for other in self.graphed:
+                ours, theirs = (parameter_prefixes(part, config) for part in (one, other))
+                if any(a.startswith(b) or b.startswith(a) for a in ours for b in theirs):
+                    raise ValueError(
+                        f"compiled: {one!r} and graphed: {other!r} name the same encoder. Name it in one of them."
+                    )
 
     def apply(self, model: MimoModel) -> None:
         """Freezes and compiles the parts of `model`; before it is wrapped in DDP."""
@@ -124,6 +151,11 @@ class TrainingControl:
             optimizer: whose learning rate and weight decay the factors multiply.
             config: of the model, which says what the parts are called.
         """
+        if self.learning_rate and optimizer.lr is None:
+            raise ValueError(
+                f"learning_rate: factors of {list(self.learning_rate)} multiply OptimizerConfig.lr, which is None. "
+                "Give it."
+            )
         overrides = dict(get_standard_config_overrides(optimizer))
         without_decay = tuple(overrides)[:1]  # the standard key of biases and norms
         for part, factor in self.learning_rate.items():

@@ -32,7 +32,6 @@ class ForwardStep:
         seed: of the decoders' draws, which start anew at each microbatch.
         on_step: called on the last pipeline stage with the index and the counts of a training step,
             before it runs.
-        log_absent: see `loss_func`.
 
     Example:
         >>> forward_step = ForwardStep(microbatches=lambda: 4, step=lambda: 0, seed=1234)
@@ -45,12 +44,10 @@ class ForwardStep:
         step: Callable[[], int],
         seed: int,
         on_step: Callable[[int, Counts], None] | None = None,
-        log_absent: bool = True,
     ) -> None:
         self._microbatches, self._step, self._seed, self._on_step = microbatches, step, seed, on_step
-        self._log_absent = log_absent
         self._steps: dict[int | None, StepBatches] = {}
-        self._agreed: set[str] = set()
+        self._agreed: set[tuple[str, bool]] = set()
         self._evaluated: dict[int | None, int] = {}
 
     def __call__(self, data_iterator: Iterator[Batch] | None, model: nn.Module):
@@ -78,7 +75,6 @@ class ForwardStep:
             weights=mimo.loss_weights,
             names=["text", *names.decoders_of(mimo)],
             scale=scale,
-            log_absent=self._log_absent,
         )
 
     def start_evaluation(self) -> None:
@@ -133,15 +129,19 @@ class ForwardStep:
         )
 
     def _check_counts(self, terms: Mapping[str, LossTerm], counted: Counts, mimo: MimoModel) -> None:
-        """Holds the counts told ahead against those of the losses, once for every term: it waits."""
+        """Holds the counts told ahead against those of the losses, once for every term: it waits.
+
+        A microbatch that shall count nothing of a term says nothing about those that do: both are looked at.
+        """
         for name in terms:  # in one order on every rank: there is a collective in the loop
-            if name in self._agreed:
+            expected = counted[names.term(name)]
+            kind = (name, expected > 0)  # alike on the context-parallel ranks, which read the same batch
+            if kind in self._agreed:
                 continue
-            self._agreed.add(name)
+            self._agreed.add(kind)
             found = terms[name].count.detach().double().clone()
             if mimo.pg_collection.cp.size() > 1:
                 dist.all_reduce(found, group=mimo.pg_collection.cp)
-            expected = counted[names.term(name)]
             if abs(found.item() - expected) > 1e-3 * max(expected, 1.0):
                 raise ValueError(
                     f"loss term {name!r} counted {found.item():g} but {expected:g} were told ahead. The "

@@ -54,7 +54,6 @@ def loss_func(
     weights: Mapping[str, float],
     names: Iterable[str],
     scale: StepScale | None,
-    log_absent: bool = True,
     non_loss_data: bool = False,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]] | Tensor | MimoOutput:
     """A microbatch's loss, as Megatron's schedules take it.
@@ -62,10 +61,10 @@ def loss_func(
     Args:
         outputs, loss_mask: from `MimoModel.forward` on the last pipeline stage.
         weights: modality -> weight of its terms, 1 where it is not named.
-        names: every loss term that any microbatch may have; reported as zeros where this one lacks it.
+        names: every loss term that any microbatch may have; reported as zeros where this one lacks it, and
+            as 0 / 1 where the whole step does: Megatron's log divides every term, and one NaN would spoil
+            the mean of an interval.
         scale: of the step; None in evaluation, where nothing is divided.
-        log_absent: report terms that the whole step counts nothing of as 0 / 1: Megatron's log divides
-            every term, and one NaN would spoil the mean of an interval. Otherwise as 0 / 0.
         non_loss_data: the schedule collects outputs: they come back as they are.
 
     Returns:
@@ -80,7 +79,7 @@ def loss_func(
     if scale is None:
         return total_loss(terms, weights), tokens, report(terms, names)
     loss = total_loss(terms, weights, scale.divisors())
-    logged = report(terms, names, scale.counts if log_absent else None)
+    logged = report(terms, names, scale.counts)
     logged["loss"] = torch.stack([loss.detach(), loss.new_tensor(1 / scale.parts)])
     if not scale.per_token:
         tokens = torch.ones_like(tokens)

@@ -17,10 +17,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import (
-    OptimizerParamScheduler,
-    get_canonical_lr_for_logging,
-)
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -47,6 +44,8 @@ from megatron_mimo.training.stop import StopRequest
 #: holds keyword arguments of `MimoModel.forward`, on the CPU.
 StepData = Callable[[int, int, int], Sequence[Batch]]
 
+DECAYS = ("constant", "linear", "cosine")
+
 
 @dataclass(frozen=True)
 class TrainerSettings:
@@ -57,10 +56,11 @@ class TrainerSettings:
         warmup_steps: over which the learning rate rises from 0.
         decay: its course afterwards, down to the optimizer's `min_lr`.
         seed: of the decoders' draws.
-        evaluate_every: steps between evaluations; None evaluates when asked.
+        evaluate_every: steps between evaluations, of which there is one after the last step too; None
+            leaves that one alone.
         evaluation_steps: steps of data that an evaluation takes.
-        save_every: steps between checkpoints; None saves at the end, and at a SIGTERM.
-        directory: of the checkpoints; None saves none.
+        save_every: steps between checkpoints; the end and a SIGTERM save one in any case.
+        directory: of the checkpoints, a path or a string; None saves none.
         progress: show a progress bar on the last rank.
     """
 
@@ -71,10 +71,14 @@ class TrainerSettings:
     evaluate_every: int | None = None
     evaluation_steps: int = 1
     save_every: int | None = None
-    directory: Path | None = None
+    directory: Path | str | None = None
     progress: bool = True
 
     def __post_init__(self) -> None:
+        if self.directory is not None:
+            object.__setattr__(self, "directory", Path(self.directory))
+        if self.decay not in DECAYS:
+            raise ValueError(f"TrainerSettings: decay must be one of {list(DECAYS)}, got {self.decay!r}")
         for name in ("steps", "evaluate_every", "evaluation_steps", "save_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -184,6 +188,9 @@ class Trainer:
             on_step=self._keep_counts,
         )
         self._counts: Mapping[str, float] = {}
+        self._trained = checkpoints.Trained(
+            frozen=self.control.frozen_prefixes(config), embedding_rows=tuple(sorted(self.control.embedding_rows))
+        )
 
     def train(self, data: StepData, evaluation: StepData | None = None) -> History:
         """Trains to `settings.steps`, from where the trainer stands.
@@ -193,8 +200,17 @@ class Trainer:
 
         Args:
             data: to train on.
-            evaluation: to evaluate on; asked for steps `0 .. settings.evaluation_steps - 1`.
+            evaluation: to evaluate on, every `settings.evaluate_every` steps and after the last one; asked for
+                steps `0 .. settings.evaluation_steps - 1`.
+
+        Raises:
+            ValueError: `settings.evaluate_every` without data to evaluate on.
         """
+        if evaluation is None and self.settings.evaluate_every is not None:
+            raise ValueError(
+                f"evaluate_every is {self.settings.evaluate_every}, but train() got no evaluation data. Give "
+                "train(data, evaluation), or leave evaluate_every out."
+            )
         settings, history = self.settings, History()
         shown = settings.progress and self.run.rank == self.run.world_size - 1
         with exit_on_error(), StopRequest(self.run.device) as stop, Progress(settings.steps, shown) as bar:
@@ -202,13 +218,12 @@ class Trainer:
                 report = self.train_step(data)
                 history.steps.append(report)
                 bar.show(self.steps_done, report.losses, report.seconds)
-                if evaluation is not None and _due(self.steps_done, settings.evaluate_every):
+                ended = self.steps_done == settings.steps
+                if evaluation is not None and (ended or _due(self.steps_done, settings.evaluate_every)):
                     history.evaluations[self.steps_done] = self.evaluate(evaluation)
                 history.stopped = stop.received()
-                if _due(self.steps_done, settings.save_every) or history.stopped:
+                if ended or history.stopped or _due(self.steps_done, settings.save_every):
                     self.save()
-            if settings.save_every is None and not history.stopped:
-                self.save()
         return history
 
     def train_step(self, data: StepData) -> StepReport:
@@ -221,7 +236,7 @@ class Trainer:
         logged = self._run(data, self.steps_done, forward_only=False)
         succeeded, norm, _ = self.optimizer.step()
         losses, norm, succeeded = self._agree(logged, norm, succeeded, self._counts)
-        learning_rate = get_canonical_lr_for_logging(self.optimizer.param_groups)
+        learning_rate = self.schedule.get_lr({})  # of a group that says nothing of its own
         if succeeded:
             self.schedule.step(increment=1)
         self.steps_done += 1
@@ -259,22 +274,36 @@ class Trainer:
             return None
         with parameters_gathered(self.chunks, self.optimizer):
             return checkpoints.save(
-                self.settings.directory, self.steps_done, self.models, self.optimizer, self.schedule, self.run
-            )
+                self.settings.directory, self.steps_done, self.models, self.optimizer, self.schedule, self.run,
+                self._trained,
+            )  # fmt: skip
 
-    def load(self, path: Path | None = None) -> int:
-        """Goes on from a checkpoint, and gives the number of steps it has behind it.
+    def load(self, path: Path | str | None = None, *, weights_only: bool = False) -> int:
+        """Goes on from a checkpoint, and gives the number of steps that the run has behind it.
 
-        Collective over all ranks.
+        The learning rate follows this trainer's settings: with more `steps` a run goes on where one of
+        that length would stand. Collective over all ranks.
 
         Args:
             path: of the checkpoint; None for the latest one in `settings.directory`, if there is any.
+            weights_only: load the model's weights, and leave optimizer and step as they are: a run of its
+                own begins with them, such as the second stage of a training whose first one froze parts.
+
+        Raises:
+            FileNotFoundError: there is no complete checkpoint at `path`.
+            ValueError: other parts or embedding rows trained in the checkpoint's run, whose optimizer state
+                therefore is not this run's.
+
+        Example:
+            >>> trainer.load("aligned/step_00001000", weights_only=True)              # doctest: +SKIP
         """
         if path is None and self.settings.directory is not None:
             path = checkpoints.latest(self.settings.directory)
-        if path is not None:
+        if path is not None and weights_only:
+            checkpoints.load_weights(Path(path), self.models, self.optimizer, self.run)
+        elif path is not None:
             self.steps_done = checkpoints.load(
-                path, self.models, self.optimizer, self.schedule, self.run
+                Path(path), self.models, self.optimizer, self.schedule, self.run, self._trained
             )
         return self.steps_done
 
@@ -372,6 +401,8 @@ def _with_precision_of(
             f"use_distributed_optimizer: the optimizer has {optimizer.use_distributed_optimizer}, DDP "
             f"{ddp.use_distributed_optimizer}. Give both the same."
         )
+    if optimizer.lr is None:
+        raise ValueError("OptimizerConfig.lr is None, expected a learning rate, such as 1e-4")
     config = model.config
     return replace(
         optimizer,
@@ -395,4 +426,7 @@ def _schedule(optimizer, config: OptimizerConfig, settings: TrainerSettings) -> 
         end_wd=config.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        # A resumed run follows its own settings, as when it is to be longer than the checkpoint's.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )

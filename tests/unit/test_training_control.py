@@ -191,8 +191,15 @@ def test_optimizer_without_a_min_lr_decays_to_zero(decay, single_process):
         (dict(frozen=["images/pixels"]), "no part 'images/pixels'"),
         (dict(learning_rate={"decoder": 1.0}), "learning_rate: the model has no part 'decoder'"),
         (dict(weight_decay={"audio/decoder": 1.0}), "weight_decay: the model has no part 'audio/decoder'"),
-        (dict(learning_rate={"decoders": -1.0}), r"learning_rate\['decoders'\] must be at least 0, got -1"),
-        (dict(weight_decay={"images": float("nan")}), r"weight_decay\['images'\] must be at least 0, got nan"),
+        (dict(learning_rate={"decoders": -1.0}), r"learning_rate\['decoders'\] must be finite and at least 0, got -1"),
+        (dict(weight_decay={"images": float("nan")}), r"weight_decay\['images'\] must be finite and at least 0, got nan"),
+        (dict(learning_rate={"decoders": float("inf")}), r"learning_rate\['decoders'\] must be finite"),
+        (dict(frozen=["images"], learning_rate={"images/encoders": 2.0}), r"learning_rate\['images/encoders'\].* is frozen"),
+        (dict(frozen=["language_model"], weight_decay={"language_model": 2.0}), r"weight_decay\['language_model'\].* is frozen"),
+        (
+            dict(compiled=["encoders"], graphed=["images/encoders"]),
+            "compiled: 'encoders' and graphed: 'images/encoders' name the same encoder",
+        ),
         (dict(compiled=["decoders"]), "compiled: 'decoders' is no encoder"),
         (dict(graphed=["images"]), "graphed: 'images' is no encoder"),
         (dict(embedding_rows=[tiny.VOCABULARY]), r"embedding_rows: 64 is outside the vocabulary \[0, 64\)"),
@@ -208,6 +215,12 @@ def test_optimizer_without_a_min_lr_decays_to_zero(decay, single_process):
 def test_what_the_model_does_not_have_is_refused_by_name(control, message):
     with pytest.raises(ValueError, match=message):
         TrainingControl(**control).check(tiny.mimo_config())
+
+
+def test_factors_of_parts_that_train_a_little_are_accepted():
+    rows = dict(frozen=["language_model"], embedding_rows=[3], learning_rate={"language_model": 2.0})
+    TrainingControl(**rows).check(tiny.mimo_config())
+    TrainingControl(frozen=["images/encoders"], learning_rate={"images": 2.0}).check(tiny.mimo_config())
 
 
 def test_trainer_refuses_unknown_parts_before_it_builds_a_model(single_process, monkeypatch):

@@ -125,11 +125,15 @@ class Miscounting(tiny.LinearDecoder):
         return (targets["pixels"].shape[0],)
 
 
-def test_a_decoder_that_tells_another_count_than_its_loss_has_is_found_in_the_first_step(single_process):
+@pytest.mark.parametrize("position", [0, 1])
+def test_a_decoder_that_tells_another_count_than_its_loss_has_is_found_in_the_first_step(position, single_process):
+    text = dict(input_ids=torch.ones(1, 4, dtype=torch.long), labels=torch.ones(1, 4, dtype=torch.long))
+    batches = [text, text]
+    batches[position] = tiny.batch(0)
     images = tiny.image_spec(decoders={"pixels": ModuleSpec(module=Miscounting)})
     ours = trainer(single_process, tiny.mimo_config(modality_submodules={"images": images, "audio": tiny.audio_spec()}))
     with pytest.raises(ValueError, match=r"'images/pixels' counted 30 but 5 were told ahead.*loss_shape"):
-        ours.train_step(lambda *_: [tiny.batch(0)])
+        ours.train_step(lambda *_: batches)
 
 
 def test_a_batch_without_labels_is_refused(single_process):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from megatron.core.optimizer import OptimizerConfig
 
-from megatron_mimo.training import Trainer, TrainerSettings
+from megatron_mimo.training import Trainer, TrainerSettings, TrainingControl
 from tests import tiny
 
 
@@ -50,9 +50,9 @@ def test_terms_that_a_step_counts_nothing_of_are_left_out(single_process):
 def test_training_evaluates_and_saves_as_often_as_asked(single_process, tmp_path):
     ours = trainer(single_process, steps=5, evaluate_every=2, save_every=2, directory=tmp_path)
     history = ours.train(one_batch, evaluation=one_batch)
-    assert list(history.evaluations) == [2, 4] and not history.stopped
+    assert list(history.evaluations) == [2, 4, 5] and not history.stopped
     assert [report.step for report in history.steps] == [0, 1, 2, 3, 4]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000004"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000004", "step_00000005"]
     # An evaluation after two steps is the loss that the third one starts from.
     assert history.evaluations[2]["loss"] == pytest.approx(history.steps[2].losses["loss"], rel=1e-6)
 
@@ -93,11 +93,89 @@ def test_an_interrupted_run_resumes_with_momentum_and_schedule(optimizer, single
         (dict(evaluation_steps=0), "evaluation_steps must be at least 1"),
         (dict(warmup_steps=4), r"warmup_steps must lie in \[0, steps = 4\), got 4"),
         (dict(save_every=2), "save_every 2 needs a directory"),
+        (dict(decay="cos"), r"decay must be one of \['constant', 'linear', 'cosine'\], got 'cos'"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         TrainerSettings(**{"steps": 4, **settings})
+
+
+def test_a_directory_may_be_a_string_and_the_evaluation_is_at_the_end_where_nothing_says_how_often(single_process, tmp_path):
+    ours = trainer(single_process, steps=2, directory=str(tmp_path))
+    assert list(ours.train(one_batch, evaluation=one_batch).evaluations) == [2]
+    assert trainer(single_process, steps=2).load(str(tmp_path / "step_00000002")) == 2
+
+
+def test_evaluate_every_without_data_to_evaluate_on_is_refused(single_process):
+    with pytest.raises(ValueError, match="evaluate_every is 2, but .* no evaluation data"):
+        trainer(single_process, evaluate_every=2).train(one_batch)
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine"])
+def test_a_run_resumed_with_more_steps_follows_the_longer_schedule(decay, single_process, tmp_path):
+    settings = dict(decay=decay, warmup_steps=1, directory=tmp_path, optimizer=OptimizerConfig(lr=1e-2))
+    trainer(single_process, steps=2, **settings).train(one_batch)
+    longer = trainer(single_process, steps=6, **settings)
+    assert longer.load() == 2
+    expected = trainer(single_process, steps=6, **settings | dict(directory=None)).train(one_batch).steps[2:]
+    assert [r.learning_rate for r in longer.train(one_batch).steps] == [r.learning_rate for r in expected]
+    assert expected[-1].learning_rate > 0
+
+
+def test_a_second_stage_that_freezes_other_parts_begins_with_the_weights_of_the_first(single_process, tmp_path):
+    aligned = trainer(single_process, control=TrainingControl(frozen=["language_model"]), directory=tmp_path)
+    aligned.train(one_batch)
+    second = trainer(single_process)
+    with pytest.raises(ValueError, match=r"written with \['language_model.'\] frozen.*weights_only=True"):
+        second.load(tmp_path / "step_00000004")
+    assert second.load(tmp_path / "step_00000004", weights_only=True) == 0
+    for mine, theirs in zip(aligned.models[0].parameters(), second.models[0].parameters()):
+        assert mine.equal(theirs)
+    assert len(second.train(one_batch).steps) == 4
+
+
+@pytest.mark.parametrize("before", [(), (3, 5)])
+def test_momentum_of_rows_that_shall_not_move_is_refused(before, single_process, tmp_path):
+    adam = OptimizerConfig(lr=1e-2, weight_decay=0.0)
+    control = TrainingControl(embedding_rows=before)
+    trainer(single_process, steps=2, control=control, optimizer=adam, directory=tmp_path).train(one_batch)
+    path = tmp_path / "step_00000002"
+    ours = trainer(single_process, control=TrainingControl(embedding_rows=[3]), optimizer=adam)
+    with pytest.raises(ValueError, match="momentum of embedding rows outside embedding_rows.*weights_only=True"):
+        ours.load(path)
+    ours.load(path, weights_only=True)
+    table = ours.models[0].language_model.embedding.word_embeddings.weight
+    start = table.detach().clone()
+    ours.train(one_batch)
+    assert set((table != start).any(1).nonzero().flatten().tolist()) <= {3}
+    if before:
+        more = trainer(single_process, control=TrainingControl(embedding_rows=[5, 3, 7]), optimizer=adam)
+        assert more.load(path) == 2
+
+
+def test_a_checkpoint_that_is_cut_short_leaves_the_one_before_it(single_process, tmp_path, monkeypatch):
+    ours = trainer(single_process, directory=tmp_path)
+    path = ours.save()
+    with monkeypatch.context() as cut:
+        cut.setattr("megatron_mimo.training.checkpoints.dist_checkpointing.save", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ours.save()
+    assert trainer(single_process, directory=tmp_path).load(path) == 0
+    assert ours.save() == path and [each.name for each in tmp_path.iterdir()] == ["step_00000000"]
+
+
+def test_the_learning_rate_is_reported_also_where_every_part_has_a_factor(single_process):
+    control = TrainingControl(learning_rate={"language_model": 2.0, "images": 2.0, "audio": 3.0})
+    assert trainer(single_process, control=control).train_step(one_batch).learning_rate == 0.1
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"), [({}, "OptimizerConfig.lr is None"), ({"decoders": 2.0}, "lr is None")]
+)
+def test_an_optimizer_without_a_learning_rate_is_refused(factors, message, single_process):
+    with pytest.raises(ValueError, match=message):
+        trainer(single_process, control=TrainingControl(learning_rate=factors), optimizer=OptimizerConfig())
 
 
 def test_an_optimizer_distributed_unlike_ddp_is_refused(single_process):
