@@ -115,7 +115,8 @@ class MimoModel(MegatronModule):
             position_ids: `[B, S]`; None counts from 0 (within each packed sequence).
             attention_mask: as the language model takes it; None for its own causal mask. A mask
                 replaces the causal one of attention without TransformerEngine.
-            labels: `[B, S]` next-token ids. With them the language model returns per-token loss.
+            labels: `[B, S]` next-token ids. With them the language model returns per-token loss. Those
+                that count must lie in the vocabulary.
             loss_mask: `[B, S]`, returned cut to this context-parallel rank; None with labels counts
                 every label that is not negative and not padding of a packed sequence.
             modality_inputs: modality -> encoder -> its keyword inputs.

@@ -166,6 +166,11 @@ def test_guidance_contrasts_with_the_null_condition_and_warns_once_without_one()
         plain.sample(rows, **options)
 
 
+def test_noise_of_another_number_of_images_is_refused():
+    with pytest.raises(ValueError, match=r"DiffusersDecoder's noise must be \[1, 1, 8, 8\] for these rows"):
+        decoder().sample(torch.randn(3, 12), steps=2, noise=torch.randn(5, 1, 8, 8))
+
+
 def test_a_dit_with_learned_variance_reads_the_rows_as_a_caption():
     made = decoder(model=pixart())
     targets = made.prepare({"target": torch.randn(2, 1, 8, 8)})
