@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_mimo.batch import default_loss_mask
@@ -17,7 +18,7 @@ from megatron_mimo.training.batches import Batch, Counts
 
 TOKENS = "tokens"  # positions that the language loss looks at
 POSITIONS = "positions"
-SAMPLES = "samples"
+SAMPLES = "samples"  # sequences, of which a packed row has several
 
 
 def term(name: str) -> str:
@@ -71,7 +72,7 @@ def count_batch(batch: Batch, model: MimoModel) -> Counts:
         term("text"): float(mask.sum()),
         TOKENS: float(mask.count_nonzero()),
         POSITIONS: float(ids.numel()),
-        SAMPLES: float(ids.shape[0]),
+        SAMPLES: float(_sequences(ids, batch.get("packed_seq_params"))),
     }
     targets = batch.get("modality_targets") or {}
     for name, (modality, decoder) in decoders_of(model).items():
@@ -79,6 +80,13 @@ def count_batch(batch: Batch, model: MimoModel) -> Counts:
         takes = model.modality_submodules[modality].decoders[decoder]
         counts[term(name)] = 0.0 if target is None else takes.count(target)
     return counts | _traffic(ids, batch.get("modality_inputs") or {}, model)
+
+
+def _sequences(ids: Tensor, packed: PackedSeqParams | None) -> int:
+    """Sequences that attend to themselves alone: rows of `[B, S]`, or what is packed in the one row."""
+    if packed is None:
+        return ids.shape[0]
+    return int((packed.cu_seqlens_q.diff() > 0).sum())
 
 
 def _traffic(ids: Tensor, inputs: Mapping[str, Mapping], model: MimoModel) -> Counts:

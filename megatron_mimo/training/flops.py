@@ -8,7 +8,8 @@ A backward pass costs as much again for the gradient of the weights, where they 
 for the gradient of the input, where something in the part or before it trains. What activation
 recomputation repeats is not counted: these are the model's operations, not the hardware's. Not counted
 either are norms, activations, losses and the lookup of embeddings, which multiply no matrices, and
-attention in encoders and decoders that do not use Megatron's.
+attention in encoders and decoders that do not use Megatron's. Of sequences packed in one row each attends to
+itself alone; they count as if all had their mean length.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from megatron_mimo.training.batches import Counts
 LANGUAGE = "language_model"
 
 # The kinds of parts in the order in which the data goes through them.
-ORDER = {"encoders": 0, "generation_input": 1, "input_projections": 1, LANGUAGE: 2, "output_projections": 3, "decoders": 4}
+ORDER = {
+    "encoders": 0, "generation_input": 1, "input_projections": 1, LANGUAGE: 2, "output_projections": 3, "decoders": 4,
+}  # fmt: skip
 
 # Dense peak in bfloat16 and float16 as the makers' data sheets state it, without sparsity, TFLOP/s.
 # The first name that a device's name contains counts.

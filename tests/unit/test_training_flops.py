@@ -16,7 +16,7 @@ from megatron_mimo.training import TrainingControl
 from megatron_mimo.training.counts import count_batch
 from megatron_mimo.training.flops import PartSize, part_sizes, stated_peak, step_flops
 from megatron_mimo.training.throughput import Throughput, log_to_megatron, peak_of_all
-from tests import tiny
+from tests import packed, tiny
 
 H, F, V, LAYERS, B, S = tiny.HIDDEN, 64, tiny.VOCABULARY, 2, 3, 16
 READ, HEARD, WRITTEN = 4, 3, 5  # rows of tiny.batch
@@ -50,6 +50,16 @@ def test_forward_pass_of_every_part_as_counted_by_hand(single_process):
 def test_training_takes_three_forward_passes(single_process):
     forward = flops(training=False)
     assert flops() == pytest.approx({name: 3 * count for name, count in forward.items()})
+
+
+def test_packed_sequences_attend_within_themselves(single_process):
+    model = megatron_mimo.MimoModel(tiny.mimo_config(packed.language_spec(tiny.language_config())))
+    ids = torch.arange(1, 13)[None]
+    batch = {"input_ids": ids, "labels": ids, "packed_seq_params": packed.packed_params([4, 4, 2, 0], [4, 4, 4, 0])}
+    counts = count_batch(batch, model)
+    assert counts["samples"] == 3
+    flops = step_flops({"language_model": PartSize(attention=1.0)}, counts, training=False)
+    assert flops == {"language_model": 4 * 12 * 4}
 
 
 def test_tied_output_layer_counts_once_and_the_tables_of_positions_never(single_process):
