@@ -119,7 +119,7 @@ def run(
     curves: dict = {"recipe": recipe, "steps": steps, "unbroken": {}, "resumed": {}}
     with tempfile.TemporaryDirectory(prefix="curves-") as directory:
         initial = f"{directory}/initial"
-        one_step = ["--train-iters", "1", "--lr-warmup-iters", "1", "--lr-decay-iters", str(steps),
+        one_step = ["--train-iters", "1", "--lr-decay-iters", str(steps),
                     "--save", initial, "--save-interval", "1", "--eval-iters", "0"]  # fmt: skip
         together(recipe, {Layout("1"): [*extra, *one_step]}, logs, gpus)
         common = [*extra, "--train-iters", str(steps), "--log-interval", "1", "--eval-iters", "0"]

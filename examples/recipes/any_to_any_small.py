@@ -29,7 +29,6 @@ from megatron_mimo import (
 from megatron_mimo.assemble import images_to_patches
 from megatron_mimo.decoders import FlowTransformerDecoder, RegressionDecoder
 from megatron_mimo.decoders.inputs import QueryInput
-from megatron_mimo.training.arguments import once_each
 
 # Data ------------------------------------------------------------------------------------
 
@@ -183,7 +182,6 @@ def model_config(args: Namespace) -> MimoModelConfig:
         modality_submodules={"images": image_spec(args), "tones": tone_spec(args)},
         special_token_ids={"images": TOKEN["<image>"], "tones": TOKEN["<tone>"]},
         generation_token_ids={"images": TOKEN["<draw>"], "tones": TOKEN["<sing>"]},
-        modality_loss_weights=once_each("--modality-loss-weight", args.modality_loss_weight),
     )
 
 

@@ -16,6 +16,6 @@ exec "${PYTHON:-python}" -m torch.distributed.run --standalone --nproc-per-node 
     --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 \
     --no-gradient-accumulation-fusion --no-persist-layer-norm \
     --micro-batch-size 8 --global-batch-size 32 --train-iters 200 --calculate-per-token-loss \
-    --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-iters 10 --weight-decay 0.01 \
+    --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-fraction 0.05 --weight-decay 0.01 \
     --eval-interval 100 --eval-iters 2 --log-interval 10 --num-workers 2 \
     --ckpt-format torch_dist ${PRECISION---bf16} "$@"

@@ -6,9 +6,10 @@ Replaced are the model provider, the forward step and the batches.
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import cache, partial
 from importlib.util import find_spec
 from time import perf_counter
@@ -27,7 +28,7 @@ from megatron_mimo.cpu import disable_cpu_backend, enable_cpu_backend
 from megatron_mimo.draws import STATE, seed_draws
 from megatron_mimo.launch import exit_on_error, initialize
 from megatron_mimo.model import MimoModel
-from megatron_mimo.training.arguments import add_mimo_args, control_from_args, layout_from_args
+from megatron_mimo.training.arguments import add_mimo_args, control_from_args, layout_from_args, once_each
 from megatron_mimo.training.batches import Counts
 from megatron_mimo.training.control import TrainingControl
 from megatron_mimo.training.flops import PartSize, part_sizes
@@ -35,6 +36,11 @@ from megatron_mimo.training.forward_step import ForwardStep
 from megatron_mimo.training.layouts import check_layout
 from megatron_mimo.training.sampling import microbatches_of
 from megatron_mimo.training.throughput import Throughput, log_to_megatron, peak_of_all
+
+# Of Megatron's own datasets.
+DATA_ARGUMENTS = (
+    "data_path", "data_args_path", "per_split_data_args_path", "train_data_path", "valid_data_path", "test_data_path",
+)  # fmt: skip
 
 #: A module, a name in it, and what stands there meanwhile.
 Replacement = tuple[ModuleType, str, Callable]
@@ -170,7 +176,8 @@ def pretrain(recipe: Recipe, defaults: dict[str, object] | None = None) -> None:
         defaults: Megatron's arguments that the command line need not give.
 
     Raises:
-        ValueError: a layout that cannot work, before any process group is built.
+        ValueError: a layout that cannot work, an argument that would be ignored, or a modality that the
+            model does not have, before any process group is built.
     """
     on_cpu = not torch.cuda.is_available()
     with exit_on_error(), ExitStack() as until_trained:
@@ -185,12 +192,13 @@ def pretrain(recipe: Recipe, defaults: dict[str, object] | None = None) -> None:
         if on_cpu:
             until_trained.enter_context(_replaced(_for_the_cpu()))
         args = parse_and_validate_args(
-            add_mimo_args,
+            lambda parser: with_printable_help(add_mimo_args(parser)),
             # Batches are nested: Megatron's own loaders cannot collate them.
             args_defaults={"dataloader_type": "external", **(defaults or {})},
         )
+        check_used(args)
         layout, control = layout_from_args(args), control_from_args(args)
-        config = recipe.model_config(args)
+        config = with_loss_weights(recipe.model_config(args), args)
         check_layout(layout, config, args.seq_length)
         control.check(config)
         datasets = dataset_provider(recipe, args)
@@ -210,6 +218,49 @@ def pretrain(recipe: Recipe, defaults: dict[str, object] | None = None) -> None:
             ),
             provider,
         )
+
+
+def with_loss_weights(config: MimoModelConfig, args: Namespace) -> MimoModelConfig:
+    """`config` with the weights of `--modality-loss-weight`, which win over the recipe's.
+
+    Raises:
+        ValueError: a modality that the model does not have.
+    """
+    given = once_each("--modality-loss-weight", args.modality_loss_weight)
+    known = ["text", *config.modality_submodules]
+    for name in given:
+        if name not in known:
+            raise ValueError(f"--modality-loss-weight: the model has no modality {name!r}, expected one of {known}")
+    return replace(config, modality_loss_weights={**config.modality_loss_weights, **given})
+
+
+def check_used(args: Namespace) -> None:
+    """Refuses arguments of Megatron's that would change nothing here.
+
+    Raises:
+        ValueError: naming the argument and what to do instead.
+    """
+    if args.mtp_num_layers:
+        raise ValueError(
+            f"--mtp-num-layers {args.mtp_num_layers}: multi-token prediction is not supported by MimoModel. Leave "
+            "the argument out."
+        )
+    for name in DATA_ARGUMENTS:
+        if getattr(args, name, None):
+            raise ValueError(
+                f"--{name.replace('_', '-')}: the data is the recipe's. Leave the argument out, and change the "
+                "recipe's datasets()."
+            )
+
+
+def with_printable_help(parser: ArgumentParser) -> ArgumentParser:
+    """`parser`, in whose help texts a percent sign that names no value is a percent sign."""
+    for action in parser._actions:
+        try:
+            (action.help or "") % {**vars(action), "prog": parser.prog}
+        except (ValueError, TypeError, KeyError):
+            action.help = action.help.replace("%", "%%")
+    return parser
 
 
 def _timed(args: Namespace, provider: ModelProvider, counts: Counts) -> Callable[[Callable], Callable]:

@@ -136,6 +136,10 @@ REFUSED = {
     "frozen: the model has no part 'vision'": ["--freeze", "vision"],
     "--lr-factor: 'decoders' is given 2 times": ["--lr-factor", "decoders=1", "decoders=2"],
     "embedding_rows: 64 is outside the vocabulary": ["--train-embedding-rows", "64"],
+    "--modality-loss-weight: the model has no modality 'imagse', expected one of ['text', 'images', 'tones']":
+        ["--modality-loss-weight", "imagse=3"],
+    "--data-path: the data is the recipe's": ["--data-path", "corpus", "--split", "1,0,0"],
+    "--mtp-num-layers 1: multi-token prediction is not supported": ["--mtp-num-layers", "1"],
     "--dataloader-type cyclic: multimodal batches are nested": ["--dataloader-type", "cyclic"],
 }
 

@@ -1,0 +1,73 @@
+"""What the command line of pretraining says reaches the model, is refused, or is explained."""
+
+import subprocess
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+
+from examples.recipes import parts
+from megatron_mimo.training.pretraining import DATA_ARGUMENTS, check_used, with_loss_weights, with_printable_help
+from tests import tiny
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_loss_weights_of_the_command_line_win_over_the_recipes():
+    config = tiny.mimo_config(modality_loss_weights={"images": 0.5, "text": 2.0})
+    weighted = with_loss_weights(config, Namespace(modality_loss_weight=[("images", 3.0)]))
+    assert weighted.modality_loss_weights == {"images": 3.0, "text": 2.0}
+    assert config.modality_loss_weights == {"images": 0.5, "text": 2.0}
+
+
+def test_a_loss_weight_of_an_unknown_modality_is_refused():
+    with pytest.raises(ValueError, match="--modality-loss-weight: the model has no modality 'imagse', expected one of"):
+        with_loss_weights(tiny.mimo_config(), Namespace(modality_loss_weight=[("imagse", 3.0)]))
+
+
+@pytest.mark.parametrize("name", DATA_ARGUMENTS)
+def test_arguments_of_megatrons_datasets_are_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}: the data is the recipe's"):
+        check_used(Namespace(mtp_num_layers=None, **{name: ["corpus"]}))
+
+
+def test_multi_token_prediction_is_refused_and_nothing_else():
+    check_used(Namespace(mtp_num_layers=None, data_path=None))
+    with pytest.raises(ValueError, match="--mtp-num-layers 2: multi-token prediction"):
+        check_used(Namespace(mtp_num_layers=2))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:megatron")
+def test_scaled_rotary_embeddings_reach_the_language_model(monkeypatch):
+    monkeypatch.setattr(
+        "megatron.training.argument_utils.core_transformer_config_from_args", lambda args: tiny.language_config()
+    )
+    args = Mock(use_rope_scaling=True, rope_scaling_factor=4.0, rotary_seq_len_interpolation_factor=2)
+    params = parts.language_spec(args).params
+    assert (params["rope_scaling"], params["rope_scaling_factor"]) == (True, 4.0)
+    assert params["seq_len_interpolation_factor"] == 2
+
+
+def test_a_percent_sign_in_a_help_text_is_printed():
+    parser = ArgumentParser()
+    parser.add_argument("--one", default=3, help="by 10%).")
+    parser.add_argument("--two", default=3, help="100%%, by default %(default)s")
+    shown = with_printable_help(parser).format_help()
+    assert "by 10%)." in shown and "100%, by default 3" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--help"], 0, "any_to_any_small,vlm_clip_1b"),
+        (["--recipe", "any_to_any_small", "--help"], 0, "--modality-loss-weight"),
+        (["--recipe", "nope"], 2, "invalid choice: 'nope' (choose from 'any_to_any_small', 'vlm_clip_1b')"),
+    ],
+    ids=["help", "help of a recipe", "unknown recipe"],
+)
+def test_the_example_explains_itself(arguments, code, said):
+    command = [sys.executable, "-m", "examples.pretrain_mimo", *arguments]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == code and said in found.stdout + found.stderr
