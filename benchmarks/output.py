@@ -27,14 +27,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 import megatron_mimo
+from examples.recipes.parts import with_fused_attention
 from megatron_mimo import MimoModel, specs
 from megatron_mimo.decoders import Decoder
 from megatron_mimo.losses import LossTerm
@@ -63,23 +62,6 @@ GPU = Size(layers=24, hidden=2048, heads=16, vocabulary=50304, length=4096, shar
 CPU = Size(layers=2, hidden=128, heads=4, vocabulary=512, length=256, share=0.5)
 
 
-class FusedAttention(MegatronModule):
-    """Causal attention by `torch.nn.functional.scaled_dot_product_attention`."""
-
-    def __init__(
-        self, config, layer_number, attn_mask_type, attention_type, cp_comm_type, softmax_scale, pg_collection
-    ) -> None:
-        super().__init__(config)
-
-    def forward(
-        self, query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params
-    ) -> Tensor:
-        """[S, B, heads, D] each -> [S, B, heads * D]. The other arguments are those of Megatron's own."""
-        batch_first = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        mixed = F.scaled_dot_product_attention(*batch_first, is_causal=True)
-        return mixed.permute(2, 0, 1, 3).flatten(2)
-
-
 class RowSum(Decoder):
     """The least a decoder can do: one pass over its rows."""
 
@@ -101,9 +83,7 @@ def build(size: Size, dtype: torch.dtype, device: torch.device, generates: bool)
         params_dtype=dtype,
         calculate_per_token_loss=True,
     )
-    layers = specs.language_layer_spec(config, backend="torch")
-    for layer in layers.submodules.layer_specs:
-        layer.submodules.self_attention.submodules.core_attention = FusedAttention
+    layers = with_fused_attention(specs.language_layer_spec(config, backend="torch"))
     language = ModuleSpec(
         module=GPTModel,
         params=dict(
@@ -138,7 +118,7 @@ class Problem:
             "text alone": build(size, dtype, device, generates=False),
             "with output": build(size, dtype, device, generates=True),
         }
-        self.models["with output"].language_model = self._shared_language_model()
+        self.models["with output"].language_model = self.models["text alone"].language_model
         self.optimizer = torch.optim.AdamW(self.models["with output"].parameters(), lr=1e-5)
         draw = torch.Generator().manual_seed(0)
         ids = torch.randint(GENERATION + 1, size.vocabulary, (1, size.length), generator=draw)
@@ -149,14 +129,6 @@ class Problem:
         target = torch.zeros(size.rows, 1, device=device)
         self.targets = {"images": {"sum": {"target": target}}}
         self.hidden = torch.randn(size.length, 1, size.hidden, dtype=dtype, device=device, requires_grad=True)
-
-    def _shared_language_model(self):
-        """The text model's, with the tap of the other's on its hidden states."""
-        from megatron_mimo.language import HiddenStateTap
-
-        language = self.models["text alone"].language_model
-        self.models["with output"]._tap = HiddenStateTap(language)
-        return language
 
     @property
     def parameters(self) -> int:
@@ -177,7 +149,7 @@ class Problem:
         placement, shard = model.place(self.ids), model.shard(self.ids)
         targets = model.prepare(self.targets)
         rows = model.route(self.hidden, {"images": self.size.rows}, placement, shard)
-        losses = model.decode_losses(rows, targets)["images"].losses
+        losses = model.decode_losses(self.hidden, rows, targets)["images"].losses
         terms = {f"images/{name}": term for name, term in losses.items()}
         return torch.autograd.grad(megatron_mimo.total_loss(terms, model.loss_weights), self.hidden)[0]
 

@@ -180,7 +180,7 @@ def pretrain_trains_alike_on_every_layout_and_a_resumed_half_equals_the_unbroken
 
 
 def assert_logged(curves: Curves) -> None:
-    """Rates of everything that the issue asks for, of every step."""
+    """Rates of tokens, samples, items, operations and of their share of the peak, of every step."""
     expected = ["tokens/s", "images tokens read/s", "tones tokens written/s", "images/vit items/s", "TFLOP/s"]
     parts = ["language_model", "images/encoders/vit", "images/decoders/pixels", "tones/decoders/waves"]
     for name in [*expected, *(f"{part} TFLOP/s" for part in parts)]:

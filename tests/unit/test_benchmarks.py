@@ -1,0 +1,31 @@
+"""The benchmarks run, at toy sizes on the CPU; what they measure there means nothing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(module: str, *arguments: str) -> str:
+    job = subprocess.run(
+        [sys.executable, "-m", module, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=180
+    )
+    assert job.returncode == 0, job.stderr[-4000:]
+    return job.stdout
+
+
+def test_the_output_half(tmp_path):
+    run("benchmarks.output", "--runs", "1", "--output", str(tmp_path / "output.json"))
+    result = json.loads((tmp_path / "output.json").read_text())
+    assert result["milliseconds"].keys() == {"text alone", "with output", "output half alone"}
+
+
+def test_a_training_step_gives_upstreams_loss(tmp_path):
+    run("benchmarks.step", "--small", "--rounds", "1", "--warmup", "1", "--out", str(tmp_path / "step.json"))
+    upstream, ours = json.loads((tmp_path / "step.json").read_text())["results"]
+    assert (upstream["name"], ours["name"]) == ("upstream", "ours")
+    assert ours["loss"] == pytest.approx(upstream["loss"], rel=1e-6)
