@@ -25,6 +25,9 @@ from megatron_mimo.model import MimoModel
 
 logger = logging.getLogger(__name__)
 
+_COMPLETE = "complete"  # written last: a directory without it was cut short
+
+
 @dataclass(frozen=True)
 class Trained:
     """What trained in a run, so that its optimizer has a state of it.
@@ -36,9 +39,6 @@ class Trained:
 
     frozen: tuple[str, ...]
     embedding_rows: tuple[int, ...]
-
-
-_COMPLETE = "complete"  # written last: a directory without it was cut short
 
 
 def save(
