@@ -164,7 +164,6 @@ def _run_pre_hooks(
 
 def _tables(embeddings: Mapping[str, Tensor], placement: Placement) -> list[Tensor | None]:
     """The tables in the placement's order, their counts checked; None for a table left out."""
-    deferred.report(current=placement.arrival)
     for name in embeddings:
         if name not in placement.reading:
             raise ValueError(

@@ -5,7 +5,8 @@ A check compares something on the device (how many special tokens a batch holds)
 it. Here the value travels to pinned memory on its own, and the comparison happens when it is there: at once if
 it already is, otherwise when the next step begins, which is late enough for the device to have passed it.
 
-Nothing here is optional: a check that was handed over is compared before the next batch is aligned.
+Nothing here is optional: a check that was handed over is compared when the next step begins. A step never waits
+for a check of its own.
 """
 
 from __future__ import annotations

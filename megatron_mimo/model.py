@@ -138,13 +138,14 @@ class MimoModel(MegatronModule):
                 collective; for device tensors counts are checked without waiting for them, and
                 a mismatch is raised at the latest one step later.
         """
+        # The one place that waits for checks, those of earlier steps: this step's own would stall the device.
         deferred.report(current=None if placement is None else placement.arrival)
         check_token_tensors(input_ids, position_ids, attention_mask, labels, loss_mask)
         modality_inputs, modality_targets = self._check_batch(modality_inputs, modality_targets)
         generation_inputs = self._check_generation_inputs(generation_inputs, modality_targets)
-        shard = self.shard(input_ids, packed_seq_params)
         self._check_context_parallel(attention_mask, inference_context)
         placement = self._placement(input_ids, packed_seq_params, placement)
+        shard = self.shard(input_ids, packed_seq_params)
         padding = self.padding(input_ids, packed_seq_params)
         if position_ids is None:
             position_ids = default_positions(input_ids, _boundaries(packed_seq_params))
@@ -164,7 +165,6 @@ class MimoModel(MegatronModule):
         if labels is not None and loss_mask is None:
             loss_mask = default_loss_mask(labels, padding)
         if labels is not None and self.post_process and self._vocabulary_size is not None:
-            # After alignment, which waits for all checks but the placement's own.
             check_labels(labels, loss_mask, self._vocabulary_size)
         labels, loss_mask = _cut(shard, labels), _cut(shard, loss_mask)
         language, states = self.run_language_model(

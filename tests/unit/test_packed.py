@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_mimo import MimoModel, sample_one_by_one
+from megatron_mimo import MimoModel, deferred, sample_one_by_one
 from megatron_mimo.decoders import RegressionDecoder, TargetInput
 from tests import packed, tiny
 from tests.distributed.cases import decoders as cases
@@ -94,3 +94,31 @@ def test_packed_samples_are_drawn_as_apart(single_process):
         return sample_one_by_one(model, modality="images", options=dict(temperature=0), **given)
 
     assert torch.equal(drawn(packed.packed(alone)), torch.cat([drawn(batch) for batch in alone]))
+
+
+@pytest.mark.parametrize("made_ahead", [False, True])
+def test_a_step_waits_for_no_check_of_its_own(single_process, monkeypatch, made_ahead):
+    made, waited = [], []
+
+    class UnderWay(deferred.Arrival):
+        def __init__(self, values):
+            super().__init__(values)
+            made.append(self)
+
+        def here(self):
+            return False
+
+        def wait(self):
+            waited.append(self)
+            return super().wait()
+
+    monkeypatch.setattr(deferred, "Arrival", UnderWay)
+    model, batch = codes()
+    ids, params = batch["input_ids"], batch["packed_seq_params"]
+    placement = model.place(ids, params) if made_ahead else None
+    model(**batch, placement=placement)
+    first = list(made)
+    assert len(first) >= 3 and not waited  # boundaries, padding and labels at least
+    model(**batch, placement=placement)
+    assert waited and set(map(id, waited)) <= set(map(id, first))
+    deferred.report()
