@@ -9,7 +9,9 @@ of Megatron's does when it reads the gradient norm. Variants:
 
     upstream    upstream's MimoModel
     ours        ours, as it is
+    compiled    ours, the encoder through torch.compile (TrainingControl.compiled)
     graphed     ours, the encoder's launches replayed as CUDA graphs (TrainingControl.graphed)
+    both        ours, the compiled encoder's launches replayed
 
 Variants take turns of a few steps, so that a drift of the machine meets all of them; device time by stage
 comes from `benchmarks.stages`.
@@ -41,6 +43,7 @@ from benchmarks.stages import STAGES, Marks, kernel_times, mark
 from examples.recipes import vlm_clip_1b as recipe
 from examples.recipes.parts import with_fused_attention
 from megatron_mimo import MimoModel, MimoModelConfig, loss_terms, specs, total_loss
+from megatron_mimo.training.compiled import compiled_forward
 from megatron_mimo.training.counts import count_batch
 from megatron_mimo.training.flops import part_sizes, stated_peak, step_flops
 from megatron_mimo.training.graphed import GraphedForward
@@ -54,6 +57,8 @@ with warnings.catch_warnings():
     )
 
 STEPS_A_TURN = 5
+ON_GPU = ["compiled", "graphed", "both"]
+VARIANTS = ["ours", *ON_GPU]
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,7 @@ def configs(size: Size, backend: specs.Backend, dtype: torch.dtype) -> tuple[Mod
         normalization="RMSNorm",
         calculate_per_token_loss=True,
         apply_rope_fusion=backend == "transformer_engine",
+        bias_activation_fusion=True,  # as Megatron's arguments have it
     )
     vision = TransformerConfig(**size.vision, **common, activation_func=F.gelu)
     projection = TransformerConfig(
@@ -179,12 +185,12 @@ class Variant:
 
     Args:
         loss: runs the model on the batch.
-        encoder_forward: what the encoder's `forward` is meanwhile.
+        make_forward: makes what the encoder's `forward` is meanwhile; holds what it captured.
     """
 
     name: str
     loss: Callable[[], Tensor]
-    encoder_forward: Callable
+    make_forward: Callable[[], Callable]
 
 
 class Steps:
@@ -193,9 +199,9 @@ class Steps:
     def __init__(self, modules: MimoModel, encoder: torch.nn.Module, on_gpu: bool) -> None:
         self._modules, self._encoder, self._on_gpu = modules, encoder, on_gpu
 
-    def step(self, variant: Variant) -> tuple[float, Tensor]:
+    def step(self, variant: Variant, forward: Callable) -> tuple[float, Tensor]:
         """Milliseconds of one step, to the end of its work on the device, and its loss."""
-        self._encoder.forward = variant.encoder_forward
+        self._encoder.forward = forward
         started = time.perf_counter()
         self._modules.zero_grad(set_to_none=True)
         loss = variant.loss()
@@ -203,7 +209,9 @@ class Steps:
         loss.backward()
         loss = loss.detach()
         self.wait()
-        return 1e3 * (time.perf_counter() - started), loss
+        milliseconds = 1e3 * (time.perf_counter() - started)
+        del self._encoder.forward
+        return milliseconds, loss
 
     def wait(self) -> None:
         if self._on_gpu:
@@ -216,9 +224,10 @@ class Steps:
         if self._on_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        first = self.step(variant)[1].item()
+        forward = variant.make_forward()
+        first = self.step(variant, forward)[1].item()
         for _ in range(warmup - 1):
-            self.step(variant)
+            self.step(variant, forward)
         if not self._on_gpu:
             return 0.0, 0.0, first
         return torch.cuda.max_memory_allocated() / 2**30, torch.cuda.max_memory_reserved() / 2**30, first
@@ -248,18 +257,18 @@ class Result:
 def measure(variants: list[Variant], steps: Steps, marks: Marks, rounds: int, warmup: int, on_gpu: bool):
     """Results of the variants, whose turns take `STEPS_A_TURN` steps each: a drift of the machine meets all of them."""
     peaks = {variant.name: steps.peaks(variant, warmup) for variant in variants}
+    step = {variant.name: partial(steps.step, variant, variant.make_forward()) for variant in variants}
     times: dict[str, list[float]] = {variant.name: [] for variant in variants}
-    for _ in range(rounds):
-        for variant in variants:
-            steps.step(variant)  # finds the allocator as its own steps leave it
-            times[variant.name] += [steps.step(variant)[0] for _ in range(STEPS_A_TURN)]
+    for name in [variant.name for variant in variants] * (rounds + 1):
+        step[name]()  # finds the allocator as its own steps leave it, and captures in the first turn
+        times[name] += [step[name]()[0] for _ in range(STEPS_A_TURN)]
     results = []
     for variant in variants:
         kernels = dict.fromkeys(STAGES, 0.0)
         if on_gpu:
             with marks:
-                kernels = kernel_times(partial(steps.step, variant), 3)
-        ordered = sorted(times[variant.name])
+                kernels = kernel_times(step[variant.name], 3)
+        ordered = sorted(times[variant.name][STEPS_A_TURN:])  # without the first turn
         p20, p80 = ordered[len(ordered) // 5], ordered[len(ordered) * 4 // 5]
         median = statistics.median(ordered)
         results.append(Result(variant.name, median, p20, p80, kernels, *peaks[variant.name]))
@@ -295,7 +304,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--small", action="store_true", help="toy sizes")
     parser.add_argument("--backend", default="auto", choices=["auto", "torch", "transformer_engine"])
-    parser.add_argument("--variants", nargs="+", default=["upstream", "ours", "graphed"])
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS, help="beside upstream's")
     parser.add_argument("--rounds", type=int, default=8, help=f"turns of each variant, of {STEPS_A_TURN} steps")
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--out", type=Path, default=None, help="JSON with every figure")
@@ -315,12 +324,16 @@ def main() -> None:
     device_batch = to_device(batch, run.device, dtype)
     # The reader of batches makes the placement on the CPU (megatron_mimo.training.batches).
     placed = device_batch | {"placement": ours.place(batch["input_ids"]).to(run.device)}
-    variants = [
-        Variant("upstream", partial(loss_of_theirs, theirs, device_batch), encoder.forward),
-        Variant("ours", partial(loss_of_ours, ours, placed), encoder.forward),
-    ]
-    if on_gpu:
-        variants.append(Variant("graphed", partial(loss_of_ours, ours, placed), GraphedForward(encoder)))
+    forwards = {
+        "ours": lambda: encoder.forward,
+        "compiled": lambda: compiled_forward(encoder),
+        "graphed": lambda: GraphedForward(encoder),
+        "both": lambda: GraphedForward(encoder, compiled=True),
+    }
+    variants = [Variant("upstream", partial(loss_of_theirs, theirs, device_batch), forwards["ours"])]
+    for name in options.variants:
+        if on_gpu or name not in ON_GPU:
+            variants.append(Variant(name, partial(loss_of_ours, ours, placed), forwards[name]))
     steps = Steps(ours, encoder, on_gpu)
     results = measure(variants, steps, Marks(ours, "images", "clip"), options.rounds, options.warmup, on_gpu)
 

@@ -15,6 +15,6 @@ exec "${PYTHON:-python}" -m torch.distributed.run --standalone --nproc-per-node 
     --tokenizer-type NullTokenizer --vocab-size 50304 --untie-embeddings-and-output-weights \
     --attention-dropout 0 --hidden-dropout 0 --no-gradient-accumulation-fusion --no-persist-layer-norm \
     --micro-batch-size 2 --global-batch-size 16 --train-iters 100 --calculate-per-token-loss \
-    --graph-encoders images/encoders --use-distributed-optimizer \
+    --compile-encoders images/encoders --graph-encoders images/encoders --use-distributed-optimizer \
     --lr 1e-4 --min-lr 1e-5 --lr-decay-style cosine --lr-warmup-fraction 0.05 --weight-decay 0.1 --clip-grad 1.0 \
     --eval-interval 100 --eval-iters 1 --log-interval 10 --num-workers 4 --ckpt-format torch_dist --bf16 "$@"

@@ -28,6 +28,7 @@ from torch import nn
 
 from megatron_mimo.config import SUBMODULE_KEYS, MimoModelConfig
 from megatron_mimo.model import MimoModel
+from megatron_mimo.training.compiled import compile_encoder
 from megatron_mimo.training.graphed import GraphedForward
 
 LANGUAGE_MODEL = "language_model"
@@ -44,8 +45,9 @@ class TrainingControl:
             Tied output weights follow.
         learning_rate: part -> factor on the learning rate.
         weight_decay: part -> factor on the weight decay of those of its parameters that have any.
-        compiled: encoders to run through `torch.compile`, named as parts.
-        graphed: encoders to replay as CUDA graphs, named as parts; see `graphed.py`.
+        compiled: encoders to run through `torch.compile`, named as parts; see `compiled.py`.
+        graphed: encoders to replay as CUDA graphs, named as parts; see `graphed.py`. Of encoders that are
+            compiled too, what is replayed are the compiled kernels.
 
     Example:
         >>> control = TrainingControl(frozen=("language_model", "images/encoders"), learning_rate={"decoders": 10})
@@ -78,7 +80,6 @@ class TrainingControl:
                     raise ValueError(f"{option}[{part!r}] must be finite and at least 0, got {factor}")
                 self._check_trains(option, part, config)
             _check_apart(option, getattr(self, option), config)
-        self._check_compiled_or_graphed(config)
         vocabulary = config.language_model.params.get("vocab_size")
         for row in self.embedding_rows:
             if row < 0 or vocabulary is not None and row >= vocabulary:
@@ -102,15 +103,6 @@ class TrainingControl:
                 "Give it no factor, or do not freeze it."
             )
 
-    def _check_compiled_or_graphed(self, config: MimoModelConfig) -> None:
-        for one in self.compiled:
-            for other in self.graphed:
-                ours, theirs = (parameter_prefixes(part, config) for part in (one, other))
-                if any(a.startswith(b) or b.startswith(a) for a in ours for b in theirs):
-                    raise ValueError(
-                        f"compiled: {one!r} and graphed: {other!r} name the same encoder. Name it in one of them."
-                    )
-
     def apply(self, model: MimoModel) -> None:
         """Freezes and compiles the parts of `model`; before it is wrapped in DDP."""
         frozen = self._prefixes(self.frozen, model.mimo_config)
@@ -120,8 +112,10 @@ class TrainingControl:
         if self.embedding_rows:
             for weight in _embedding_weights(model):
                 weight.requires_grad_(True)
+        graphed = set(self._encoders(self.graphed, model))
         for encoder in self._encoders(self.compiled, model):
-            encoder.compile()
+            if encoder not in graphed:
+                compile_encoder(encoder)
 
     def graph(self, model: MimoModel) -> None:
         """Has the encoders of `graphed` replay CUDA graphs, captured when they first run.
@@ -129,8 +123,9 @@ class TrainingControl:
         Raises:
             ValueError: there is no GPU, or an encoder has dropout.
         """
+        compiled = set(self._encoders(self.compiled, model))
         for encoder in self._encoders(self.graphed, model):
-            encoder.forward = GraphedForward(encoder)
+            encoder.forward = GraphedForward(encoder, compiled=encoder in compiled)
 
     def finalize_func(self):
         """What goes into `TransformerConfig.finalize_model_grads_func`: Megatron's, then the row mask.

@@ -20,7 +20,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from megatron_mimo.idle import gather_parameters
+from megatron_mimo.training.compiled import compiled_forward
 
 logger = logging.getLogger(__name__)
 
@@ -47,15 +48,18 @@ class GraphedForward:
             Its tensor inputs need no gradient. It returns a tensor, or a tuple or mapping whose
             first element is one, of which that element is kept.
         captures: at most this many graphs. Each keeps the activations of one forward pass.
+        compiled: capture the encoder's kernels as `torch.compile` makes them. Passes that no graph
+            serves run these too if their shape was captured, otherwise the encoder's own.
 
     Raises:
         ValueError: there is no GPU, or the encoder has dropout, fused gradient accumulation or layers
             of TransformerEngine.
     """
 
-    def __init__(self, encoder: nn.Module, captures: int = 2) -> None:
+    def __init__(self, encoder: nn.Module, captures: int = 2, compiled: bool = False) -> None:
         _check(encoder)
         self._encoder, self._forward = encoder, encoder.forward
+        self._captured_forward = compiled_forward(encoder) if compiled else self._forward
         self._signature = inspect.signature(self._forward)
         self._parameters = tuple(encoder.parameters())
         self._limit = captures
@@ -74,7 +78,10 @@ class GraphedForward:
         key = (trains, repr(others), *((name, t.shape, t.dtype) for name, t in zip(names, tensors)))
         capture = self._free(key, names, tensors, others, trains)
         if capture is None:
-            return self._forward(*args, **keywords)
+            if not any(capture.key == key for capture in self._captures):
+                return self._forward(*args, **keywords)
+            with _no_forks():
+                return self._captured_forward(*args, **keywords)
         if not trains:
             return capture.replay(tensors).clone()
         return _Replay.apply(capture, len(tensors), *tensors, *self._parameters)
@@ -88,7 +95,7 @@ class GraphedForward:
             return None
 
         logger.info("capturing an encoder of inputs %s", [list(t.shape) for t in tensors])
-        call = _Call(self._encoder, self._forward, names, others)
+        call = _Call(self._encoder, self._captured_forward, names, others)
         capture = _Capture(key, call, tensors, self._parameters if trains else ())
         self._captures.append(capture)
         return capture
@@ -120,8 +127,9 @@ class _Capture:
         self.key, self.busy = key, False
         # The parameters' memory under other names: autograd hangs a node on each leaf that remembers
         # the stream of its first use, and one of an earlier, ordinary pass would break the capture.
+        # They are parameters too, so that what is compiled for them serves an ordinary pass.
         aliases = {
-            name: parameter.detach().requires_grad_(parameter.requires_grad and bool(parameters))
+            name: nn.Parameter(parameter.detach(), parameter.requires_grad and bool(parameters))
             for name, parameter in call.named_parameters()
         }
         self._trained = [alias for alias in aliases.values() if alias.requires_grad]
@@ -202,17 +210,23 @@ class _Replay(torch.autograd.Function):
 def _no_forks() -> Iterator[None]:
     """Within it, Megatron's RNG tracker stays where it is: its switches between generators cannot be captured.
 
-    Nothing is drawn meanwhile: the encoder has no dropout. TransformerEngine keeps the tracker's bound
-    method, so what that method calls is replaced, not the method.
+    Nor can they be compiled. Nothing is drawn meanwhile: the encoder has no dropout. `fork` is what layers
+    call, `_set_cuda_rng_state` what activation recomputation calls.
     """
     tracker, switch = get_cuda_rng_tracker(), tracking._set_cuda_rng_state
     states = tracker.get_states()
     tracking._set_cuda_rng_state = lambda *args, **options: None
+    tracker.fork = _stay
     try:
         yield
     finally:
+        del tracker.fork
         tracking._set_cuda_rng_state = switch
         tracker.set_states(states)
+
+
+def _stay(*args, **options) -> AbstractContextManager:
+    return nullcontext()
 
 
 def _check(encoder: nn.Module) -> None:

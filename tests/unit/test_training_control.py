@@ -196,10 +196,6 @@ def test_optimizer_without_a_min_lr_decays_to_zero(decay, single_process):
         (dict(learning_rate={"decoders": float("inf")}), r"learning_rate\['decoders'\] must be finite"),
         (dict(frozen=["images"], learning_rate={"images/encoders": 2.0}), r"learning_rate\['images/encoders'\].* is frozen"),
         (dict(frozen=["language_model"], weight_decay={"language_model": 2.0}), r"weight_decay\['language_model'\].* is frozen"),
-        (
-            dict(compiled=["encoders"], graphed=["images/encoders"]),
-            "compiled: 'encoders' and graphed: 'images/encoders' name the same encoder",
-        ),
         (dict(compiled=["decoders"]), "compiled: 'decoders' is no encoder"),
         (dict(graphed=["images"]), "graphed: 'images' is no encoder"),
         (dict(embedding_rows=[tiny.VOCABULARY]), r"embedding_rows: 64 is outside the vocabulary \[0, 64\)"),
