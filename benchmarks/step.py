@@ -43,7 +43,7 @@ from benchmarks.stages import STAGES, Marks, kernel_times, mark
 from examples.recipes import vlm_clip_1b as recipe
 from examples.recipes.parts import with_fused_attention
 from megatron_mimo import MimoModel, MimoModelConfig, loss_terms, specs, total_loss
-from megatron_mimo.training.compiled import compiled_forward
+from megatron_mimo.training.compiled import CompiledForward
 from megatron_mimo.training.counts import count_batch
 from megatron_mimo.training.flops import part_sizes, stated_peak, step_flops
 from megatron_mimo.training.graphed import GraphedForward
@@ -326,7 +326,7 @@ def main() -> None:
     placed = device_batch | {"placement": ours.place(batch["input_ids"]).to(run.device)}
     forwards = {
         "ours": lambda: encoder.forward,
-        "compiled": lambda: compiled_forward(encoder),
+        "compiled": lambda: CompiledForward(encoder),
         "graphed": lambda: GraphedForward(encoder),
         "both": lambda: GraphedForward(encoder, compiled=True),
     }

@@ -8,7 +8,8 @@ sequence as the ranks that run the image encoder, or the ranks' collectives no l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ def stand_in(modules: Iterable[nn.Module], like: Tensor | None = None) -> Tensor
     """
     modules = list(modules)
     for module in modules:
-        gather_parameters(module)
+        gather_parameters(module.modules())
     parameters = list(dict.fromkeys(p for module in modules for p in module.parameters()))
     if like is None:
         like = parameters[0].detach().flatten()[:1] if parameters else torch.empty(1)
@@ -66,15 +67,38 @@ def with_idle(x: Tensor, stand_ins: Sequence[Tensor]) -> Tensor:
     return _Carry.apply(x, *needed)
 
 
-def gather_parameters(module: nn.Module) -> None:
-    """What running `module`'s parts would have made DDP do first: wait for their parameters, fetch the next.
+def gather_parameters(parts: Iterable[nn.Module]) -> None:
+    """What running a module's parts would have made DDP do first: wait for their parameters, fetch the next.
 
     DDP hangs that on each part's forward pass (`overlap_param_gather`); call it where the parts do not run.
     """
-    for part in module.modules():
+    for part in parts:
         for hook in part._forward_pre_hooks.values():
             if hook.__module__ == _DDP:
                 hook(part, ())
+
+
+@contextmanager
+def without_gathering(parts: Iterable[nn.Module]) -> Iterator[None]:
+    """Within it, forward passes of a module's parts ask nothing of DDP; `gather_parameters` has asked before."""
+    taken = []
+    for part in parts:
+        hooks = part._forward_pre_hooks
+        others = {key: hook for key, hook in hooks.items() if hook.__module__ != _DDP}
+        if len(others) < len(hooks):
+            taken.append((hooks, dict(hooks)))
+            _set(hooks, others)
+    try:
+        yield
+    finally:
+        for hooks, before in taken:
+            _set(hooks, before)
+
+
+def _set(hooks: dict, content: dict) -> None:
+    """In place: handles of hooks refer to the dict."""
+    hooks.clear()
+    hooks.update(content)
 
 
 class _ZeroGradient(torch.autograd.Function):

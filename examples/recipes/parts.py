@@ -12,21 +12,12 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_mimo import specs
 
 
 # Apex brings it. In half precision Megatron's attention in plain torch asks for it by default, and fails without.
 SOFTMAX_KERNEL = find_spec("scaled_masked_softmax_cuda") is not None
-
-# As measured on Hopper, where torch itself would take FlashAttention 2 before cuDNN.
-FASTEST_FIRST = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 
 
 class FusedAttention(MegatronModule):
@@ -43,8 +34,7 @@ class FusedAttention(MegatronModule):
     ) -> Tensor:
         """`[S, B, heads, D]` each -> `[S, B, heads * D]`; there is no mask but the causal one."""
         batch_first = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        with sdpa_kernel(FASTEST_FIRST, set_priority=True):
-            mixed = F.scaled_dot_product_attention(*batch_first, is_causal=self.causal)
+        mixed = F.scaled_dot_product_attention(*batch_first, is_causal=self.causal)
         return mixed.permute(2, 0, 1, 3).flatten(2)
 
 

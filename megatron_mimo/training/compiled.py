@@ -1,27 +1,36 @@
-"""Encoders through `torch.compile`: fewer and fused kernels, and fewer activations kept for the backward pass.
-
-What the backward pass can compute again from what is kept anyway, such as norms and activation functions, is not kept.
-"""
+"""An encoder's forward and backward pass through `torch.compile`: fewer kernels, each of which does more."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from megatron.core import utils
 from torch import nn
 
-
-def compile_encoder(encoder: nn.Module) -> None:
-    """Has the encoder compiled when it first runs; another one is compiled for other shapes."""
-    _trace_through_linear_layers()
-    encoder.compile()
+from megatron_mimo.idle import gather_parameters, without_gathering
 
 
-def compiled_forward(encoder: nn.Module) -> Callable:
-    """The encoder's `forward`, compiled for every shape anew: for a few shapes that stay."""
-    _trace_through_linear_layers()
-    return torch.compile(encoder.forward, dynamic=False)
+class CompiledForward:
+    """Stands in for the `forward` of an encoder, compiled when it first runs.
+
+    What DDP does before a part's forward pass (`overlap_param_gather`) is done for all parts first: inside
+    compiled code it would take it to pieces.
+
+    Args:
+        encoder: any. Megatron's layers are compiled in one piece if their attention draws no dropout from
+            Megatron's random number tracker, as torch's fused attention does not.
+        dynamic: None: a second shape is compiled for all shapes that follow; False: each for itself.
+    """
+
+    def __init__(self, encoder: nn.Module, dynamic: bool | None = None) -> None:
+        _trace_through_linear_layers()
+        self._parts = tuple(encoder.modules())
+        self._forward = torch.compile(encoder.forward, dynamic=dynamic)
+
+    def __call__(self, *args, **keywords):
+        """What the encoder gives for these inputs, to rounding."""
+        gather_parameters(self._parts)
+        with without_gathering(self._parts):
+            return self._forward(*args, **keywords)
 
 
 def _trace_through_linear_layers() -> None:

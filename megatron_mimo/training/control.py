@@ -28,7 +28,7 @@ from torch import nn
 
 from megatron_mimo.config import SUBMODULE_KEYS, MimoModelConfig
 from megatron_mimo.model import MimoModel
-from megatron_mimo.training.compiled import compile_encoder
+from megatron_mimo.training.compiled import CompiledForward
 from megatron_mimo.training.graphed import GraphedForward
 
 LANGUAGE_MODEL = "language_model"
@@ -115,7 +115,7 @@ class TrainingControl:
         graphed = set(self._encoders(self.graphed, model))
         for encoder in self._encoders(self.compiled, model):
             if encoder not in graphed:
-                compile_encoder(encoder)
+                encoder.forward = CompiledForward(encoder)
 
     def graph(self, model: MimoModel) -> None:
         """Has the encoders of `graphed` replay CUDA graphs, captured when they first run.

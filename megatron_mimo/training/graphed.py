@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from megatron_mimo.idle import gather_parameters
-from megatron_mimo.training.compiled import compiled_forward
+from megatron_mimo.training.compiled import CompiledForward
 
 logger = logging.getLogger(__name__)
 
@@ -59,15 +59,15 @@ class GraphedForward:
     def __init__(self, encoder: nn.Module, captures: int = 2, compiled: bool = False) -> None:
         _check(encoder)
         self._encoder, self._forward = encoder, encoder.forward
-        self._captured_forward = compiled_forward(encoder) if compiled else self._forward
+        self._captured_forward = CompiledForward(encoder, dynamic=False) if compiled else self._forward
         self._signature = inspect.signature(self._forward)
-        self._parameters = tuple(encoder.parameters())
+        self._parts, self._parameters = tuple(encoder.modules()), tuple(encoder.parameters())
         self._limit = captures
         self._captures: list[_Capture] = []
 
     def __call__(self, *args, **keywords):
         """The encoder's output for these inputs."""
-        gather_parameters(self._encoder)  # a replay runs none of its parts' hooks
+        gather_parameters(self._parts)  # a replay runs none of its parts' hooks
         given = self._signature.bind(*args, **keywords).arguments
         names = [name for name, value in given.items() if isinstance(value, Tensor)]
         tensors = [given[name] for name in names]

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from megatron_mimo.idle import stand_in, with_idle
+from megatron_mimo.idle import stand_in, with_idle, without_gathering
 
 
 def test_idle_modules_get_zeros_and_used_ones_keep_their_gradient():
@@ -50,3 +50,27 @@ def test_an_output_without_gradient_still_carries_the_zeros():
     idle = nn.Linear(1, 1)
     with_idle(torch.ones(3), [stand_in([idle])]).sum().backward()
     assert idle.weight.grad.eq(0).all()
+
+
+def test_hooks_of_ddp_rest_and_come_back_in_their_order_and_their_handles_still_remove_them():
+    calls = []
+
+    def hook(name: str, ddp: bool):
+        def call(module, inputs) -> None:
+            calls.append(name)
+
+        if ddp:
+            call.__module__ = "megatron.core.distributed.distributed_data_parallel"
+        return call
+
+    layer = nn.Linear(1, 1)
+    handles = [layer.register_forward_pre_hook(hook(*each)) for each in (("a", False), ("ddp", True), ("b", False))]
+    with without_gathering([layer]):
+        layer(torch.ones(1))
+    assert calls == ["a", "b"]
+    layer(torch.ones(1))
+    assert calls[2:] == ["a", "ddp", "b"]
+    for handle in handles:
+        handle.remove()
+    layer(torch.ones(1))
+    assert len(calls) == 5
