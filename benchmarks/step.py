@@ -326,7 +326,7 @@ def main() -> None:
     placed = device_batch | {"placement": ours.place(batch["input_ids"]).to(run.device)}
     forwards = {
         "ours": lambda: encoder.forward,
-        "compiled": lambda: CompiledForward(encoder),
+        "compiled": lambda: CompiledForward(encoder, dynamic=False),  # one compilation serves both
         "graphed": lambda: GraphedForward(encoder),
         "both": lambda: GraphedForward(encoder, compiled=True),
     }
