@@ -239,9 +239,9 @@ def _check(encoder: nn.Module) -> None:
     for module in encoder.modules():
         if any(kind.__module__.startswith("transformer_engine") for kind in type(module).__mro__):
             raise ValueError(
-                f"{name}: it has layers of TransformerEngine ({type(module).__name__}), whose replays read "
-                "memory that was given back (version 2.12, H200: illegal memory access). Build the "
-                "encoder with backend 'torch', or leave it out of `graphed`."
+                f"{name}: it has layers of TransformerEngine ({type(module).__name__}), whose replays end in "
+                "an illegal memory access (version 2.12, H200). Build the encoder with backend 'torch', or "
+                "leave it out of `graphed`."
             )
         if isinstance(module, MegatronModule) and module.config.gradient_accumulation_fusion:
             raise ValueError(
