@@ -28,6 +28,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -87,7 +88,8 @@ class Setting:
         )
         changes = {"share_embeddings_and_output_weights": self.tied}
         if self.token_local:
-            layers = token_local_layers(4 // (1 if layout is None else layout.pipeline_model_parallel_size))
+            stages = 1 if layout is None else layout.pipeline_model_parallel_size
+            layers = token_local_layers(4 // stages, None if self.experts is None else config)
             changes |= {"transformer_layer_spec": layers, "position_embedding_type": "none"}
         return tiny.language_spec(config, **changes)
 
@@ -117,17 +119,22 @@ class Setting:
         )
 
 
-def token_local_layers(count: int) -> ModuleSpec:
-    """Layers without attention: what context parallelism can run without TransformerEngine."""
+def token_local_layers(count: int, experts: TransformerConfig | None = None) -> ModuleSpec:
+    """Layers without attention: what context parallelism can run without TransformerEngine.
+
+    Args:
+        count: how many.
+        experts: a configuration with experts, which these layers then have.
+    """
+    mlp = ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    )
+    if experts is not None:
+        mlp = specs.language_layer_spec(experts).submodules.layer_specs[0].submodules.mlp
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            pre_mlp_layernorm=specs.norm("torch"),
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-            ),
-            mlp_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=specs.norm("torch"), mlp=mlp, mlp_bda=get_bias_dropout_add
         ),
     )
     block = TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=specs.norm("torch"))
@@ -329,6 +336,11 @@ LAYOUTS = {
         dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
         Setting(),
     ),
+    "pp2_vpp2_tied": (
+        2,
+        dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+        Setting(tied=True),
+    ),
     "pp2_uneven": (
         2,
         dict(pipeline_model_parallel_size=2),
@@ -378,6 +390,17 @@ LAYOUTS = {
             expert_tensor_parallel_size=1,
         ),
         Setting(sequence_parallel=True, experts=4),
+    ),
+    "tp2_pp2_cp2_ep2": (
+        8,
+        dict(
+            tensor_model_parallel_size=2,
+            pipeline_model_parallel_size=2,
+            context_parallel_size=2,
+            expert_model_parallel_size=2,
+            expert_tensor_parallel_size=1,
+        ),
+        Setting(sequence_parallel=True, experts=4, token_local=True),
     ),
 }
 
