@@ -40,7 +40,7 @@ def add_mimo_args(parser: ArgumentParser) -> ArgumentParser:
     )  # fmt: skip
     group.add_argument(
         "--compile-encoders", nargs="+", default=[], metavar="PART",
-        help="encoders to run through torch.compile",
+        help="encoders to run through torch.compile; also graphed, they replay what was compiled",
     )  # fmt: skip
     group.add_argument(
         "--graph-encoders", nargs="+", default=[], metavar="PART",
