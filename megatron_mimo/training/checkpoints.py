@@ -7,8 +7,10 @@ the same layout only, and start anew in another.
 from __future__ import annotations
 
 import logging
+import queue
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -70,7 +73,8 @@ def save(
         "schedule": schedule.state_dict(),
         "trained": vars(trained),
     }
-    dist_checkpointing.save(state, str(written), content_metadata=_saved(_metadata(run)))
+    with _without_queue_process():
+        dist_checkpointing.save(state, str(written), content_metadata=_saved(_metadata(run)))
     dist.barrier()
     if run.rank == 0:
         (written / _COMPLETE).touch()
@@ -78,6 +82,20 @@ def save(
         logger.info("saved step %d to %s", step, path)
     dist.barrier()  # from here on every rank finds it
     return path
+
+
+@contextmanager
+def _without_queue_process() -> Iterator[None]:
+    """Within it, Megatron's writing threads report through a queue of this process.
+
+    Its own queue lives in a process spawned for it, so that writers in another process could use it. Spawned,
+    that process imports the main script anew, which is a second run unless the script guards against it.
+    """
+    before, filesystem_async._results_queue = filesystem_async._results_queue, queue.Queue()
+    try:
+        yield
+    finally:
+        filesystem_async._results_queue = before
 
 
 def _replace(path: Path, written: Path) -> None:
