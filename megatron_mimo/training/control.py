@@ -39,13 +39,15 @@ class TrainingControl:
     """How the parts of a model train. Everything trains alike unless said otherwise.
 
     Args:
-        frozen: parts without gradient and optimizer state.
+        frozen: parts without gradient and optimizer state. Their running statistics stay as they are, as in
+            evaluation; dropout goes on as configured.
         embedding_rows: token ids whose rows of the language model's embedding train while the
             table's other rows stay as they are, e.g. new special tokens of a frozen language model.
             Tied output weights follow.
         learning_rate: part -> factor on the learning rate.
         weight_decay: part -> factor on the weight decay of those of its parameters that have any.
-        compiled: encoders to run through `torch.compile`, named as parts; see `compiled.py`.
+        compiled: encoders to run through `torch.compile`, named as parts; see `compiled.py`. On a CPU they
+            run as they are, since that would take a C++ compiler.
         graphed: encoders to replay as CUDA graphs, named as parts; see `graphed.py`. Of encoders that are
             compiled too, what is replayed are the compiled kernels.
 
@@ -109,6 +111,9 @@ class TrainingControl:
         for name, parameter in model.named_parameters():
             if name.startswith(frozen):
                 parameter.requires_grad_(False)
+        for name, module in model.named_modules():
+            if f"{name}.".startswith(frozen) and getattr(module, "track_running_stats", False):
+                _keep_statistics(module)
         if self.embedding_rows:
             for weight in _embedding_weights(model):
                 weight.requires_grad_(True)
@@ -121,7 +126,7 @@ class TrainingControl:
         """Has the encoders of `graphed` replay CUDA graphs, captured when they first run.
 
         Raises:
-            ValueError: there is no GPU, or an encoder has dropout.
+            ValueError: there is no GPU, or an encoder has what cannot be replayed.
         """
         compiled = set(self._encoders(self.compiled, model))
         for encoder in self._encoders(self.graphed, model):
@@ -286,6 +291,12 @@ def _finalize_with_rows(model_chunks, num_tokens=None, *, rows: frozenset[int], 
             first = weight.shape[0] * mimo.pg_collection.tp.rank()
             local = sorted(row - first for row in rows if first <= row < first + weight.shape[0])
             _zero_rows_except(weight.main_grad, local)
+
+
+def _keep_statistics(module: nn.Module) -> None:
+    """Has a norm use its running statistics from now on, whatever mode the model is put into."""
+    module.eval()
+    module.train = lambda mode=True: module
 
 
 def _zero_rows_except(gradient: torch.Tensor, rows: Sequence[int]) -> None:

@@ -17,7 +17,6 @@ beyond them for its backward pass is the price in memory.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -25,10 +24,10 @@ from functools import partial
 
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from megatron.core.tensor_parallel import random as tracking
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from megatron_mimo.idle import gather_parameters
 from megatron_mimo.training.compiled import CompiledForward
@@ -39,28 +38,31 @@ logger = logging.getLogger(__name__)
 # initialisation of libraries must not end up in the graph.
 WARMUP_PASSES = 3
 
+_HERE = object()  # where a tensor was
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.memory_format)
+
 
 class GraphedForward:
     """Stands in for the `forward` of an encoder and replays CUDA graphs of it.
 
     Args:
         encoder: on a GPU, without dropout and without waiting for the device in its forward pass.
-            Its tensor inputs need no gradient. It returns a tensor, or a tuple or mapping whose
+            Inputs that need a gradient, tensors on the host and objects that may hold tensors run
+            without a graph. It returns a tensor, or a tuple or mapping whose
             first element is one, of which that element is kept.
         captures: at most this many graphs. Each keeps the activations of one forward pass.
         compiled: capture the encoder's kernels as `torch.compile` makes them. Passes that no graph
             serves run these too if their shape was captured, otherwise the encoder's own.
 
     Raises:
-        ValueError: there is no GPU, or the encoder has dropout, fused gradient accumulation or layers
-            of TransformerEngine.
+        ValueError: there is no GPU, or the encoder has dropout, running statistics, activation
+            recomputation, fused gradient accumulation or layers of TransformerEngine.
     """
 
     def __init__(self, encoder: nn.Module, captures: int = 2, compiled: bool = False) -> None:
         _check(encoder)
         self._encoder, self._forward = encoder, encoder.forward
         self._captured_forward = CompiledForward(encoder, dynamic=False) if compiled else self._forward
-        self._signature = inspect.signature(self._forward)
         self._parts, self._parameters = tuple(encoder.modules()), tuple(encoder.parameters())
         self._limit = captures
         self._captures: list[_Capture] = []
@@ -68,51 +70,79 @@ class GraphedForward:
     def __call__(self, *args, **keywords):
         """The encoder's output for these inputs."""
         gather_parameters(self._parts)  # a replay runs none of its parts' hooks
-        given = self._signature.bind(*args, **keywords).arguments
-        names = [name for name, value in given.items() if isinstance(value, Tensor)]
-        tensors = [given[name] for name in names]
-        if torch.cuda.is_current_stream_capturing() or any(t.requires_grad for t in tensors):
+        inputs = _Inputs(args, keywords)
+        if torch.cuda.is_current_stream_capturing() or not inputs.fit_a_graph(self._parameters):
             return self._forward(*args, **keywords)
-        others = {name: value for name, value in given.items() if not isinstance(value, Tensor)}
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self._parameters)
-        key = (trains, repr(others), *((name, t.shape, t.dtype) for name, t in zip(names, tensors)))
-        capture = self._free(key, names, tensors, others, trains)
+        key = (trains, self._encoder.training, *inputs.key)
+        capture = self._free(key, inputs, trains)
         if capture is None:
             if not any(capture.key == key for capture in self._captures):
                 return self._forward(*args, **keywords)
             with _no_forks():
                 return self._captured_forward(*args, **keywords)
         if not trains:
-            return capture.replay(tensors).clone()
-        return _Replay.apply(capture, len(tensors), *tensors, *self._parameters)
+            return capture.replay(inputs.tensors).clone()
+        return _Replay.apply(capture, len(inputs.tensors), *inputs.tensors, *self._parameters)
 
-    def _free(self, key: tuple, names, tensors, others, trains: bool) -> _Capture | None:
-        """A capture of this shape whose last forward pass is done with, made if there is room."""
+    def _free(self, key: tuple, inputs: _Inputs, trains: bool) -> _Capture | None:
+        """A capture of this key whose last forward pass is done with, made if there is room."""
         for capture in self._captures:
             if capture.key == key and not capture.busy:
                 return capture
         if len(self._captures) == self._limit:
             return None
 
-        logger.info("capturing an encoder of inputs %s", [list(t.shape) for t in tensors])
-        call = _Call(self._encoder, self._captured_forward, names, others)
-        capture = _Capture(key, call, tensors, self._parameters if trains else ())
+        logger.info("capturing an encoder of inputs %s", [list(t.shape) for t in inputs.tensors])
+        call = _Call(self._encoder, self._captured_forward, inputs)
+        capture = _Capture(key, call, inputs.tensors, self._parameters if trains else ())
         self._captures.append(capture)
         return capture
+
+
+class _Inputs:
+    """What an encoder is called with, taken apart: tensors, however nested, which may change, and the rest."""
+
+    def __init__(self, args: tuple, keywords: dict[str, object]) -> None:
+        leaves, self._form = tree_flatten((args, keywords))
+        self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        self._rest = [_HERE if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+    def fit_a_graph(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Whether a replay for other tensors and the same rest is right.
+
+        Not with tensors on the host, whose values the encoder may look at, nor with objects that may
+        hold tensors.
+        """
+        device = parameters[0].device if parameters else None
+        return all(t.device == device and not t.requires_grad for t in self.tensors) and all(
+            leaf is _HERE or leaf is None or isinstance(leaf, _PLAIN) for leaf in self._rest
+        )
+
+    @property
+    def key(self) -> tuple:
+        """Equal for inputs that one capture serves."""
+        rest = tuple((type(leaf), leaf) for leaf in self._rest)
+        return self._form, rest, tuple((t.shape, t.dtype) for t in self.tensors)
+
+    def put_together(self, tensors: Sequence[Tensor]) -> tuple[tuple, dict[str, object]]:
+        """Arguments and keyword arguments with `tensors` in place of their own."""
+        values = iter(tensors)
+        leaves = [next(values) if leaf is _HERE else leaf for leaf in self._rest]
+        return tree_unflatten(leaves, self._form)
 
 
 class _Call(nn.Module):
     """An encoder's own forward pass, of its tensor inputs in order."""
 
-    def __init__(
-        self, encoder: nn.Module, forward: Callable, names: Sequence[str], others: Mapping[str, object]
-    ) -> None:
+    def __init__(self, encoder: nn.Module, forward: Callable, inputs: _Inputs) -> None:
         super().__init__()
         self.encoder = encoder
-        self._forward, self._names, self._others = forward, names, others
+        self._forward, self._put_together = forward, inputs.put_together
 
     def forward(self, *values: Tensor) -> Tensor:
-        output = self._forward(**dict(zip(self._names, values)), **self._others)
+        args, keywords = self._put_together(values)
+        output = self._forward(*args, **keywords)
         while not isinstance(output, Tensor):
             output = next(iter(output.values() if isinstance(output, Mapping) else output))
         return output
@@ -210,19 +240,14 @@ class _Replay(torch.autograd.Function):
 def _no_forks() -> Iterator[None]:
     """Within it, Megatron's RNG tracker stays where it is: its switches between generators cannot be captured.
 
-    Nor can they be compiled. Nothing is drawn meanwhile: the encoder has no dropout. `fork` is what layers
-    call, `_set_cuda_rng_state` what activation recomputation calls.
+    Nor can they be compiled. Nothing is drawn meanwhile: the encoder has no dropout.
     """
-    tracker, switch = get_cuda_rng_tracker(), tracking._set_cuda_rng_state
-    states = tracker.get_states()
-    tracking._set_cuda_rng_state = lambda *args, **options: None
+    tracker = get_cuda_rng_tracker()
     tracker.fork = _stay
     try:
         yield
     finally:
         del tracker.fork
-        tracking._set_cuda_rng_state = switch
-        tracker.set_states(states)
 
 
 def _stay(*args, **options) -> AbstractContextManager:
@@ -248,6 +273,17 @@ def _check(encoder: nn.Module) -> None:
                 f"{name}: gradient_accumulation_fusion adds gradients to a buffer that the capture does "
                 "not know. Set it to False in the encoder's configuration, or leave the encoder out of "
                 "`graphed`."
+            )
+        if isinstance(module, MegatronModule) and module.config.recompute_granularity is not None:
+            raise ValueError(
+                f"{name}: Megatron's activation recomputation (recompute_granularity="
+                f"{module.config.recompute_granularity!r}) cannot be captured. Leave it out of the encoder's "
+                "configuration (--encoder-recompute-granularity), or the encoder out of `graphed`."
+            )
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats and module.training:
+            raise ValueError(
+                f"{name}: it has {type(module).__name__}, whose running statistics the passes before a capture "
+                "would move. Freeze the encoder, or leave it out of `graphed`."
             )
         drops = isinstance(module, nn.Dropout) and module.p > 0
         if isinstance(module, MegatronModule):

@@ -235,7 +235,7 @@ def with_loss_weights(config: MimoModelConfig, args: Namespace) -> MimoModelConf
 
 
 def check_used(args: Namespace) -> None:
-    """Refuses arguments of Megatron's that would change nothing here.
+    """Refuses arguments that would change nothing here, or do not go together.
 
     Raises:
         ValueError: naming the argument and what to do instead.
@@ -244,6 +244,12 @@ def check_used(args: Namespace) -> None:
         raise ValueError(
             f"--mtp-num-layers {args.mtp_num_layers}: multi-token prediction is not supported by MimoModel. Leave "
             "the argument out."
+        )
+    if args.graph_encoders and args.encoder_recompute_granularity:
+        raise ValueError(
+            f"--graph-encoders with --encoder-recompute-granularity {args.encoder_recompute_granularity}: what is "
+            "computed again cannot be captured. Leave out one of them (--graph-encoders with nothing after it "
+            "where a script gives it)."
         )
     for name in DATA_ARGUMENTS:
         if getattr(args, name, None):

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from megatron_mimo.training import Trainer, TrainerSettings, TrainingControl
@@ -249,3 +250,22 @@ def test_compiled_encoder_gives_what_it_gives_uncompiled(backend, single_process
     assert reports[0].losses == reports[1].losses
     for name, gradient in gradients(ours.models[0]).items():
         assert gradient.equal(gradients(plain.models[0])[name]), name
+
+
+def test_running_statistics_of_a_frozen_encoder_stay_and_others_move(single_process):
+    class Normed(tiny.PatchEncoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torch.nn.BatchNorm1d(tiny.PIXELS)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.norm(x.flatten(0, -2)).view_as(x))
+
+    images = tiny.image_spec(encoders={"patches": ModuleSpec(module=Normed)})
+    for frozen in ([], ["images/encoders"]):
+        ours = trainer(
+            single_process, TrainingControl(frozen=frozen), modality_submodules={"images": images, "audio": tiny.audio_spec()}
+        )
+        norm = ours.models[0].modality_submodules["images"].encoders["patches"].norm
+        ours.train(one_batch)
+        assert norm.running_mean.eq(0).all() == bool(frozen), frozen

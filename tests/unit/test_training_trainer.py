@@ -1,5 +1,10 @@
 """The small training loop in one process."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from megatron.core.optimizer import OptimizerConfig
@@ -187,3 +192,27 @@ def test_progress_bar_shows_where_the_run_stands_and_its_losses(single_process, 
     trainer(single_process, steps=2, progress=True).train(one_batch)
     shown = capsys.readouterr().err.splitlines()
     assert shown[-1].startswith("[########################] 2/2  0 s left") and "images/pixels" in shown[-1]
+
+
+SCRIPT = """
+import warnings
+
+warnings.simplefilter("ignore")
+import megatron_mimo
+from megatron_mimo.training import Trainer, TrainerSettings
+from tests import tiny
+
+settings = TrainerSettings(steps=1, directory={directory!r}, progress=False)
+trainer = Trainer(tiny.mimo_config(), megatron_mimo.initialize(), settings)
+trainer.train(lambda step, rank, size: [tiny.batch(step)])
+"""
+
+
+def test_a_script_without_a_main_guard_keeps_its_run(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(directory=str(tmp_path / "run")))
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    job = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=120)
+    assert job.returncode == 0, job.stderr[-4000:]
+    assert (tmp_path / "run" / "step_00000001" / "complete").exists()
