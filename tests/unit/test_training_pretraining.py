@@ -27,16 +27,28 @@ def test_a_loss_weight_of_an_unknown_modality_is_refused():
         with_loss_weights(tiny.mimo_config(), Namespace(modality_loss_weight=[("imagse", 3.0)]))
 
 
+def arguments(**given) -> Namespace:
+    """What `check_used` looks at."""
+    return Namespace(**{**dict(mtp_num_layers=None, graph_encoders=[], encoder_recompute_granularity=None), **given})
+
+
 @pytest.mark.parametrize("name", DATA_ARGUMENTS)
 def test_arguments_of_megatrons_datasets_are_refused_by_name(name):
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}: the data is the recipe's"):
-        check_used(Namespace(mtp_num_layers=None, **{name: ["corpus"]}))
+        check_used(arguments(**{name: ["corpus"]}))
 
 
 def test_multi_token_prediction_is_refused_and_nothing_else():
-    check_used(Namespace(mtp_num_layers=None, data_path=None))
+    check_used(arguments(data_path=None))
     with pytest.raises(ValueError, match="--mtp-num-layers 2: multi-token prediction"):
-        check_used(Namespace(mtp_num_layers=2))
+        check_used(arguments(mtp_num_layers=2))
+
+
+def test_graphs_of_recomputed_encoders_are_refused():
+    check_used(arguments(graph_encoders=["encoders"]))
+    check_used(arguments(encoder_recompute_granularity="full"))
+    with pytest.raises(ValueError, match="--graph-encoders with --encoder-recompute-granularity full"):
+        check_used(arguments(graph_encoders=["encoders"], encoder_recompute_granularity="full"))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:megatron")
