@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# On one GPU, or several: RANKS=8 examples/recipes/vlm_clip_1b.sh --tensor-model-parallel-size 2 ...
+# On one GPU, or several: RANKS=8 examples/recipes/vlm_clip_1b.sh --tensor-model-parallel-size 2 --graph-encoders
+# CUDA graphs of tensor-parallel encoders were not tried; --graph-encoders with nothing after it turns them off.
 # Further arguments are Megatron's; they come last, so they win. Without TransformerEngine add
 # --transformer-impl local --no-rope-fusion (attention is slow then).
 set -euo pipefail

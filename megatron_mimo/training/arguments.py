@@ -39,12 +39,14 @@ def add_mimo_args(parser: ArgumentParser) -> ArgumentParser:
         help="weights of the modalities' loss terms, 1 where none is given",
     )  # fmt: skip
     group.add_argument(
-        "--compile-encoders", nargs="+", default=[], metavar="PART",
-        help="encoders to run through torch.compile; also graphed, they replay what was compiled",
+        "--compile-encoders", nargs="*", default=[], metavar="PART",
+        help="encoders to run through torch.compile; also graphed, they replay what was compiled. Without a PART "
+        "none, in place of those given before",
     )  # fmt: skip
     group.add_argument(
-        "--graph-encoders", nargs="+", default=[], metavar="PART",
-        help="encoders to replay as CUDA graphs, which spares their launches",
+        "--graph-encoders", nargs="*", default=[], metavar="PART",
+        help="encoders to replay as CUDA graphs, which spares their launches. Without a PART none, in place of those "
+        "given before",
     )  # fmt: skip
     group.add_argument(
         "--encoder-recompute-granularity", choices=["full", "selective"], default=None,

@@ -9,6 +9,7 @@ from unittest.mock import Mock
 import pytest
 
 from examples.recipes import parts
+from megatron_mimo.training.arguments import add_mimo_args, control_from_args
 from megatron_mimo.training.pretraining import DATA_ARGUMENTS, check_used, with_loss_weights, with_printable_help
 from tests import tiny
 
@@ -30,6 +31,16 @@ def test_a_loss_weight_of_an_unknown_modality_is_refused():
 def arguments(**given) -> Namespace:
     """What `check_used` looks at."""
     return Namespace(**{**dict(mtp_num_layers=None, graph_encoders=[], encoder_recompute_granularity=None), **given})
+
+
+@pytest.mark.parametrize("option", ["--compile-encoders", "--graph-encoders"])
+def test_encoders_that_a_script_compiles_or_graphs_can_be_taken_back_at_the_end_of_its_command_line(option):
+    parser = add_mimo_args(ArgumentParser())
+    args = parser.parse_args([option, "images/encoders", "--freeze", "encoders", option])
+    control = control_from_args(args)
+    assert (control.compiled, control.graphed) == ([], [])
+    args = parser.parse_args([option, "images/encoders", option, "audio/encoders", "sounds/encoders"])
+    assert sorted([*args.compile_encoders, *args.graph_encoders]) == ["audio/encoders", "sounds/encoders"]
 
 
 @pytest.mark.parametrize("name", DATA_ARGUMENTS)
