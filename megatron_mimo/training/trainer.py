@@ -313,6 +313,7 @@ class Trainer:
         """Runs the schedule over a step's microbatches; gives their reports on the last stage."""
         reads = self.run.groups.tp.rank() == 0
         batches = data(step, self.run.data_rank, self.run.layout.data_parallel_size) if reads else ()
+        _check_list(batches)
         self._microbatches, (batch_size, length) = self._shape(batches)
         return get_forward_backward_func()(
             forward_step_func=self._forward_step,
@@ -377,6 +378,19 @@ class Trainer:
             norm = max((one for one, _ in stages if one is not None), default=None)
             succeeded = all(one for _, one in stages)
         return losses, norm, bool(succeeded)
+
+
+def _check_list(batches: object) -> None:
+    """Refuses what is no list of microbatches; a generator's would be used up when their shapes are read."""
+    expected = (
+        "expected a list of microbatches, each a dict of MimoModel.forward's keyword arguments. Return [batch] for "
+        "one microbatch, list(...) of a generator."
+    )
+    if not isinstance(batches, Sequence):
+        raise TypeError(f"data(step, rank, size) gave a {type(batches).__name__}, {expected}")
+    for index, batch in enumerate(batches):
+        if not isinstance(batch, Mapping):
+            raise TypeError(f"data(step, rank, size) gave a list with a {type(batch).__name__} at {index}, {expected}")
 
 
 def _means(logged: Sequence[Mapping[str, Tensor]], group: dist.ProcessGroup) -> dict[str, float]:

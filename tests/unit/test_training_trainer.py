@@ -117,6 +117,23 @@ def test_evaluate_every_without_data_to_evaluate_on_is_refused(single_process):
         trainer(single_process, evaluate_every=2).train(one_batch)
 
 
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        (lambda: (tiny.batch(index) for index in range(2)), "gave a generator, expected a list of microbatches"),
+        (lambda: tiny.batch(0), r"gave a dict, expected a list of microbatches.*Return \[batch\] for one"),
+        (lambda: None, "gave a NoneType, expected"),
+        (lambda: [tiny.batch(0), "input_ids"], "gave a list with a str at 1, expected"),
+    ],
+    ids=["generator", "one batch", "nothing", "another thing in the list"],
+)
+def test_data_that_is_no_list_of_microbatches_is_refused_with_what_is_expected(given, found, single_process):
+    ours = trainer(single_process)
+    with pytest.raises(TypeError, match=found):
+        ours.train_step(lambda step, rank, size: given())
+    assert ours.train_step(lambda step, rank, size: (tiny.batch(0), tiny.batch(1))).step == 0
+
+
 @pytest.mark.parametrize("decay", ["linear", "cosine"])
 def test_a_run_resumed_with_more_steps_follows_the_longer_schedule(decay, single_process, tmp_path):
     settings = dict(decay=decay, warmup_steps=1, directory=tmp_path, optimizer=OptimizerConfig(lr=1e-2))
