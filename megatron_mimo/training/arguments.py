@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 
 from megatron_mimo.launch import Layout
-from megatron_mimo.training.control import TrainingControl
+from megatron_mimo.training.control import LANGUAGE_MODEL, TrainingControl
 
 
 def add_mimo_args(parser: ArgumentParser) -> ArgumentParser:
@@ -60,11 +60,22 @@ def add_mimo_args(parser: ArgumentParser) -> ArgumentParser:
 
 
 def control_from_args(args: Namespace) -> TrainingControl:
-    """Which parts train, as the command line says."""
+    """Which parts train, as the command line says.
+
+    Raises:
+        ValueError: a part has two factors, or the embedding two learning rates.
+    """
+    learning_rate = once_each("--lr-factor", args.lr_factor)
+    decoupled = getattr(args, "decoupled_lr", None)
+    if decoupled is not None and LANGUAGE_MODEL in learning_rate:
+        raise ValueError(
+            f"--decoupled-lr {decoupled:g} and --lr-factor {LANGUAGE_MODEL}={learning_rate[LANGUAGE_MODEL]:g} both set "
+            "the learning rate of the embedding and the output layer. Leave one of the two out."
+        )
     return TrainingControl(
         frozen=args.freeze,
         embedding_rows=args.train_embedding_rows,
-        learning_rate=once_each("--lr-factor", args.lr_factor),
+        learning_rate=learning_rate,
         weight_decay=once_each("--weight-decay-factor", args.weight_decay_factor),
         compiled=args.compile_encoders,
         graphed=args.graph_encoders,

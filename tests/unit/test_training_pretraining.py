@@ -43,6 +43,16 @@ def test_encoders_that_a_script_compiles_or_graphs_can_be_taken_back_at_the_end_
     assert sorted([*args.compile_encoders, *args.graph_encoders]) == ["audio/encoders", "sounds/encoders"]
 
 
+def test_two_learning_rates_of_the_embedding_are_refused_and_those_of_other_parts_are_not():
+    parser = add_mimo_args(ArgumentParser())
+    parser.add_argument("--decoupled-lr", type=float)
+    both = ["--decoupled-lr", "1e-4", "--lr-factor", "language_model=0.5", "decoders=2"]
+    with pytest.raises(ValueError, match="--decoupled-lr 0.0001 and --lr-factor language_model=0.5 both set"):
+        control_from_args(parser.parse_args(both))
+    apart = control_from_args(parser.parse_args(["--decoupled-lr", "1e-4", "--lr-factor", "decoders=2"]))
+    assert apart.learning_rate == {"decoders": 2.0}
+
+
 @pytest.mark.parametrize("name", DATA_ARGUMENTS)
 def test_arguments_of_megatrons_datasets_are_refused_by_name(name):
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}: the data is the recipe's"):

@@ -135,6 +135,8 @@ REFUSED = {
     "have no room there": ["--pipeline-model-parallel-size", "2", "--num-layers", "1", "--account-for-loss-in-pipeline-split"],
     "frozen: the model has no part 'vision'": ["--freeze", "vision"],
     "--lr-factor: 'decoders' is given 2 times": ["--lr-factor", "decoders=1", "decoders=2"],
+    "--decoupled-lr 0.0001 and --lr-factor language_model=0.5 both set":
+        ["--decoupled-lr", "1e-4", "--lr-factor", "language_model=0.5"],
     "embedding_rows: 64 is outside the vocabulary": ["--train-embedding-rows", "64"],
     "--modality-loss-weight: the model has no modality 'imagse', expected one of ['text', 'images', 'tones']":
         ["--modality-loss-weight", "imagse=3"],
