@@ -1,7 +1,8 @@
 """Checkpoints of a training run in `megatron.core.dist_checkpointing`'s format.
 
-Weights and optimizer state can be read by another layout; the random numbers of dropout are those of
-the same layout only, and start anew in another.
+Weights can be read by another layout and with another optimizer. Optimizer state can be read by another
+layout where the same parts train and the optimizer is distributed alike. The random numbers of dropout
+are those of the same layout only, and start anew in another.
 """
 
 from __future__ import annotations
@@ -23,25 +24,42 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.launch import Run
 from megatron_mimo.model import MimoModel
+from megatron_mimo.training.control import TrainingControl
 
 logger = logging.getLogger(__name__)
 
+_WEIGHTS_ONLY = "Begin a run with the checkpoint's weights alone: load(path, weights_only=True)."
 _COMPLETE = "complete"  # written last: a directory without it was cut short
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What trained in a run, so that its optimizer has a state of it.
+    """What trained in a run, so that its optimizer has a state of it, and how that state is stored.
 
     Args:
         frozen: what the names of parameters that did not train begin with.
         embedding_rows: rows of the embedding that trained; empty where the table trained like the rest.
+        distributed_optimizer: whether it is that of Megatron's distributed optimizer; None where that is
+            not known, and not compared.
     """
 
     frozen: tuple[str, ...]
     embedding_rows: tuple[int, ...]
+    distributed_optimizer: bool | None = None
+
+    @classmethod
+    def by(
+        cls, control: TrainingControl, config: MimoModelConfig, distributed_optimizer: bool | None = None
+    ) -> Trained:
+        """What `control` trains of the model that `config` describes."""
+        return cls(
+            frozen=control.frozen_prefixes(config),
+            embedding_rows=tuple(sorted(control.embedding_rows)),
+            distributed_optimizer=distributed_optimizer,
+        )
 
 
 def save(
@@ -122,12 +140,13 @@ def load(
 
     Raises:
         FileNotFoundError: there is no complete checkpoint at `path`.
-        ValueError: the optimizer's state there is of other parameters than those that train now.
+        ValueError: the optimizer's state there is of other parameters than those that train now, or of an
+            optimizer that is distributed otherwise. Nothing has changed then.
     """
     _check_complete(path)
     common = dist_checkpointing.load_common_state_dict(str(path))
     if common["updated"]:
-        _check_trained(path, Trained(**common["trained"]), trained)
+        check_trained(path, Trained(**common["trained"]), trained, _WEIGHTS_ONLY)
     same_layout = common["layout"] == vars(run.layout)
     updated = common["updated"]
     wanted = _state(
@@ -168,19 +187,34 @@ def _check_complete(path: Path) -> None:
         )
 
 
-def _check_trained(path: Path, theirs: Trained, ours: Trained) -> None:
-    """Refuses an optimizer state that lacks parameters, or has momentum of rows that shall not move."""
+def check_trained(path: Path | str, theirs: Trained, ours: Trained, instead: str) -> None:
+    """Refuses an optimizer state that this run cannot read, or that has momentum of rows that shall not move.
+
+    Args:
+        path: of the checkpoint, for the error.
+        theirs: what trained in the run that wrote it.
+        ours: what trains now.
+        instead: what to do, the end of the error.
+
+    Raises:
+        ValueError: the two differ.
+    """
     if tuple(theirs.frozen) != ours.frozen:
         raise ValueError(
             f"{path} was written with {list(theirs.frozen)} frozen, this run freezes {list(ours.frozen)}: the "
-            "optimizer's states do not match. Begin a run with the checkpoint's weights alone: "
-            "load(path, weights_only=True)."
+            f"optimizer's states do not match. {instead}"
         )
     rows = set(theirs.embedding_rows)
     if ours.embedding_rows and not (rows and rows <= set(ours.embedding_rows)):
         raise ValueError(
-            f"{path} has momentum of embedding rows outside embedding_rows, which would go on moving. Begin a "
-            "run with the checkpoint's weights alone: load(path, weights_only=True)."
+            f"{path} has momentum of embedding rows outside embedding_rows, which would go on moving. {instead}"
+        )
+    distributed = (theirs.distributed_optimizer, ours.distributed_optimizer)
+    if None not in distributed and distributed[0] != distributed[1]:
+        raise ValueError(
+            f"{path} was written with use_distributed_optimizer={distributed[0]}, this run has {distributed[1]}: the "
+            f"optimizer's state is stored in another form. {instead} To go on with that state, set "
+            f"use_distributed_optimizer={distributed[0]} in OptimizerConfig and DistributedDataParallelConfig."
         )
 
 

@@ -188,9 +188,7 @@ class Trainer:
             on_step=self._keep_counts,
         )
         self._counts: Mapping[str, float] = {}
-        self._trained = checkpoints.Trained(
-            frozen=self.control.frozen_prefixes(config), embedding_rows=tuple(sorted(self.control.embedding_rows))
-        )
+        self._trained = checkpoints.Trained.by(self.control, config, optimizer.use_distributed_optimizer)
 
     def train(self, data: StepData, evaluation: StepData | None = None) -> History:
         """Trains to `settings.steps`, from where the trainer stands.
@@ -291,8 +289,9 @@ class Trainer:
 
         Raises:
             FileNotFoundError: there is no complete checkpoint at `path`.
-            ValueError: other parts or embedding rows trained in the checkpoint's run, whose optimizer state
-                therefore is not this run's.
+            ValueError: other parts or embedding rows trained in the checkpoint's run, or its
+                `use_distributed_optimizer` was another, so its optimizer state is not this run's. Nothing has
+                changed then. A checkpoint of step 0 has no optimizer state and is not refused.
 
         Example:
             >>> trainer.load("aligned/step_00001000", weights_only=True)              # doctest: +SKIP

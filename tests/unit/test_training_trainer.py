@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 
 from megatron_mimo.training import Trainer, TrainerSettings, TrainingControl
@@ -174,6 +176,46 @@ def test_momentum_of_rows_that_shall_not_move_is_refused(before, single_process,
     if before:
         more = trainer(single_process, control=TrainingControl(embedding_rows=[5, 3, 7]), optimizer=adam)
         assert more.load(path) == 2
+
+
+def distributed(run, optimizer, is_distributed: bool, **settings) -> Trainer:
+    torch.manual_seed(3)
+    return Trainer(
+        tiny.mimo_config(),
+        run,
+        TrainerSettings(steps=2, decay="constant", progress=False, **settings),
+        optimizer=replace(optimizer, use_distributed_optimizer=is_distributed),
+        ddp=DistributedDataParallelConfig(use_distributed_optimizer=is_distributed),
+    )
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_the_state_of_an_optimizer_distributed_otherwise_is_refused_before_anything_changes(before, single_process, tmp_path):
+    adam = OptimizerConfig(lr=1e-2)
+    first = distributed(single_process, adam, before, directory=tmp_path)
+    start = first.save()
+    first.train(one_batch)
+    path = tmp_path / "step_00000002"
+    ours = distributed(single_process, adam, not before)
+    kept = {name: p.detach().clone() for name, p in ours.models[0].named_parameters()}
+    message = f"written with use_distributed_optimizer={before}, this run has {not before}.*weights_only=True"
+    with pytest.raises(ValueError, match=message):
+        ours.load(path)
+    assert all(p.equal(kept[name]) for name, p in ours.models[0].named_parameters())
+    assert ours.steps_done == ours.schedule.num_steps == 0
+    assert ours.load(path, weights_only=True) == 0
+    for mine, theirs in zip(ours.models[0].parameters(), first.models[0].parameters()):
+        assert mine.equal(theirs)
+    assert ours.load(start) == 0, "step 0 has no optimizer state"
+    assert len(ours.train(one_batch).steps) == 2
+    assert distributed(single_process, adam, before).load(path) == 2
+
+
+def test_a_checkpoint_that_does_not_say_how_its_optimizer_was_distributed_is_loaded(single_process, tmp_path):
+    ours = trainer(single_process, steps=2, directory=tmp_path)
+    ours._trained = replace(ours._trained, distributed_optimizer=None)
+    ours.train(one_batch)
+    assert trainer(single_process, steps=3, directory=tmp_path).load() == 2
 
 
 def test_a_checkpoint_that_is_cut_short_leaves_the_one_before_it(single_process, tmp_path, monkeypatch):
