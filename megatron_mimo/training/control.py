@@ -91,9 +91,13 @@ class TrainingControl:
                 )
 
     def frozen_prefixes(self, config: MimoModelConfig) -> tuple[str, ...]:
-        """What the names of the frozen parts' parameters begin with; sorted, none inside another."""
-        found = sorted(set(self._prefixes(self.frozen, config)))
-        return tuple(p for p in found if not any(p != other and p.startswith(other) for other in found))
+        """What the names of the frozen parts' parameters begin with; sorted, none inside another.
+
+        All encoders of a modality, or all decoders, named one by one are `encoders` or `decoders`.
+        """
+        found = set(self._prefixes(self.frozen, config))
+        found |= {whole for whole, parts in _named_parts(config) if found.issuperset(parts)}
+        return tuple(sorted(p for p in found if not any(p != other and p.startswith(other) for other in found)))
 
     def _check_trains(self, option: str, part: str, config: MimoModelConfig) -> None:
         frozen = self.frozen_prefixes(config)
@@ -241,6 +245,15 @@ def _check_apart(option: str, parts: Iterable[str], config: MimoModelConfig) -> 
                 f"{option}: {one!r} and {other!r} share parameters, which of their factors holds is open. "
                 "Name parts that lie side by side."
             )
+
+
+def _named_parts(config: MimoModelConfig) -> Iterator[tuple[str, list[str]]]:
+    """Prefixes of a modality's encoders and of its decoders, each with those of the single ones."""
+    for modality in config.modality_submodules:
+        for key, specs in config.submodule_specs(modality).items():
+            if isinstance(specs, Mapping) and specs:
+                whole = f"modality_submodules.{modality}.{key}."
+                yield whole, [f"{whole}{name}." for name in specs]
 
 
 def _exists(modality: str, rest: list[str], config: MimoModelConfig) -> bool:

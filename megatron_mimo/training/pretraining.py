@@ -30,6 +30,7 @@ from megatron_mimo.launch import exit_on_error, initialize
 from megatron_mimo.model import MimoModel
 from megatron_mimo.training.arguments import add_mimo_args, control_from_args, layout_from_args, once_each
 from megatron_mimo.training.batches import Counts
+from megatron_mimo.training.checkpoints import Trained, check_trained
 from megatron_mimo.training.control import TrainingControl
 from megatron_mimo.training.flops import PartSize, part_sizes
 from megatron_mimo.training.forward_step import ForwardStep
@@ -176,8 +177,9 @@ def pretrain(recipe: Recipe, defaults: dict[str, object] | None = None) -> None:
         defaults: Megatron's arguments that the command line need not give.
 
     Raises:
-        ValueError: a layout that cannot work, an argument that would be ignored, or a modality that the
-            model does not have, before any process group is built.
+        ValueError: a layout that cannot work, an argument that would be ignored, a modality that the model
+            does not have, or a checkpoint to go on from in whose run other parts trained; before any process
+            group is built.
     """
     on_cpu = not torch.cuda.is_available()
     with exit_on_error(), ExitStack() as until_trained:
@@ -201,6 +203,7 @@ def pretrain(recipe: Recipe, defaults: dict[str, object] | None = None) -> None:
         config = with_loss_weights(recipe.model_config(args), args)
         check_layout(layout, config, args.seq_length)
         control.check(config)
+        check_resumed(args, control, config)
         datasets = dataset_provider(recipe, args)
         if on_cpu:
             _initialize_cpu(args)
@@ -257,6 +260,49 @@ def check_used(args: Namespace) -> None:
                 f"--{name.replace('_', '-')}: the data is the recipe's. Leave the argument out, and change the "
                 "recipe's datasets()."
             )
+
+
+def check_resumed(args: Namespace, control: TrainingControl, config: MimoModelConfig) -> None:
+    """Refuses to go on with the optimizer state of a run in which other parts or embedding rows trained.
+
+    Checkpoints that hold none of our arguments, such as those of Megatron's own scripts, are not checked.
+
+    Args:
+        args: Megatron's, which name the checkpoint.
+        control: which parts train now.
+        config: of the model.
+
+    Raises:
+        ValueError: naming both, and how to begin with the weights alone.
+    """
+    path, theirs = _written_with(args)
+    if theirs is None or getattr(theirs, "no_save_optim", False) or not hasattr(theirs, "train_embedding_rows"):
+        return
+    before = TrainingControl(frozen=theirs.freeze, embedding_rows=theirs.train_embedding_rows)
+    instead = (
+        "Give the same --freeze and --train-embedding-rows, or begin a second stage with the checkpoint's weights "
+        "alone: --finetune, which counts steps from 0, or --no-load-optim, which goes on counting."
+    )
+    try:
+        trained = Trained.by(before, config)
+    except ValueError as error:
+        raise ValueError(f"{path} was written with --freeze {' '.join(theirs.freeze)}. {error} {instead}") from error
+    check_trained(path, trained, Trained.by(control, config), instead)
+
+
+def _written_with(args: Namespace) -> tuple[str, Namespace | None]:
+    """The checkpoint whose optimizer state Megatron will load, and the arguments that it holds; None without."""
+    from megatron.training.checkpointing import _load_base_checkpoint, checkpoint_exists
+
+    if args.load is None or args.finetune or args.no_load_optim:
+        return "", None
+    if args.pretrained_checkpoint is not None and not checkpoint_exists(args.load):
+        return "", None  # Megatron takes the weights of that one alone
+    # What reads a local checkpoint is built with the process groups; the one that it follows has the same arguments.
+    kind = None if args.non_persistent_ckpt_type == "local" else args.non_persistent_ckpt_type
+    found = Namespace(**vars(args) | {"non_persistent_ckpt_type": kind})
+    state, path, release, _ = _load_base_checkpoint(args.load, found, rank0=True)
+    return path, None if state is None or release else state.get("args")
 
 
 def with_printable_help(parser: ArgumentParser) -> ArgumentParser:

@@ -87,6 +87,20 @@ def test_several_parts_freeze_together(single_process):
     assert {name.split(".")[:3][-1] for name in moved(ours)} == {"input_projections"}
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (["encoders"], ["audio/encoders", "images/encoders"]),
+        (["encoders"], ["images/encoders/patches", "audio/encoders/frames"]),
+        (["images"], ["images", "images/encoders"]),
+    ],
+)
+def test_parts_that_mean_the_same_parameters_are_frozen_alike(one, other):
+    config = tiny.mimo_config()
+    prefixes = [TrainingControl(frozen=parts).frozen_prefixes(config) for parts in (one, other)]
+    assert prefixes[0] == prefixes[1]
+
+
 ROWS = [3, 17, tiny.WRITE]
 
 

@@ -1,5 +1,6 @@
 """What the command line of pretraining says reaches the model, is refused, or is explained."""
 
+import re
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
@@ -7,10 +8,20 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from examples.recipes import parts
+from megatron_mimo.training import TrainingControl
 from megatron_mimo.training.arguments import add_mimo_args, control_from_args
-from megatron_mimo.training.pretraining import DATA_ARGUMENTS, check_used, with_loss_weights, with_printable_help
+from megatron_mimo.training.pretraining import (
+    DATA_ARGUMENTS,
+    check_resumed,
+    check_used,
+    with_loss_weights,
+    with_printable_help,
+)
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -70,6 +81,75 @@ def test_graphs_of_recomputed_encoders_are_refused():
     check_used(arguments(encoder_recompute_granularity="full"))
     with pytest.raises(ValueError, match="--graph-encoders with --encoder-recompute-granularity full"):
         check_used(arguments(graph_encoders=["encoders"], encoder_recompute_granularity="full"))
+
+
+def write_checkpoint(directory: Path, args: Namespace | None) -> None:
+    """As Megatron does after 3 steps, with these arguments and one weight."""
+    path = directory / "iter_0000003"
+    path.mkdir(parents=True)
+    state = {"iteration": 3, "weight": ShardedTensor.from_rank_offsets("weight", torch.zeros(2))}
+    dist_checkpointing.save(state | ({} if args is None else {"args": args}), str(path))
+    (directory / "latest_checkpointed_iteration.txt").write_text("3")
+
+
+def loading(directory: Path | None, **changes) -> Namespace:
+    """Megatron's arguments that say what is loaded."""
+    said = dict(
+        load=directory and str(directory), finetune=False, no_load_optim=None, pretrained_checkpoint=None, ckpt_step=None,
+        non_persistent_ckpt_type=None, non_persistent_global_ckpt_dir=None, exit_on_missing_checkpoint=False,
+    )  # fmt: skip
+    return Namespace(**said | changes)
+
+
+def written_with(freeze: list[str], rows: list[int], **more) -> Namespace:
+    return Namespace(freeze=freeze, train_embedding_rows=rows, **more)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        (([], []), (["language_model"], [3]), "written with [] frozen, this run freezes ['language_model.']"),
+        ((["encoders"], []), (["images"], []), "encoders.'] frozen, this run freezes ['modality_submodules.images.']"),
+        (([], []), ([], [3]), "momentum of embedding rows outside embedding_rows"),
+        (([], [3, 5]), ([], [3]), "momentum of embedding rows outside embedding_rows"),
+        ((["video"], []), ([], []), "written with --freeze video. parts: the model has no part 'video'"),
+    ],
+)
+def test_a_checkpoint_of_other_trained_parts_is_not_resumed_but_begins_a_second_stage(
+    before, now, message, single_process, tmp_path
+):
+    write_checkpoint(tmp_path, written_with(*before))
+    control, config = TrainingControl(*now), tiny.mimo_config()
+    for args in (loading(tmp_path), loading(tmp_path, ckpt_step=3), loading(tmp_path, non_persistent_ckpt_type="local")):
+        with pytest.raises(ValueError, match=re.escape(message)) as refused:
+            check_resumed(args, control, config)
+        assert "iter_0000003" in str(refused.value)
+        assert "--finetune" in str(refused.value) and "--no-load-optim" in str(refused.value)
+    check_resumed(loading(tmp_path, finetune=True), control, config)
+    check_resumed(loading(tmp_path, no_load_optim=True), control, config)
+    check_resumed(loading(tmp_path / "new", pretrained_checkpoint=str(tmp_path)), control, config)
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        (written_with(["images/encoders", "audio/encoders"], [5, 3]), (["encoders"], [3, 5, 3])),
+        (written_with(["images/encoders/patches", "audio"], []), (["audio", "images/encoders"], [])),
+        (written_with([], [3]), ([], [3, 5])),
+        (written_with(["language_model"], [], no_save_optim=True), ([], [])),
+        (Namespace(num_layers=2), (["encoders"], [3])),
+        (None, (["encoders"], [3])),
+    ],
+    ids=["rows", "parts", "more rows", "no optimizer state", "Megatron's own", "no arguments"],
+)
+def test_a_checkpoint_of_the_same_trained_parts_or_of_none_is_resumed(before, now, single_process, tmp_path):
+    write_checkpoint(tmp_path, before)
+    check_resumed(loading(tmp_path), TrainingControl(*now), tiny.mimo_config())
+
+
+def test_without_a_checkpoint_any_part_may_train(tmp_path):
+    for args in (loading(None), loading(tmp_path), loading(tmp_path / "new")):
+        check_resumed(args, TrainingControl(frozen=["encoders"]), tiny.mimo_config())
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:megatron")

@@ -13,7 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import checkpoint
 
 from examples.recipes import any_to_any_small, vlm_clip_1b
 from megatron_mimo import launch
@@ -217,6 +220,36 @@ def vlm_clip_1b_takes_a_step_of_its_four_images_with_everything_but_its_sizes(ru
         assert rates["images tokens read/s"] == pytest.approx(vlm_clip_1b.IMAGE_ROWS * rates["images/clip items/s"])
         assert rates["tokens/s"] == pytest.approx(length * rates["samples/s"])
         assert rates["MFU"] == pytest.approx(rates["TFLOP/s"] / 0.002, rel=1e-5)
+
+
+@case(ranks=2, timeout_s=120)
+def pretrain_resumes_no_other_trained_parts_and_a_second_stage_moves_the_rows_it_names_alone(run: Run) -> None:
+    where = shared_directory() / "pretrain-stages"
+    shutdown()
+    run_recipe(where, "--save", str(where / "first"), "--save-interval", "100", steps=2)
+    second = ["--load", str(where / "first"), "--freeze", "language_model", "--train-embedding-rows", "5"]
+
+    def built(*given, **named) -> None:
+        raise AssertionError("a process group was built")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "init_process_group", built)
+        with pytest.raises(ValueError, match="written with .* frozen, this run freezes .*--finetune.*--no-load-optim"):
+            run_recipe(where, *second)
+    for name, steps, go_on in (("finetune", 2, ["--finetune"]), ("no_load_optim", 4, ["--no-load-optim"])):
+        saved = ["--save", str(where / name), "--save-interval", "100"]
+        run_recipe(where, *second, *go_on, *saved, steps=steps)
+        moved = embedding(where / name, steps) != embedding(where / "first", 2)
+        rows = moved.any(1).nonzero().flatten().tolist()
+        assert rows == [5], (name, rows)
+
+
+def embedding(saved: Path, step: int) -> Tensor:
+    """The table `[V, H]` of a checkpoint."""
+    name = "language_model.embedding.word_embeddings.weight"
+    tables = {name: torch.empty(64, 32)}
+    checkpoint.load(tables, checkpoint_id=saved / f"iter_{step:07d}", no_dist=True)
+    return tables[name]
 
 
 class Terminated:
