@@ -63,6 +63,20 @@ class Recipe(Protocol):
         """Keyword arguments of `MimoModel.forward` for the samples of a microbatch, on the CPU."""
 
 
+def check_recipe(recipe: object) -> None:
+    """Refuses what lacks a recipe's functions.
+
+    Raises:
+        ValueError: naming those that are missing.
+    """
+    missing = [name for name in ("model_config", "datasets", "collate") if not callable(getattr(recipe, name, None))]
+    if missing:
+        raise ValueError(
+            f"the recipe {getattr(recipe, '__name__', type(recipe).__name__)!r} lacks {missing}, expected functions "
+            "model_config(args), datasets(args, samples) and collate(samples)."
+        )
+
+
 class ModelProvider:
     """`model_provider(pre_process, post_process, vp_stage, config, pg_collection)` as Megatron calls it.
 
@@ -178,9 +192,10 @@ def pretrain(recipe: Recipe, defaults: dict[str, object] | None = None) -> None:
 
     Raises:
         ValueError: a layout that cannot work, an argument that would be ignored, a modality that the model
-            does not have, or a checkpoint to go on from in whose run other parts trained; before any process
-            group is built.
+            does not have, no recipe, or a checkpoint to go on from in whose run other parts trained; before any
+            process group is built.
     """
+    check_recipe(recipe)
     on_cpu = not torch.cuda.is_available()
     with exit_on_error(), ExitStack() as until_trained:
         if on_cpu:

@@ -1,5 +1,6 @@
 """What the command line of pretraining says reaches the model, is refused, or is explained."""
 
+import os
 import re
 import subprocess
 import sys
@@ -174,13 +175,27 @@ def test_a_percent_sign_in_a_help_text_is_printed():
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["--help"], 0, "any_to_any_small,vlm_clip_1b"),
+        (["--help"], 0, "any_to_any_small, vlm_clip_1b, or a module importable"),
         (["--recipe", "any_to_any_small", "--help"], 0, "--modality-loss-weight"),
-        (["--recipe", "nope"], 2, "invalid choice: 'nope' (choose from 'any_to_any_small', 'vlm_clip_1b')"),
+        (["--recipe", "nope"], 2, "--recipe: there is no module 'nope' to import from"),
+        (["--recipe", "nope"], 2, "Give one of ['any_to_any_small', 'vlm_clip_1b'], or the dotted name"),
+        (["--recipe", "examples.nope"], 2, "there is no module 'examples.nope'"),
+        (["--recipe", "./my_recipe.py"], 2, "'./my_recipe.py' is no module's name. Give my.recipe for my/recipe.py"),
+        (["--recipe", "mine.whole", "--help"], 0, "--modality-loss-weight"),
+        (["--recipe", "mine.part"], 1, "the recipe 'mine.part' lacks ['model_config', 'collate'], expected functions"),
+        (["--recipe", "mine.broken"], 1, "No module named 'nope'"),
     ],
-    ids=["help", "help of a recipe", "unknown recipe"],
+    ids=["help", "help of a recipe", "unknown", "what to give", "unknown in a package", "path", "own", "part", "broken"],
 )
-def test_the_example_explains_itself(arguments, code, said):
+def test_the_example_explains_itself(arguments, code, said, tmp_path):
+    (tmp_path / "mine").mkdir()
+    for name, text in {
+        "whole": "from examples.recipes.any_to_any_small import *",
+        "part": "def datasets(args, samples): ...",
+        "broken": "import nope",
+    }.items():
+        (tmp_path / "mine" / f"{name}.py").write_text(text)
     command = [sys.executable, "-m", "examples.pretrain_mimo", *arguments]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert found.returncode == code and said in found.stdout + found.stderr
