@@ -40,7 +40,7 @@ def main() -> None:
     chosen, rest = parser.parse_known_args()
     sys.argv[1:] = rest  # Megatron parses what is left
     recipe = recipe_module(chosen.recipe, parser)
-    from megatron_mimo.training.pretraining import pretrain  # it takes seconds, which a wrong name need not
+    from megatron_mimo.training import pretrain  # it takes seconds, which a wrong name need not
 
     pretrain(recipe)
 

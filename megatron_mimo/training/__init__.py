@@ -4,21 +4,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from megatron_mimo.training.arguments import add_mimo_args
+    from megatron_mimo.training.batches import read_step
     from megatron_mimo.training.control import TrainingControl
-    from megatron_mimo.training.forward_step import ForwardStep
+    from megatron_mimo.training.forward import ForwardStep
     from megatron_mimo.training.layouts import check_layout
     from megatron_mimo.training.loss import StepScale, loss_func
+    from megatron_mimo.training.pretraining import Recipe, adapt_megatron, dataset_provider, pretrain
+    from megatron_mimo.training.script import forward_step, model_provider
     from megatron_mimo.training.trainer import StepReport, Trainer, TrainerSettings
 
 _HOMES = {
-    "ForwardStep": "forward_step",
+    "ForwardStep": "forward",
+    "Recipe": "pretraining",
     "StepReport": "trainer",
     "StepScale": "loss",
     "Trainer": "trainer",
     "TrainerSettings": "trainer",
     "TrainingControl": "control",
+    "adapt_megatron": "pretraining",
+    "add_mimo_args": "arguments",
     "check_layout": "layouts",
+    "dataset_provider": "pretraining",
+    "forward_step": "script",
     "loss_func": "loss",
+    "model_provider": "script",
+    "pretrain": "pretraining",
+    "read_step": "batches",
 }
 
 __all__ = sorted(_HOMES)

@@ -1,7 +1,8 @@
 """`megatron.training.pretrain`, from the installed wheel, with a `MimoModel`.
 
 Megatron's arguments, optimizer, schedule, checkpoints, logging and signal handling serve as they are.
-Replaced are the model provider, the forward step and the batches.
+Replaced are the model provider, the forward step and the batches. `script.py` has them for scripts that
+call Megatron's `pretrain` themselves.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from functools import cache, partial
+from dataclasses import dataclass, replace
+from functools import cache
 from importlib.util import find_spec
 from time import perf_counter
 from types import ModuleType
@@ -33,7 +34,7 @@ from megatron_mimo.training.batches import Counts
 from megatron_mimo.training.checkpoints import Trained, check_trained
 from megatron_mimo.training.control import TrainingControl
 from megatron_mimo.training.flops import PartSize, part_sizes
-from megatron_mimo.training.forward_step import ForwardStep
+from megatron_mimo.training.forward import ForwardStep
 from megatron_mimo.training.layouts import check_layout
 from megatron_mimo.training.sampling import microbatches_of
 from megatron_mimo.training.throughput import Throughput, log_to_megatron, peak_of_all
@@ -45,6 +46,9 @@ DATA_ARGUMENTS = (
 
 #: A module, a name in it, and what stands there meanwhile.
 Replacement = tuple[ModuleType, str, Callable]
+
+#: `(args) -> configuration`, as a recipe's.
+ModelConfig = Callable[[Namespace], MimoModelConfig]
 
 
 class Recipe(Protocol):
@@ -112,26 +116,48 @@ class ModelProvider:
         Raises:
             ValueError: a `config` of the caller's: the recipe makes it.
         """
-        if config is not None:
-            raise ValueError(
-                "model_provider got a TransformerConfig, expected None: the recipe's model_config makes the "
-                "configuration of every part. Set what it shall hold by Megatron's arguments."
-            )
+        check_no_config(config)
         seed_draws_once(self._args.seed)
-        model = MimoModel(
-            self._config,
-            pre_process=pre_process,
-            post_process=post_process,
-            vp_stage=vp_stage,
-            pg_collection=pg_collection,
-        )
-        self._control.apply(model)
-        self._control.graph(model)
-        model.config.finalize_model_grads_func = self._control.finalize_func()
+        model = build_stage(self._config, self._control, pre_process, post_process, vp_stage, pg_collection)
         self._chunks.append(model)
         if len(self._chunks) == (self._args.virtual_pipeline_model_parallel_size or 1):
             self.sizes, self._chunks = part_sizes(self._chunks), []
         return model
+
+
+def build_stage(
+    config: MimoModelConfig,
+    control: TrainingControl,
+    pre_process: bool,
+    post_process: bool,
+    vp_stage: int | None,
+    pg_collection: ProcessGroupCollection | None,
+) -> MimoModel:
+    """The model of one stage, or of one chunk, whose parts train as `control` says."""
+    model = MimoModel(
+        config,
+        pre_process=pre_process,
+        post_process=post_process,
+        vp_stage=vp_stage,
+        pg_collection=pg_collection,
+    )
+    control.apply(model)
+    control.graph(model)
+    model.config.finalize_model_grads_func = control.finalize_func()
+    return model
+
+
+def check_no_config(config: TransformerConfig | None) -> None:
+    """Refuses a configuration from the caller of a model provider.
+
+    Raises:
+        ValueError: saying where the configuration comes from.
+    """
+    if config is not None:
+        raise ValueError(
+            "model_provider got a TransformerConfig, expected None: the recipe's model_config makes the "
+            "configuration of every part. Set what it shall hold by Megatron's arguments."
+        )
 
 
 def seed_draws_once(seed: int) -> None:
@@ -196,18 +222,13 @@ def pretrain(recipe: Recipe, defaults: dict[str, object] | None = None) -> None:
             process group is built.
     """
     check_recipe(recipe)
-    on_cpu = not torch.cuda.is_available()
-    with exit_on_error(), ExitStack() as until_trained:
-        if on_cpu:
-            enable_cpu_backend()
-            until_trained.callback(disable_cpu_backend)
+    with adapt_megatron(recipe.model_config), ExitStack() as until_trained:
         # Importing these configures logging; importing megatron_mimo does not.
         from megatron.training import pretrain as megatron_pretrain
+        from megatron.training import training
         from megatron.training.argument_utils import pretrain_cfg_container_from_args
         from megatron.training.arguments import parse_and_validate_args
 
-        if on_cpu:
-            until_trained.enter_context(_replaced(_for_the_cpu()))
         args = parse_and_validate_args(
             lambda parser: with_printable_help(add_mimo_args(parser)),
             # Batches are nested: Megatron's own loaders cannot collate them.
@@ -220,10 +241,9 @@ def pretrain(recipe: Recipe, defaults: dict[str, object] | None = None) -> None:
         control.check(config)
         check_resumed(args, control, config)
         datasets = dataset_provider(recipe, args)
-        if on_cpu:
-            _initialize_cpu(args)
         provider, counts = ModelProvider(config, args, control), {}
-        until_trained.enter_context(_replaced(_for_the_wheel(control, config, _timed(args, provider, counts))))
+        timed = _timed(args, provider, counts)(training.train_step)
+        until_trained.enter_context(_replaced([(training, "train_step", timed)]))
         megatron_pretrain(
             pretrain_cfg_container_from_args(args),
             datasets,
@@ -235,6 +255,67 @@ def pretrain(recipe: Recipe, defaults: dict[str, object] | None = None) -> None:
                 on_step=lambda step, counted: counts.update(counted),
             ),
             provider,
+        )
+
+
+@contextmanager
+def adapt_megatron(model_config: ModelConfig) -> Iterator[None]:
+    """Within it `megatron.training` does for a `MimoModel` what it leaves no argument for.
+
+    It follows --lr-factor, --weight-decay-factor and --train-embedding-rows, runs on gloo on the CPU
+    where there is no GPU, trains from a wheel, and an exception on one rank ends the job. Arguments are
+    to be parsed within it too. `pretrain` enters it by itself.
+
+    Args:
+        model_config: as the recipe's; says what the parts are called.
+
+    Example:
+        >>> with adapt_megatron(model_config):                                    # doctest: +SKIP
+        ...     args = parse_and_validate_args(add_mimo_args)
+        ...     megatron.training.pretrain(...)
+    """
+    with exit_on_error(), ExitStack() as until_trained:
+        if not torch.cuda.is_available():
+            enable_cpu_backend()
+            until_trained.callback(disable_cpu_backend)
+            until_trained.enter_context(_replaced(_for_the_cpu()))
+        until_trained.enter_context(_replaced(_for_the_wheel(model_config)))
+        yield
+
+
+@dataclass(frozen=True)
+class PartOverrides:
+    """In the place of `get_megatron_optimizer_config`: `(config, overrides)` with the factors of the parts.
+
+    Args:
+        ask: Megatron's function.
+        model_config: says what the parts are called.
+    """
+
+    ask: Callable
+    model_config: ModelConfig
+
+    def __call__(self, args: Namespace):
+        optimizer, _ = self.ask(args)
+        return optimizer, control_from_args(args).overrides(optimizer, self.model_config(args))
+
+
+def check_supported(args: Namespace) -> None:
+    """Refuses what `MimoModel` does not do, whoever reads the data.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if args.mtp_num_layers:
+        raise ValueError(
+            f"--mtp-num-layers {args.mtp_num_layers}: multi-token prediction is not supported by MimoModel. Leave "
+            "the argument out."
+        )
+    if args.graph_encoders and args.encoder_recompute_granularity:
+        raise ValueError(
+            f"--graph-encoders with --encoder-recompute-granularity {args.encoder_recompute_granularity}: what is "
+            "computed again cannot be captured. Leave out one of them (--graph-encoders with nothing after it "
+            "where a script gives it)."
         )
 
 
@@ -258,17 +339,7 @@ def check_used(args: Namespace) -> None:
     Raises:
         ValueError: naming the argument and what to do instead.
     """
-    if args.mtp_num_layers:
-        raise ValueError(
-            f"--mtp-num-layers {args.mtp_num_layers}: multi-token prediction is not supported by MimoModel. Leave "
-            "the argument out."
-        )
-    if args.graph_encoders and args.encoder_recompute_granularity:
-        raise ValueError(
-            f"--graph-encoders with --encoder-recompute-granularity {args.encoder_recompute_granularity}: what is "
-            "computed again cannot be captured. Leave out one of them (--graph-encoders with nothing after it "
-            "where a script gives it)."
-        )
+    check_supported(args)
     for name in DATA_ARGUMENTS:
         if getattr(args, name, None):
             raise ValueError(
@@ -331,7 +402,7 @@ def with_printable_help(parser: ArgumentParser) -> ArgumentParser:
 
 
 def _timed(args: Namespace, provider: ModelProvider, counts: Counts) -> Callable[[Callable], Callable]:
-    """A wrapper of Megatron's training step that tells how fast it was.
+    """A wrapper of Megatron's training step, which itself tells nobody how fast it was.
 
     Args:
         args: Megatron's.
@@ -372,28 +443,17 @@ def _initialize_cpu(args: Namespace) -> None:
     )
 
 
-def _for_the_wheel(
-    control: TrainingControl, config: MimoModelConfig, timed: Callable[[Callable], Callable]
-) -> list[Replacement]:
+def _for_the_wheel(model_config: ModelConfig) -> list[Replacement]:
     """What `megatron.training` leaves no argument for.
 
-    It asks a function of its own for the parameter groups' overrides. It tells nobody how long a step
-    took. And it compiles its dataset helpers by a Makefile, which the wheel lacks because it brings them
-    compiled.
+    It asks a function of its own for the parameter groups' overrides. And it compiles its dataset helpers
+    by a Makefile, which the wheel lacks because it brings them compiled.
     """
     from megatron.core.datasets import utils
     from megatron.training import training
 
-    ask = training.get_megatron_optimizer_config
-
-    def with_parts(args: Namespace):
-        optimizer, _ = ask(args)
-        return optimizer, control.overrides(optimizer, config)
-
-    replacements: list[Replacement] = [
-        (training, "get_megatron_optimizer_config", with_parts),
-        (training, "train_step", timed(training.train_step)),
-    ]
+    overrides = PartOverrides(training.get_megatron_optimizer_config, model_config)
+    replacements: list[Replacement] = [(training, "get_megatron_optimizer_config", overrides)]
     if find_spec("megatron.core.datasets.helpers_cpp") is not None:
         replacements.append((utils, "compile_helpers", lambda: None))
     return replacements
@@ -401,10 +461,16 @@ def _for_the_wheel(
 
 def _for_the_cpu() -> list[Replacement]:
     """What `megatron.training` takes from a GPU before it computes anything."""
-    from megatron.training import arguments, training
+    from megatron.training import arguments, get_args, training
+
+    begin = training.initialize_megatron
+
+    def initialize_megatron(**options):
+        _initialize_cpu(get_args())
+        return begin(allow_no_cuda=True, **options)
 
     return [
-        (training, "initialize_megatron", partial(training.initialize_megatron, allow_no_cuda=True)),
+        (training, "initialize_megatron", initialize_megatron),
         # From this generation on nothing is asked of CUDA_DEVICE_MAX_CONNECTIONS.
         (arguments, "get_device_arch_version", lambda: 10),
     ]

@@ -34,7 +34,7 @@ from megatron_mimo.training.chunks import (
 )
 from megatron_mimo.training.control import TrainingControl
 from megatron_mimo.training.counts import term
-from megatron_mimo.training.forward_step import ForwardStep
+from megatron_mimo.training.forward import ForwardStep
 from megatron_mimo.training.layouts import check_layout, check_sequence_length
 from megatron_mimo.training.progress import Progress
 from megatron_mimo.training.stop import StopRequest

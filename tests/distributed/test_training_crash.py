@@ -42,7 +42,7 @@ print("trained to the end")
 PRETRAIN = """
 import sys, time
 from examples.recipes import any_to_any_small
-from megatron_mimo.training.pretraining import pretrain
+from megatron_mimo.training import pretrain
 from tests.distributed.cases.pretrain import SIZES, TRAINING
 {raises}
 class Recipe:

@@ -82,6 +82,12 @@ def test_importing_the_package_prints_nothing_and_loads_nothing():
     assert python(loaded) == ""
 
 
+def test_importing_the_training_package_loads_nothing_until_a_name_of_it_is_used():
+    loaded = "import sys, megatron_mimo.training as t; dir(t); assert not {'torch', 'megatron'} & set(sys.modules)"
+    used = "t.add_mimo_args, t.forward_step, t.model_provider, t.pretrain; assert 'megatron.training' not in sys.modules"
+    python(f"{loaded}; {used}")
+
+
 def test_integer_rooms_and_losses_do_without_megatron():
     imports = "; ".join(f"import megatron_mimo.{room}" for room in WITHOUT_MEGATRON)
     assert python(f"import sys; {imports}; assert 'megatron' not in sys.modules") == ""

@@ -1,10 +1,12 @@
 """What the command line of pretraining says reaches the model, is refused, or is explained."""
 
+import inspect
 import os
 import re
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -14,6 +16,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from examples.recipes import parts
+from megatron_mimo import training
 from megatron_mimo.training import TrainingControl
 from megatron_mimo.training.arguments import add_mimo_args, control_from_args
 from megatron_mimo.training.pretraining import (
@@ -23,6 +26,7 @@ from megatron_mimo.training.pretraining import (
     with_loss_weights,
     with_printable_help,
 )
+from megatron_mimo.training.script import check_in_effect
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -199,3 +203,40 @@ def test_the_example_explains_itself(arguments, code, said, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert found.returncode == code and said in found.stdout + found.stderr
+
+
+def args_of(*given: str) -> Namespace:
+    return add_mimo_args(ArgumentParser()).parse_args(given)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:megatron")
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (Namespace(), r"Megatron's parser lacks the arguments.*parse_and_validate_args\(add_mimo_args\)"),
+        (args_of("--lr-factor", "decoders=2"), "--lr-factor: Megatron makes .* without them.*adapt_megatron"),
+        (
+            args_of("--weight-decay-factor", "decoders=2", "--train-embedding-rows", "3"),
+            "--weight-decay-factor, --train-embedding-rows: Megatron makes",
+        ),
+        (args_of("--device-peak-tflops", "1"), "--device-peak-tflops: only megatron_mimo.training.pretrain logs"),
+    ],
+    ids=["no arguments", "a factor", "two", "peak"],
+)
+def test_arguments_that_nothing_would_follow_in_a_script_of_ones_own_are_refused(args, message):
+    with pytest.raises(ValueError, match=message):
+        check_in_effect(args)
+    check_in_effect(args_of("--freeze", "encoders"))
+
+
+@pytest.mark.parametrize("name", ["add_mimo_args", "forward_step", "loss_func", "model_provider", "pretrain"])
+def test_training_has_what_a_pretrain_script_passes_to_megatron(name):
+    from megatron_mimo.training import forward  # whose import takes no name from the package
+
+    assert forward and callable(getattr(training, name)) and getattr(training, name).__name__ == name
+
+
+def test_megatron_calls_the_model_provider_as_its_own():
+    given = list(inspect.signature(partial(training.model_provider, None)).parameters)
+    assert given == ["pre_process", "post_process", "vp_stage", "config", "pg_collection"]
+    assert list(inspect.signature(training.forward_step).parameters) == ["data_iterator", "model"]

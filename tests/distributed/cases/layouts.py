@@ -36,7 +36,7 @@ from torch import Tensor
 
 from megatron_mimo import MimoModel, loss_terms, specs, total_loss
 from megatron_mimo.launch import Run
-from megatron_mimo.training.forward_step import ForwardStep
+from megatron_mimo.training.forward import ForwardStep
 from tests import tiny
 from tests.distributed.harness import case, relayout
 

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,14 @@ from torch.distributed import checkpoint
 from examples.recipes import any_to_any_small, vlm_clip_1b
 from megatron_mimo import launch
 from megatron_mimo.launch import Run, shutdown
-from megatron_mimo.training.pretraining import pretrain
+from megatron_mimo.training import (
+    adapt_megatron,
+    add_mimo_args,
+    dataset_provider,
+    forward_step,
+    model_provider,
+    pretrain,
+)
 from tests.distributed.harness import case, shared_directory
 
 STEPS = 4
@@ -43,12 +51,12 @@ TRAINING = [
 Curves = dict[str, dict[int, float]]
 
 
-def run_recipe(where: Path, *arguments: str, steps: int = STEPS, recipe=any_to_any_small) -> Curves:
-    """Trains a recipe and gives what TensorBoard holds of it: tag -> step -> value. Empty but on the last rank."""
+def run_recipe(where: Path, *arguments: str, steps: int = STEPS, recipe=any_to_any_small, train=pretrain) -> Curves:
+    """Trains a recipe (by `train`) and gives what TensorBoard holds of it: tag -> step -> value. Empty but on the last rank."""
     given = [*SIZES, *TRAINING, "--train-iters", str(steps), "--tensorboard-dir", str(where / "tensorboard"), *arguments]
     with command_line(given):
         try:
-            pretrain(recipe)
+            train(recipe)
         finally:
             forget_megatron()
     return scalars(where / "tensorboard")
@@ -250,6 +258,41 @@ def embedding(saved: Path, step: int) -> Tensor:
     tables = {name: torch.empty(64, 32)}
     checkpoint.load(tables, checkpoint_id=saved / f"iter_{step:07d}", no_dist=True)
     return tables[name]
+
+
+def script_of_ones_own(recipe) -> None:
+    """What docs/training.md has, its arguments parsed and Megatron called here."""
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    with adapt_megatron(recipe.model_config):
+        args = parse_and_validate_args(add_mimo_args, args_defaults={"dataloader_type": "external"})
+        pretrain(
+            pretrain_cfg_container_from_args(args),
+            dataset_provider(recipe, args),
+            ModelType.encoder_or_decoder,
+            forward_step,
+            partial(model_provider, recipe.model_config),
+        )
+
+
+@case(ranks=2, timeout_s=120)
+def a_script_of_ones_own_trains_like_our_pretrain_and_follows_the_same_arguments(run: Run) -> None:
+    where = shared_directory() / "pretrain-script"
+    arguments = [
+        "--lr-factor", "language_model=0.1", "decoders=10", "--weight-decay-factor", "decoders=0", "--freeze", "images/encoders",
+        "--modality-loss-weight", "images=3", "--tensor-model-parallel-size", "2",
+    ]  # fmt: skip
+    shutdown()
+    ours = run_recipe(where / "ours", *arguments)
+    theirs = run_recipe(where / "theirs", *arguments, train=script_of_ones_own)
+    plain = run_recipe(where / "plain", "--tensor-model-parallel-size", "2", train=script_of_ones_own)
+    if run.rank == run.world_size - 1:
+        assert_close(theirs, ours, range(1, STEPS + 1))
+        assert plain["text loss"][STEPS] != pytest.approx(theirs["text loss"][STEPS], rel=1e-3)
+        assert not any(tag.startswith("throughput/") for tag in theirs)
 
 
 class Terminated:

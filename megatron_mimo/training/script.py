@@ -1,0 +1,116 @@
+"""What a script that calls `megatron.training.pretrain` itself puts in the place of its own functions.
+
+`docs/training.md` has such a script.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from megatron_mimo.model import MimoModel
+from megatron_mimo.training.arguments import control_from_args, layout_from_args
+from megatron_mimo.training.batches import Batch
+from megatron_mimo.training.forward import ForwardStep
+from megatron_mimo.training.layouts import check_layout
+from megatron_mimo.training.pretraining import (
+    ModelConfig,
+    PartOverrides,
+    build_stage,
+    check_no_config,
+    check_supported,
+    seed_draws_once,
+    with_loss_weights,
+)
+
+
+def model_provider(
+    model_config: ModelConfig,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    config: TransformerConfig | None = None,
+    pg_collection: ProcessGroupCollection | None = None,
+) -> MimoModel:
+    """The model of one stage, or of one chunk of an interleaved pipeline; all but the first argument are Megatron's.
+
+    Args:
+        model_config: gives the configuration for Megatron's arguments, as a recipe's does.
+
+    Raises:
+        ValueError: an argument that would be ignored, a layout that cannot work, or a part or modality that
+            the model does not have.
+
+    Example:
+        >>> provider = partial(model_provider, model_config)                      # doctest: +SKIP
+        >>> pretrain(container, datasets, ModelType.encoder_or_decoder, forward_step, provider)  # doctest: +SKIP
+    """
+    from megatron.training import get_args
+
+    args = get_args()
+    check_no_config(config)
+    check_in_effect(args)
+    check_supported(args)
+    model, control = with_loss_weights(model_config(args), args), control_from_args(args)
+    check_layout(layout_from_args(args), model, args.seq_length)
+    control.check(model)
+    seed_draws_once(args.seed)
+    return build_stage(model, control, pre_process, post_process, vp_stage, pg_collection)
+
+
+def forward_step(data_iterator: Iterator[Batch] | None, model: nn.Module):
+    """`(outputs, loss_func)` of one microbatch; see `ForwardStep`.
+
+    Args:
+        data_iterator: gives keyword arguments of `MimoModel.forward`, as CPU tensors.
+        model: of `model_provider`, as Megatron wrapped it.
+    """
+    from megatron.training import get_args
+
+    global _running
+    args = get_args()
+    if _running is None or _running[0] is not args:
+        _running = args, ForwardStep(
+            microbatches=get_num_microbatches, step=lambda: args.curr_iteration, seed=args.seed
+        )
+    return _running[1](data_iterator, model)
+
+
+# Megatron's arguments, of which a run has one object, and the run's forward step, which keeps its microbatches.
+_running: tuple[Namespace, ForwardStep] | None = None
+
+
+def check_in_effect(args: Namespace) -> None:
+    """Refuses arguments of `add_mimo_args` that nothing would follow.
+
+    Raises:
+        ValueError: naming the arguments and what to call.
+    """
+    from megatron.training import training
+
+    if "freeze" not in vars(args):
+        raise ValueError(
+            "model_provider: Megatron's parser lacks the arguments of multimodal training. Call "
+            "parse_and_validate_args(add_mimo_args), or call add_mimo_args in the script's own extra_args_provider."
+        )
+    factors = [name for name in ("lr_factor", "weight_decay_factor", "train_embedding_rows") if getattr(args, name)]
+    if factors and not isinstance(training.get_megatron_optimizer_config, PartOverrides):
+        raise ValueError(
+            f"{', '.join(map(_option, factors))}: Megatron makes its parameter groups without them. Parse the "
+            "arguments and call pretrain() within `with megatron_mimo.training.adapt_megatron(model_config):`, or "
+            "leave them out."
+        )
+    if args.device_peak_tflops is not None:
+        raise ValueError(
+            "--device-peak-tflops: only megatron_mimo.training.pretrain logs the MFU. Train with it, or leave the "
+            "argument out."
+        )
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
