@@ -23,6 +23,7 @@ from megatron_mimo.training.pretraining import (
     PartOverrides,
     build_stage,
     check_no_config,
+    check_resumed,
     check_supported,
     seed_draws_once,
     with_loss_weights,
@@ -43,8 +44,8 @@ def model_provider(
         model_config: gives the configuration for Megatron's arguments, as a recipe's does.
 
     Raises:
-        ValueError: an argument that would be ignored, a layout that cannot work, or a part or modality that
-            the model does not have.
+        ValueError: an argument that would be ignored, a layout that cannot work, a part or modality that the
+            model does not have, or a checkpoint to go on from in whose run other parts trained.
 
     Example:
         >>> provider = partial(model_provider, model_config)                      # doctest: +SKIP
@@ -59,6 +60,7 @@ def model_provider(
     model, control = with_loss_weights(model_config(args), args), control_from_args(args)
     check_layout(layout_from_args(args), model, args.seq_length)
     control.check(model)
+    check_resumed(args, control, model)
     seed_draws_once(args.seed)
     return build_stage(model, control, pre_process, post_process, vp_stage, pg_collection)
 

@@ -35,14 +35,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.fixture(scope="module")
-def said(tmp_path_factory) -> list[str]:
-    """What each of the page's commands printed, one after the other in one directory."""
-    where = tmp_path_factory.mktemp("page")
-    for name, text in {"my_recipe": RECIPE, "my_pretrain": SCRIPT, "run": RUN}.items():
-        (where / f"{name}.py").write_text(text)
-    commands = [command.replace("\\\n", " ").replace("$ARGUMENTS", ON_A_CPU) for command in COMMANDS]
-    done = subprocess.run(
+def run(where: Path, commands: list[str]) -> subprocess.CompletedProcess:
+    commands = [command.replace("\\\n", " ").replace("$ARGUMENTS", ON_A_CPU) for command in commands]
+    return subprocess.run(
         [sys.executable, "run.py"],
         input="\n".join(" ".join(command.split()) for command in commands),
         cwd=where,
@@ -50,6 +45,21 @@ def said(tmp_path_factory) -> list[str]:
         capture_output=True,
         text=True,
     )
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Path:
+    """A directory with what the page has."""
+    where = tmp_path_factory.mktemp("page")
+    for name, text in {"my_recipe": RECIPE, "my_pretrain": SCRIPT, "run": RUN}.items():
+        (where / f"{name}.py").write_text(text)
+    return where
+
+
+@pytest.fixture(scope="module")
+def said(page) -> list[str]:
+    """What each of the page's commands printed, one after the other in one directory."""
+    done = run(page, COMMANDS)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return done.stdout.split("COMMAND")[1:]
 
@@ -70,3 +80,9 @@ def test_the_second_stage_begins_with_the_weights_of_the_first(said):
 
 def test_the_log_of_throughput_is_that_of_our_own_pretrain_alone(said):
     assert ["tokens/s" in each for each in said] == [True, True, False]
+
+
+def test_a_script_of_ones_own_does_not_go_on_where_other_parts_trained(page, said):
+    done = run(page, [COMMANDS[-1] + " --load aligned"])
+    assert done.returncode != 0
+    assert "aligned/iter_0000004 was written with" in done.stderr and "begin a second stage" in done.stderr
