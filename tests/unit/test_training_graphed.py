@@ -1,4 +1,4 @@
-"""What a capture of an encoder may serve, with a stand-in for the graphs, which need a GPU: tests/gpu has those."""
+"""What a capture of an encoder may serve, with a stand-in for the graphs, which need a GPU (`tests/gpu`)."""
 
 import pytest
 import torch
