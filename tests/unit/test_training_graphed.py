@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from megatron.core.tensor_parallel import random as tracking
 from torch import nn
 
 from megatron_mimo import specs
@@ -78,6 +79,18 @@ def test_objects_and_tensors_on_another_device_run_without_a_graph(captures):
     assert forward([torch.ones(2)], hidden) == 10
     forward([torch.ones(2, device="meta")])
     assert not kept
+
+
+def test_within_a_capture_layers_switch_no_random_number_generator(single_process, monkeypatch):
+    switches = []
+    switch = tracking._set_cuda_rng_state
+    monkeypatch.setattr(tracking, "_set_cuda_rng_state", lambda *args, **options: switches.append(switch(*args, **options)))
+    encoder, images = clip(), torch.randn(2, 3, 8, 8)
+    with graphed._no_forks():
+        encoder(x=images)
+    assert not switches
+    encoder(x=images)
+    assert switches
 
 
 @pytest.mark.parametrize(
