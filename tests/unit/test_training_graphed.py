@@ -82,10 +82,9 @@ def test_objects_and_tensors_on_another_device_run_without_a_graph(captures):
 
 
 def test_within_a_capture_layers_switch_no_random_number_generator(single_process, monkeypatch):
-    switches = []
+    encoder, images, switches = clip(), torch.randn(2, 3, 8, 8), []
     switch = tracking._set_cuda_rng_state
     monkeypatch.setattr(tracking, "_set_cuda_rng_state", lambda *args, **options: switches.append(switch(*args, **options)))
-    encoder, images = clip(), torch.randn(2, 3, 8, 8)
     with graphed._no_forks():
         encoder(x=images)
     assert not switches
