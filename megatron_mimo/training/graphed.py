@@ -280,7 +280,7 @@ def _check(encoder: nn.Module) -> None:
                 f"{module.config.recompute_granularity!r}) cannot be captured. Leave it out of the encoder's "
                 "configuration (--encoder-recompute-granularity), or the encoder out of `graphed`."
             )
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats and module.training:
+        if module.training and getattr(module, "track_running_stats", False):
             raise ValueError(
                 f"{name}: it has {type(module).__name__}, whose running statistics the passes before a capture "
                 "would move. Freeze the encoder, or leave it out of `graphed`."

@@ -116,9 +116,9 @@ class ModelProvider:
         Raises:
             ValueError: a `config` of the caller's: the recipe makes it.
         """
-        check_no_config(config)
-        seed_draws_once(self._args.seed)
-        model = build_stage(self._config, self._control, pre_process, post_process, vp_stage, pg_collection)
+        model = build_stage(
+            self._config, self._control, self._args.seed, pre_process, post_process, vp_stage, config, pg_collection
+        )
         self._chunks.append(model)
         if len(self._chunks) == (self._args.virtual_pipeline_model_parallel_size or 1):
             self.sizes, self._chunks = part_sizes(self._chunks), []
@@ -126,16 +126,34 @@ class ModelProvider:
 
 
 def build_stage(
-    config: MimoModelConfig,
+    model_config: MimoModelConfig,
     control: TrainingControl,
+    seed: int,
     pre_process: bool,
     post_process: bool,
     vp_stage: int | None,
+    config: TransformerConfig | None,
     pg_collection: ProcessGroupCollection | None,
 ) -> MimoModel:
-    """The model of one stage, or of one chunk, whose parts train as `control` says."""
+    """The model of one stage, or of one chunk, whose parts train as `control` says.
+
+    Args:
+        model_config: of the whole model.
+        control: which parts train.
+        seed: of the decoders' draws.
+        pre_process, post_process, vp_stage, config, pg_collection: Megatron's, of the stage.
+
+    Raises:
+        ValueError: a `config`: `model_config` has that of every part.
+    """
+    if config is not None:
+        raise ValueError(
+            "model_provider got a TransformerConfig, expected None: the recipe's model_config makes the "
+            "configuration of every part. Set what it shall hold by Megatron's arguments."
+        )
+    seed_draws_once(seed)
     model = MimoModel(
-        config,
+        model_config,
         pre_process=pre_process,
         post_process=post_process,
         vp_stage=vp_stage,
@@ -145,19 +163,6 @@ def build_stage(
     control.graph(model)
     model.config.finalize_model_grads_func = control.finalize_func()
     return model
-
-
-def check_no_config(config: TransformerConfig | None) -> None:
-    """Refuses a configuration from the caller of a model provider.
-
-    Raises:
-        ValueError: saying where the configuration comes from.
-    """
-    if config is not None:
-        raise ValueError(
-            "model_provider got a TransformerConfig, expected None: the recipe's model_config makes the "
-            "configuration of every part. Set what it shall hold by Megatron's arguments."
-        )
 
 
 def seed_draws_once(seed: int) -> None:
@@ -301,10 +306,10 @@ class PartOverrides:
 
 
 def check_supported(args: Namespace) -> None:
-    """Refuses what `MimoModel` does not do, whoever reads the data.
+    """Refuses what cannot work, whoever reads the data.
 
     Raises:
-        ValueError: naming the argument.
+        ValueError: naming the arguments.
     """
     if args.mtp_num_layers:
         raise ValueError(
@@ -334,7 +339,7 @@ def with_loss_weights(config: MimoModelConfig, args: Namespace) -> MimoModelConf
 
 
 def check_used(args: Namespace) -> None:
-    """Refuses arguments that would change nothing here, or do not go together.
+    """Refuses arguments that would change nothing in `pretrain`, and what cannot work.
 
     Raises:
         ValueError: naming the argument and what to do instead.

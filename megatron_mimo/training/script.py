@@ -22,10 +22,8 @@ from megatron_mimo.training.pretraining import (
     ModelConfig,
     PartOverrides,
     build_stage,
-    check_no_config,
     check_resumed,
     check_supported,
-    seed_draws_once,
     with_loss_weights,
 )
 
@@ -54,15 +52,13 @@ def model_provider(
     from megatron.training import get_args
 
     args = get_args()
-    check_no_config(config)
     check_in_effect(args)
     check_supported(args)
     model, control = with_loss_weights(model_config(args), args), control_from_args(args)
     check_layout(layout_from_args(args), model, args.seq_length)
     control.check(model)
     check_resumed(args, control, model)
-    seed_draws_once(args.seed)
-    return build_stage(model, control, pre_process, post_process, vp_stage, pg_collection)
+    return build_stage(model, control, args.seed, pre_process, post_process, vp_stage, config, pg_collection)
 
 
 def forward_step(data_iterator: Iterator[Batch] | None, model: nn.Module):

@@ -2,25 +2,20 @@
 
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
-from torch._dynamo.backends.common import aot_autograd
 
-from examples.recipes.parts import with_fused_attention
-from megatron_mimo import specs
 from megatron_mimo.launch import Run
 from megatron_mimo.training import Trainer, TrainerSettings, TrainingControl
 from megatron_mimo.training.chunks import build_chunks, parameters_gathered
 from megatron_mimo.training.compiled import CompiledForward
 from megatron_mimo.training.flops import part_sizes
 from tests import tiny
+from tests.compiling import compiling, results, vision_transformer
 from tests.distributed.cases.layouts import token_local_layers
 from tests.distributed.harness import case, relayout, shared_directory
 
@@ -166,31 +161,13 @@ def sigterm_to_one_rank_saves_at_the_step_boundary_and_the_run_goes_on_from_ther
     assert losses(history) + losses(resumed.train(four_samples)) == expected
 
 
-@contextmanager
-def compiling(graphs: list) -> Iterator[None]:
-    """torch.compile without its C++ compiler; `graphs` collects what is compiled."""
-
-    def keep(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    real = torch.compile
-    torch.compile = partial(real, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
-    try:
-        with torch.compiler.set_stance("default"):
-            yield
-    finally:
-        torch.compile = real
-
-
 @case(ranks=2)
 def a_compiled_encoder_trains_alike_where_its_parameters_are_gathered_late(run: Run) -> None:
     plain = trainer(run, None, distributed=True)
     start = {name: value.clone() for name, value in plain.models[0].state_dict().items() if value is not None}
     expected = losses(plain.train(four_samples))
     run = relayout()
-    graphs: list = []
-    with compiling(graphs):
+    with compiling() as graphs:
         compiled = trainer(run, None, distributed=True, control=TrainingControl(compiled=["encoders"]))
         compiled.models[0].load_state_dict(start, strict=False)
         compiled.optimizer.reload_model_params()
@@ -200,22 +177,12 @@ def a_compiled_encoder_trains_alike_where_its_parameters_are_gathered_late(run: 
 
 @case(ranks=2, **TENSOR)
 def a_compiled_encoder_gives_what_it_gives_uncompiled(run: Run) -> None:
-    config = tiny.language_config(tensor_model_parallel_size=2)
-    spec = specs.clip_vit_spec(config, "torch", patch_dim=4, img_h=8, img_w=8)
-    spec.params["transformer_layer_spec"] = with_fused_attention(spec.params["transformer_layer_spec"])
-    encoder = spec.module(**spec.params)
+    encoder = vision_transformer(tiny.language_config(tensor_model_parallel_size=2))
     images = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-
-    def results(forward) -> list[torch.Tensor]:
-        encoder.zero_grad(set_to_none=True)
-        output = forward(x=images)
-        (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
-        return [output.detach(), *(parameter.grad for parameter in encoder.parameters())]
-
-    graphs: list = []
-    plain = results(encoder.forward)
-    with compiling(graphs):
-        torch.testing.assert_close(results(CompiledForward(encoder)), plain)
+    plain = results(encoder, images)
+    with compiling() as graphs:
+        encoder.forward = CompiledForward(encoder)
+        torch.testing.assert_close(results(encoder, images), plain)
     assert graphs
 
 
