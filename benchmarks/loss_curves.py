@@ -92,9 +92,7 @@ def start(recipe: str, layout: Layout, arguments: list[str], log: Path, gpus: li
     }
     command = [str(ROOT / f"examples/recipes/{recipe}.sh"), *layout.arguments(), *arguments]
     with open(log, "w") as output:
-        process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
-        )
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
     return Job(layout, process, log)
 
 
@@ -110,9 +108,7 @@ def together(recipe: str, arguments: dict[Layout, list[str]], logs: Path, availa
     return {text: curve for text, curve in curves.items() if curve is not None}
 
 
-def run(
-    recipe: str, groups: list[list[Layout]], steps: int, extra: list[str], out: Path, gpus: int
-) -> dict:
+def run(recipe: str, groups: list[list[Layout]], steps: int, extra: list[str], out: Path, gpus: int) -> dict:
     """Unbroken and resumed curves of every layout, written to `out` group by group."""
     half, logs = steps // 2, out.parent / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -219,9 +215,7 @@ def main() -> None:
     groups = [[Layout(text) for text in group.split(",")] for group in options.layouts]
     most = max(layout.ranks for group in groups for layout in group)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    curves = run(
-        options.recipe, groups, options.steps, extra, options.out, torch.cuda.device_count() or most
-    )
+    curves = run(options.recipe, groups, options.steps, extra, options.out, torch.cuda.device_count() or most)
     print(*compare(curves), sep="\n")
 
 

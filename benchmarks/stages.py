@@ -42,9 +42,7 @@ class Marks:
         self._language_model = model.language_model
 
     def __enter__(self) -> Marks:
-        self._handles = [
-            self._language_model.register_forward_pre_hook(self._enter_language_model, with_kwargs=True)
-        ]
+        self._handles = [self._language_model.register_forward_pre_hook(self._enter_language_model, with_kwargs=True)]
         for module, stage in self._around:
             self._handles += self._mark_around(module, stage)
         return self

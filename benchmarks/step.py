@@ -43,10 +43,10 @@ from benchmarks.stages import STAGES, Marks, kernel_times, mark
 from examples.recipes import vlm_clip_1b as recipe
 from examples.recipes.parts import with_fused_attention
 from megatron_mimo import MimoModel, MimoModelConfig, loss_terms, specs, total_loss
-from megatron_mimo.training.compiled import CompiledForward
-from megatron_mimo.training.counts import count_batch
-from megatron_mimo.training.flops import part_sizes, stated_peak, step_flops
-from megatron_mimo.training.graphed import GraphedForward
+from megatron_mimo.training.parts.compiled import CompiledForward
+from megatron_mimo.training.parts.graphed import GraphedForward
+from megatron_mimo.training.speed.counts import count_batch
+from megatron_mimo.training.speed.flops import part_sizes, stated_peak, step_flops
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # importing upstream's model warns that it is experimental
@@ -322,7 +322,7 @@ def main() -> None:
 
     encoder = ours.modality_submodules["images"].encoders["clip"]
     device_batch = to_device(batch, run.device, dtype)
-    # The reader of batches makes the placement on the CPU (megatron_mimo.training.batches).
+    # The reader of batches makes the placement on the CPU (megatron_mimo.data.step).
     placed = device_batch | {"placement": ours.place(batch["input_ids"]).to(run.device)}
     forwards = {
         "ours": lambda: encoder.forward,

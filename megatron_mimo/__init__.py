@@ -8,35 +8,35 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from megatron_mimo.config import MimoModelConfig
+    from megatron_mimo.generation.in_the_loop import sample_flow, sample_one_by_one
     from megatron_mimo.launch import exit_on_error, initialize, shutdown
     from megatron_mimo.losses import LossTerm, global_counts, total_loss
-    from megatron_mimo.model import MimoModel
-    from megatron_mimo.output import MimoOutput, ModalityOutput, loss_terms
-    from megatron_mimo.placement import Placement, build_placement
-    from megatron_mimo.sampling import sample_flow, sample_one_by_one
-    from megatron_mimo.submodules import (
+    from megatron_mimo.modality.submodules import (
         AudioModalitySubmodules,
         ModalitySubmodules,
         VisionModalitySubmodules,
     )
+    from megatron_mimo.model import MimoModel
+    from megatron_mimo.output import MimoOutput, ModalityOutput, loss_terms
+    from megatron_mimo.placement import Placement, build_placement
 
 _HOMES = {
-    "AudioModalitySubmodules": "submodules",
+    "AudioModalitySubmodules": "modality.submodules",
     "LossTerm": "losses",
     "MimoModel": "model",
     "MimoModelConfig": "config",
     "MimoOutput": "output",
     "ModalityOutput": "output",
-    "ModalitySubmodules": "submodules",
+    "ModalitySubmodules": "modality.submodules",
     "Placement": "placement",
-    "VisionModalitySubmodules": "submodules",
+    "VisionModalitySubmodules": "modality.submodules",
     "build_placement": "placement",
     "exit_on_error": "launch",
     "global_counts": "losses",
     "initialize": "launch",
     "loss_terms": "output",
-    "sample_flow": "sampling",
-    "sample_one_by_one": "sampling",
+    "sample_flow": "generation.in_the_loop",
+    "sample_one_by_one": "generation.in_the_loop",
     "shutdown": "launch",
     "total_loss": "losses",
 }

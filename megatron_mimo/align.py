@@ -263,9 +263,7 @@ def _embed(
     text_ids = torch.where(placement.source < 0, input_ids, 0)
     if vocabulary is not None:
         text_ids = text_ids.clamp(0, vocabulary - 1)
-    ids, positions, tokentypes = (
-        None if x is None else shard.cut(x) for x in (text_ids, position_ids, tokentype_ids)
-    )
+    ids, positions, tokentypes = (None if x is None else shard.cut(x) for x in (text_ids, position_ids, tokentype_ids))
     keywords = {} if tokentypes is None else {"tokentype_ids": tokentypes}
     text = language_embedding(input_ids=ids, position_ids=positions, **keywords)
     if text.shape[0] != shard.length:
@@ -386,9 +384,7 @@ def _reduced_lookup(out_LBH: Tensor, weight_VH: Tensor, plan: tuple[Tensor, ...]
         _reduced_columns(out_LBH, weight_VH, columns, plan, call)
 
 
-def _reduced_columns(
-    out_LBH: Tensor, weight_VH: Tensor, columns: slice, plan: tuple[Tensor, ...], call: _Call
-) -> None:
+def _reduced_columns(out_LBH: Tensor, weight_VH: Tensor, columns: slice, plan: tuple[Tensor, ...], call: _Call) -> None:
     """One slice of `_reduced_lookup`; a function of its own, so that one slice is freed before the next is made."""
     kernels, whole = kernels_for(out_LBH.device), call.shard.whole_cp
     part_VH = weight_VH[:, columns]

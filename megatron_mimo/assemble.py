@@ -66,9 +66,7 @@ def patch_grid(values: int, image_shape: tuple[int, int, int]) -> tuple[int, int
     channels, height, width = image_shape
     patch = math.isqrt(values // channels)
     if not patch or channels * patch * patch != values or height % patch or width % patch:
-        raise ValueError(
-            f"rows of {values} values are no square patches of an image {list(image_shape)}"
-        )
+        raise ValueError(f"rows of {values} values are no square patches of an image {list(image_shape)}")
     return height // patch, width // patch
 
 

@@ -71,16 +71,12 @@ def check_modalities(name: str, given: Mapping[str, object] | None, known: Mappi
         raise TypeError(f"{name} must map modality names, got {type(given).__name__}")
     for modality in given:
         if modality not in known:
-            raise ValueError(
-                f"{name} has modality {modality!r}, but the model's modalities are {sorted(known)}"
-            )
+            raise ValueError(f"{name} has modality {modality!r}, but the model's modalities are {sorted(known)}")
 
 
 def _check_attention_mask(attention_mask: Tensor, input_ids: Tensor) -> None:
     if attention_mask.dtype != torch.bool:
-        raise TypeError(
-            f"attention_mask must be bool, True where a position is hidden, got {attention_mask.dtype}"
-        )
+        raise TypeError(f"attention_mask must be bool, True where a position is hidden, got {attention_mask.dtype}")
     batch_size, length = input_ids.shape
     if attention_mask.dim() != 4:
         raise ValueError(
@@ -95,8 +91,7 @@ def _check_attention_mask(attention_mask: Tensor, input_ids: Tensor) -> None:
 def _check_shape(name: str, value: Tensor, fits: bool, input_ids: Tensor) -> None:
     if not fits:
         raise ValueError(
-            f"{name} has shape {list(value.shape)}, which does not fit input_ids "
-            f"{list(input_ids.shape)} ([B, S])"
+            f"{name} has shape {list(value.shape)}, which does not fit input_ids {list(input_ids.shape)} ([B, S])"
         )
 
 

@@ -25,9 +25,7 @@ def build(spec: ModuleSpec | type, offered: Mapping[str, object]) -> object:
     taken = constructor_parameters(spec)
     fallbacks = {key: specs.norm() for key, p in taken.items() if p.default is nn.LayerNorm}
     offered = {**fallbacks, **offered}
-    return build_module(
-        spec, **{key: value for key, value in offered.items() if key in taken and key not in given}
-    )
+    return build_module(spec, **{key: value for key, value in offered.items() if key in taken and key not in given})
 
 
 def constructor_parameters(spec: ModuleSpec | type) -> Mapping[str, inspect.Parameter]:

@@ -112,9 +112,7 @@ class MimoModelConfig:
         for name in ("special_token_ids", "generation_token_ids"):
             for modality, token_id in getattr(self, name).items():
                 if isinstance(token_id, bool) or not isinstance(token_id, int):
-                    raise TypeError(
-                        f"{name}[{modality!r}] must be an int, got {type(token_id).__name__}"
-                    )
+                    raise TypeError(f"{name}[{modality!r}] must be an int, got {type(token_id).__name__}")
                 other = users.setdefault(token_id, modality)
                 if other != modality:
                     raise ValueError(
@@ -125,14 +123,9 @@ class MimoModelConfig:
     def _check_weights(self) -> None:
         for modality, weight in self.modality_loss_weights.items():
             if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-                raise TypeError(
-                    f"modality_loss_weights[{modality!r}] must be a number, "
-                    f"got {type(weight).__name__}"
-                )
+                raise TypeError(f"modality_loss_weights[{modality!r}] must be a number, got {type(weight).__name__}")
             if not math.isfinite(weight) or weight < 0:
-                raise ValueError(
-                    f"modality_loss_weights[{modality!r}] must be finite and >= 0, got {weight}"
-                )
+                raise ValueError(f"modality_loss_weights[{modality!r}] must be finite and >= 0, got {weight}")
 
     def _check_connections(self) -> None:
         """Modules that no token reaches would wait for a gradient that never comes."""

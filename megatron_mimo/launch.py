@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_mimo import deferred
-from megatron_mimo.cpu import cpu_backend_enabled, disable_cpu_backend, enable_cpu_backend
+from megatron_mimo.compat.cuda_on_cpu import cpu_backend_enabled, disable_cpu_backend, enable_cpu_backend
 from megatron_mimo.draws import seed_draws
 
 if TYPE_CHECKING:

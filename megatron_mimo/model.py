@@ -23,15 +23,15 @@ from megatron_mimo.batch import (
     default_positions,
     packed_padding,
 )
-from megatron_mimo.checkpoint import sharded_state_dict
 from megatron_mimo.config import MimoModelConfig, generation_table
 from megatron_mimo.idle import with_idle
 from megatron_mimo.language import HiddenStates, build_language_model
+from megatron_mimo.modality.submodules import ModalitySubmodules
 from megatron_mimo.output import MimoOutput, ModalityOutput
 from megatron_mimo.placement import Placement, build_placement
 from megatron_mimo.route import route
+from megatron_mimo.sharded_state import sharded_state_dict
 from megatron_mimo.sharding import SequenceShard, sequence_shard
-from megatron_mimo.submodules import ModalitySubmodules
 
 logger = logging.getLogger(__name__)
 
@@ -150,9 +150,7 @@ class MimoModel(MegatronModule):
         if position_ids is None:
             position_ids = default_positions(input_ids, _boundaries(packed_seq_params))
 
-        counts = self._count_generation(
-            modality_inputs, modality_targets, generation_inputs, placement
-        )
+        counts = self._count_generation(modality_inputs, modality_targets, generation_inputs, placement)
         self._check_missing_inputs(modality_inputs, counts, placement)
 
         targets = self.prepare(modality_targets)
@@ -168,8 +166,13 @@ class MimoModel(MegatronModule):
             check_labels(labels, loss_mask, self._vocabulary_size)
         labels, loss_mask = _cut(shard, labels), _cut(shard, loss_mask)
         language, states = self.run_language_model(
-            decoder_input, position_ids, attention_mask, labels, loss_mask,
-            packed_seq_params, inference_context,
+            decoder_input,
+            position_ids,
+            attention_mask,
+            labels,
+            loss_mask,
+            packed_seq_params,
+            inference_context,
         )
         outputs = language
         if self._generates:
@@ -205,9 +208,7 @@ class MimoModel(MegatronModule):
             device=input_ids.device,
         )
 
-    def padding(
-        self, input_ids: Tensor, packed_seq_params: PackedSeqParams | None
-    ) -> Tensor | None:
+    def padding(self, input_ids: Tensor, packed_seq_params: PackedSeqParams | None) -> Tensor | None:
         """Padding between packed sequences, bool `[1, S]`, or None where there is none.
 
         Raises:
@@ -272,9 +273,7 @@ class MimoModel(MegatronModule):
                 rows[modality] = with_idle(rows[modality], [fed])
         return rows
 
-    def _encode_modality(
-        self, modality: str, given: Mapping | None, placement: Placement
-    ) -> Tensor:
+    def _encode_modality(self, modality: str, given: Mapping | None, placement: Placement) -> Tensor:
         submodule = self.modality_submodules[modality]
         if given is None:
             return submodule.encode_nothing(self._rows_like)
@@ -308,8 +307,14 @@ class MimoModel(MegatronModule):
     ) -> Tensor:
         """Text and modality rows at their positions, `[S_local, B, H]`, this rank's only."""
         return align(
-            self.language_model.embedding, input_ids, position_ids, rows, placement, shard,
-            tp_group=self.pg_collection.tp, sequence_parallel=self.config.sequence_parallel,
+            self.language_model.embedding,
+            input_ids,
+            position_ids,
+            rows,
+            placement,
+            shard,
+            tp_group=self.pg_collection.tp,
+            sequence_parallel=self.config.sequence_parallel,
         )
 
     def run_language_model(
@@ -358,9 +363,7 @@ class MimoModel(MegatronModule):
                 rows[modality] = route(hidden, positions, shard, groups, context_group)
         return rows
 
-    def decode_losses(
-        self, states: Tensor, hidden: Mapping[str, Tensor], targets: Nested
-    ) -> dict[str, ModalityOutput]:
+    def decode_losses(self, states: Tensor, hidden: Mapping[str, Tensor], targets: Nested) -> dict[str, ModalityOutput]:
         """Each output modality's hidden states and its decoders' loss terms.
 
         Args:
@@ -469,10 +472,7 @@ class MimoModel(MegatronModule):
     def _build_submodules(self, modality: str, spec: ModuleSpec, pg_collection) -> ModalitySubmodules:
         kind = get_module(spec)
         if not (isinstance(kind, type) and issubclass(kind, ModalitySubmodules)):
-            raise TypeError(
-                f"modality_submodules[{modality!r}] must be the spec of a ModalitySubmodules, "
-                f"got {kind}"
-            )
+            raise TypeError(f"modality_submodules[{modality!r}] must be the spec of a ModalitySubmodules, got {kind}")
         submodule = kind.from_spec(
             spec,
             pre_process=self.pre_process,
@@ -482,9 +482,7 @@ class MimoModel(MegatronModule):
         submodule.check_widths(modality, self.config.hidden_size)
         return submodule
 
-    def _check_batch(
-        self, inputs: Nested | None, targets: Nested | None
-    ) -> tuple[Nested, Nested]:
+    def _check_batch(self, inputs: Nested | None, targets: Nested | None) -> tuple[Nested, Nested]:
         """Inputs and targets of the modalities that have any, refused if no module takes them."""
         check_modalities("modality_inputs", inputs, self.modality_submodules)
         check_modalities("modality_targets", targets, self.modality_submodules)
@@ -517,8 +515,7 @@ class MimoModel(MegatronModule):
         for modality, keywords in given.items():
             if not isinstance(keywords, Mapping):
                 raise TypeError(
-                    f"generation_inputs[{modality!r}] must map keyword -> value, got "
-                    f"{type(keywords).__name__}"
+                    f"generation_inputs[{modality!r}] must map keyword -> value, got {type(keywords).__name__}"
                 )
             if modality in targets:
                 raise ValueError(
@@ -581,15 +578,16 @@ class MimoModel(MegatronModule):
         return {
             # Where reading and generating share a token, inputs say that this batch reads.
             modality: self._generation_count(
-                modality, targets, shown, placement,
+                modality,
+                targets,
+                shown,
+                placement,
                 modality in inputs and special.get(modality) == token_id,
             )
             for modality, token_id in self.mimo_config.generation_token_ids.items()
         }
 
-    def _check_missing_inputs(
-        self, inputs: Nested, counts: Mapping[str, int | None], placement: Placement
-    ) -> None:
+    def _check_missing_inputs(self, inputs: Nested, counts: Mapping[str, int | None], placement: Placement) -> None:
         """Refuse special tokens that nothing in this batch fills."""
         for modality in self.mimo_config.special_token_ids if self.pre_process else ():
             fed = self.modality_submodules[modality].generation_input is not None and (

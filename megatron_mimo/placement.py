@@ -272,9 +272,7 @@ class Placement:
 
     def _generating(self, name: str) -> TokenList:
         if name not in self.generation:
-            raise ValueError(
-                f"no generation token for {name!r} in this placement; it has {sorted(self.generation)}."
-            )
+            raise ValueError(f"no generation token for {name!r} in this placement; it has {sorted(self.generation)}.")
         return self.generation[name]
 
     def _known_total(self, listing: TokenList) -> int | None:

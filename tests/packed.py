@@ -86,9 +86,7 @@ def joined(batches: list[dict], lengths: list[int], dim: int) -> dict:
         )
         for name in ("input_ids", "labels", "loss_mask")
     }
-    images = [
-        batch["modality_inputs"]["images"]["patches"]["x"] for batch in batches if "modality_inputs" in batch
-    ]
+    images = [batch["modality_inputs"]["images"]["patches"]["x"] for batch in batches if "modality_inputs" in batch]
     return {**tokens, "modality_inputs": {"images": {"patches": {"x": torch.cat(images)}}}}
 
 

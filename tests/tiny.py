@@ -82,9 +82,7 @@ def image_spec(**submodules) -> ModuleSpec:
         decoders={"pixels": ModuleSpec(module=LinearDecoder)},
         output_projections=[linear(HIDDEN, HIDDEN)],
     )
-    return ModuleSpec(
-        module=megatron_mimo.VisionModalitySubmodules, submodules={**parts, **submodules}
-    )
+    return ModuleSpec(module=megatron_mimo.VisionModalitySubmodules, submodules={**parts, **submodules})
 
 
 def audio_spec() -> ModuleSpec:

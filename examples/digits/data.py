@@ -44,9 +44,7 @@ def load_split() -> tuple[Digits, Digits]:
     data = load_digits()
     images = torch.tensor(data.images / 8 - 1, dtype=torch.float32)
     labels = torch.tensor(data.target)
-    train, held_out = train_test_split(
-        torch.arange(len(labels)), test_size=360, stratify=labels, random_state=0
-    )
+    train, held_out = train_test_split(torch.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
     return Digits(images[train], labels[train]), Digits(images[held_out], labels[held_out])
 
 
@@ -83,10 +81,7 @@ _TEMPLATES = {
     Task.HEAR_DRAW: [*_HEARD, "draw", *_DRAWN],
 }
 _IDS = torch.tensor(
-    [
-        [TOKEN.get(word, _DIGIT) for word in (*_TEMPLATES[task], *["<pad>"] * LENGTH)[:LENGTH]]
-        for task in Task
-    ]
+    [[TOKEN.get(word, _DIGIT) for word in (*_TEMPLATES[task], *["<pad>"] * LENGTH)[:LENGTH]] for task in Task]
 )
 
 READS_IMAGE = (Task.READ,)

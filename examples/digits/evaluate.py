@@ -115,9 +115,7 @@ class CodeResults:
     given_back: Tensor
 
 
-def evaluate_flow(
-    trained: Trained, train: Digits, held_out: Digits, *, seed: int, per_digit: int = 50
-) -> FlowResults:
+def evaluate_flow(trained: Trained, train: Digits, held_out: Digits, *, seed: int, per_digit: int = 50) -> FlowResults:
     """Asks `per_digit` times for every digit, and lets the judges look and listen."""
     session = Session(trained.model, seed)
     asked = torch.arange(10).repeat(per_digit)
@@ -141,9 +139,7 @@ def evaluate_flow(
     return FlowResults(figures, asked, drawn, heard_drawn, dialled)
 
 
-def evaluate_codes(
-    trained: Trained, train: Digits, held_out: Digits, *, seed: int, per_digit: int = 50
-) -> CodeResults:
+def evaluate_codes(trained: Trained, train: Digits, held_out: Digits, *, seed: int, per_digit: int = 50) -> CodeResults:
     """Asks `per_digit` times for every digit; the same judge looks at the drawings, and at the tokenizer alone."""
     asked = torch.arange(10).repeat(per_digit)
     drawn = draw_with_codes(trained.model, asked, seed)

@@ -48,9 +48,12 @@ class Eye(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1), nn.GELU(),
-            nn.Conv2d(32, 64, 3, padding=1, stride=2), nn.GELU(),
-            nn.Conv2d(64, self.width, 3, padding=1, stride=2), nn.GELU(),
+            nn.Conv2d(1, 32, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(32, 64, 3, padding=1, stride=2),
+            nn.GELU(),
+            nn.Conv2d(64, self.width, 3, padding=1, stride=2),
+            nn.GELU(),
         )
 
     def forward(self, images: Tensor) -> Tensor:
@@ -106,9 +109,7 @@ def flow_config(*, tensor_parallel: int = 1, sequence_parallel: bool = False) ->
     )
 
 
-def codes_config(
-    codec: Path, *, tensor_parallel: int = 1, sequence_parallel: bool = False
-) -> MimoModelConfig:
+def codes_config(codec: Path, *, tensor_parallel: int = 1, sequence_parallel: bool = False) -> MimoModelConfig:
     """The model that draws with the codes of a trained `DigitCodec`, whose weights are in the file `codec`."""
     return MimoModelConfig(
         language_model=language_model(CODE_LENGTH, tensor_parallel, sequence_parallel),
@@ -187,9 +188,7 @@ def code_images_spec(codec: Path) -> ModuleSpec:
     return ModuleSpec(
         module=VisionModalitySubmodules,
         submodules={
-            "generation_input": ModuleSpec(
-                module=CodeInput, params={"hidden_size": HIDDEN, "codebook_sizes": CODES}
-            ),
+            "generation_input": ModuleSpec(module=CodeInput, params={"hidden_size": HIDDEN, "codebook_sizes": CODES}),
             "decoders": {
                 "codes": ModuleSpec(
                     module=DiscreteDecoder,

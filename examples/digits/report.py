@@ -157,9 +157,7 @@ def draw_codes(results: CodeResults, held_out: Digits, flow: FlowResults | None)
     return figure
 
 
-def _draw_blocks(
-    figure: Figure, grid: GridSpec, blocks: Sequence[tuple[str, Tensor, Tensor, int]]
-) -> None:
+def _draw_blocks(figure: Figure, grid: GridSpec, blocks: Sequence[tuple[str, Tensor, Tensor, int]]) -> None:
     """A row of the grid for each block (title, images, labels, rows): two columns of images of every digit."""
     for place, (title, images, labels, rows) in enumerate(blocks):
         for digit in range(10):
@@ -299,9 +297,7 @@ def _key(results: FlowResults, digit: int) -> str:
 
 def _dialled_number(results: FlowResults) -> Tensor:
     """Another clip for each digit of the number, with pauses."""
-    clips = [
-        results.dialled[results.asked == digit][place] for place, digit in enumerate(PHONE_NUMBER)
-    ]
+    clips = [results.dialled[results.asked == digit][place] for place, digit in enumerate(PHONE_NUMBER)]
     return torch.cat([torch.nn.functional.pad(clip, (0, CLIP // 2)) for clip in clips])
 
 

@@ -1,9 +1,9 @@
 """Trains two models on digits, one that reads, hears, draws and dials and one that draws with codes; reports both.
 
-    python -m examples.digits
-    python -m examples.digits --configuration codes
-    torchrun --nproc-per-node 2 -m examples.digits --tensor-parallel 2 --sequence-parallel
-    torchrun --nproc-per-node 2 -m examples.digits          # two data-parallel ranks, the same losses
+python -m examples.digits
+python -m examples.digits --configuration codes
+torchrun --nproc-per-node 2 -m examples.digits --tensor-parallel 2 --sequence-parallel
+torchrun --nproc-per-node 2 -m examples.digits          # two data-parallel ranks, the same losses
 """
 
 import argparse

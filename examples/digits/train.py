@@ -27,9 +27,7 @@ class Trained:
     seconds: float
 
 
-def train(
-    config: MimoModelConfig, run: Run, data: StepData, *, steps: int, seed: int, title: str
-) -> Trained:
+def train(config: MimoModelConfig, run: Run, data: StepData, *, steps: int, seed: int, title: str) -> Trained:
     """A model of `config` after `steps` steps on `data`, on the layout of the run."""
     torch.manual_seed(seed)  # the same first weights whatever was trained before
     trainer = Trainer(

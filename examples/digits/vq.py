@@ -31,13 +31,17 @@ class DigitCodec(nn.Module):
     def __init__(self, weights: Path | None = None) -> None:
         super().__init__()
         self.encoder = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1), nn.GELU(),
-            nn.Conv2d(32, 64, 2, stride=2), nn.GELU(),
+            nn.Conv2d(1, 32, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(32, 64, 2, stride=2),
+            nn.GELU(),
             nn.Conv2d(64, WIDTH, 1),
         )
         self.decoder = nn.Sequential(
-            nn.Conv2d(WIDTH, 64, 3, padding=1), nn.GELU(),
-            nn.ConvTranspose2d(64, 32, 2, stride=2), nn.GELU(),
+            nn.Conv2d(WIDTH, 64, 3, padding=1),
+            nn.GELU(),
+            nn.ConvTranspose2d(64, 32, 2, stride=2),
+            nn.GELU(),
             nn.Conv2d(32, 1, 3, padding=1),
         )
         self.register_buffer("codebook", torch.randn(CODES, WIDTH))
@@ -118,4 +122,3 @@ def train_codec(images: Tensor, *, steps: int, seed: int, batch_size: int = 64) 
         schedule.step()
         book.follow(features.flatten(0, -2), codes.flatten())
     return codec.eval().requires_grad_(False)
-

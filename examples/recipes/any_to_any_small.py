@@ -151,8 +151,7 @@ def collate(samples: Sequence[Sample]) -> dict[str, object]:
     ids = torch.stack([sample.ids for sample in samples])
     answers = torch.stack([sample.learned for sample in samples])
     seen, drawn, heard, sung = (
-        [media for sample in samples for media in getattr(sample, kind)]
-        for kind in ("seen", "drawn", "heard", "sung")
+        [media for sample in samples for media in getattr(sample, kind)] for kind in ("seen", "drawn", "heard", "sung")
     )
     inputs, targets = {}, {}
     if seen:
@@ -189,7 +188,10 @@ def image_spec(args: Namespace) -> ModuleSpec:
     """Images: read by a small vision transformer, written by a flow transformer over all patches."""
     vision = encoder_config(args, num_layers=2, hidden_size=128, num_attention_heads=4)
     projection = encoder_config(
-        args, num_layers=1, hidden_size=args.hidden_size, ffn_hidden_size=args.hidden_size,
+        args,
+        num_layers=1,
+        hidden_size=args.hidden_size,
+        ffn_hidden_size=args.hidden_size,
         num_attention_heads=args.num_attention_heads,  # not used, but checked
     )
     return ModuleSpec(
@@ -238,9 +240,7 @@ def tone_spec(args: Namespace) -> ModuleSpec:
         params={"frames_per_clip": FRAMES},
         submodules={
             "encoders": {
-                "frames": ModuleSpec(
-                    module=nn.Linear, params=dict(in_features=FRAME, out_features=args.hidden_size)
-                )
+                "frames": ModuleSpec(module=nn.Linear, params=dict(in_features=FRAME, out_features=args.hidden_size))
             },
             "generation_input": _queries(args, FRAMES),
             "decoders": {

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from megatron_mimo import specs
 
-
 # Apex brings it. In half precision Megatron's attention in plain torch asks for it by default, and fails without.
 SOFTMAX_KERNEL = find_spec("scaled_masked_softmax_cuda") is not None
 
@@ -29,9 +28,7 @@ class FusedAttention(MegatronModule):
         super().__init__(config)
         self.causal = attn_mask_type == AttnMaskType.causal
 
-    def forward(
-        self, query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params
-    ) -> Tensor:
+    def forward(self, query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params) -> Tensor:
         """`[S, B, heads, D]` each -> `[S, B, heads * D]`; there is no mask but the causal one."""
         batch_first = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         mixed = F.scaled_dot_product_attention(*batch_first, is_causal=self.causal)

@@ -63,9 +63,7 @@ def model_config(args: Namespace) -> MimoModelConfig:
     )
     return MimoModelConfig(
         language_model=language_spec(args),
-        modality_submodules={
-            "images": image_spec(encoder_config(args, **VISION), encoder_config(args, **projection))
-        },
+        modality_submodules={"images": image_spec(encoder_config(args, **VISION), encoder_config(args, **projection))},
         special_token_ids={"images": IMAGE_TOKEN},
     )
 

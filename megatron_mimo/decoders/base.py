@@ -53,9 +53,7 @@ class Decoder(nn.Module, ABC):
         tensor(9.)
     """
 
-    def __init__(
-        self, *, width: int, position_rule: PositionRule = "own", rows_per_item: int = 1
-    ) -> None:
+    def __init__(self, *, width: int, position_rule: PositionRule = "own", rows_per_item: int = 1) -> None:
         super().__init__()
         at_least_one(type(self).__name__, width=width, rows_per_item=rows_per_item)
         one_of(type(self).__name__, "position_rule", position_rule, ("own", "predecessor"))
@@ -188,9 +186,7 @@ class Decoder(nn.Module, ABC):
                 "set `rows_per_item` to the span's length."
             )
 
-    def check_targets(
-        self, targets: Targets, required: Iterable[str], optional: Iterable[str] = ()
-    ) -> None:
+    def check_targets(self, targets: Targets, required: Iterable[str], optional: Iterable[str] = ()) -> None:
         """Refuses targets with a keyword missing or unknown, and those that are no tensors.
 
         Raises:

@@ -99,9 +99,7 @@ class DiffusersDecoder(Decoder):
         self.model = built(model)
         _check_model(self.model, width)
         if not isinstance(scheduler, library.SchedulerMixin):
-            raise TypeError(
-                f"DiffusersDecoder needs a scheduler of diffusers, got {type(scheduler).__name__}"
-            )
+            raise TypeError(f"DiffusersDecoder needs a scheduler of diffusers, got {type(scheduler).__name__}")
         self.scheduler = scheduler
         self.objective = _objective(library, scheduler, sample_shape)
         self.sample_shape = tuple(sample_shape)
@@ -122,7 +120,7 @@ class DiffusersDecoder(Decoder):
         else:
             self.check_targets(targets, ("target",), draws_and_weight)
             items = self._check_target(targets["target"])
-        each = {name: (items,) for name in ("weight", "step", "drop")}
+        each = dict.fromkeys(("weight", "step", "drop"), (items,))
         self.check_shapes(targets, noise=(items, *self.sample_shape), **each)
         return items * self.rows_per_item
 
@@ -233,8 +231,7 @@ class DiffusersDecoder(Decoder):
         shape = tuple(target.shape)
         if len(shape) != 4 or shape[1:] != self.sample_shape:
             raise ValueError(
-                f"DiffusersDecoder's target must be [n, {', '.join(map(str, self.sample_shape))}], got "
-                f"{list(shape)}"
+                f"DiffusersDecoder's target must be [n, {', '.join(map(str, self.sample_shape))}], got {list(shape)}"
             )
         return shape[0]
 

@@ -133,9 +133,7 @@ class DiscreteDecoder(Decoder):
         codes = targets["codes"].reshape(rows.shape[0], -1)
         codes, valid = in_codebooks(codes, self.codebook_sizes, targets.get("weight"))
         logits = self._local_logits(self.condition_dropout(rows, targets.get("drop")))
-        losses = torch.stack(
-            [self._cross_entropy(*pair) for pair in zip(logits, codes.unbind(1))], dim=1
-        )
+        losses = torch.stack([self._cross_entropy(*pair) for pair in zip(logits, codes.unbind(1))], dim=1)
         return weighted_sum(losses.masked_fill(~valid, torch.nan), targets.get("weight"))
 
     def logits(self, rows: Tensor) -> tuple[Tensor, ...]:
@@ -207,7 +205,7 @@ class DiscreteDecoder(Decoder):
         self.check_targets(targets, ("codes",), ("weight", "drop"))
         codes = targets["codes"]
         books = len(self.codebook_sizes)
-        fits = codes.ndim == 2 and codes.shape[1] == books or codes.ndim == books == 1
+        fits = (codes.ndim == 2 and codes.shape[1] == books) or codes.ndim == books == 1
         if not fits or codes.dtype != torch.int64:
             raise ValueError(
                 f"DiscreteDecoder's codes must be int64 [N{'' if books == 1 else f', {books}'}], got "
@@ -215,9 +213,7 @@ class DiscreteDecoder(Decoder):
             )
 
 
-def in_codebooks(
-    codes: Tensor, sizes: Sequence[int], weight: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def in_codebooks(codes: Tensor, sizes: Sequence[int], weight: Tensor | None) -> tuple[Tensor, Tensor]:
     """Codes that are safe to look up, and which of them were inside their codebooks.
 
     Args:

@@ -99,9 +99,7 @@ class FlowTransformerDecoder(RectifiedFlowDecoder):
             tokenizer=tokenizer,
             position_rule=position_rule,
         )
-        at_least_one(
-            "FlowTransformerDecoder", hidden_width=hidden_width, depth=depth, heads=heads
-        )
+        at_least_one("FlowTransformerDecoder", hidden_width=hidden_width, depth=depth, heads=heads)
         one_of("FlowTransformerDecoder", "condition", condition, ("prefix", "own"))
         if condition == "own" and rows_per_item != targets_per_item:
             raise ValueError(

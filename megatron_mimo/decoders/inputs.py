@@ -368,8 +368,7 @@ class NoisedTargetInput(GenerationInput):
         rows = _count(self, targets, keyword, (self.target_width,))
         if rows % self.rows_per_item:
             raise ValueError(
-                f"NoisedTargetInput got {rows} targets, which is no whole number of items of "
-                f"{self.rows_per_item}."
+                f"NoisedTargetInput got {rows} targets, which is no whole number of items of {self.rows_per_item}."
             )
         shapes = {"time": (rows // self.rows_per_item,), "noise": (rows, self.target_width)}
         check_shapes("NoisedTargetInput", targets, **shapes)
@@ -400,9 +399,7 @@ class NoisedTargetInput(GenerationInput):
 def _projection(width: int, hidden_width: int | None, hidden_size: int) -> nn.Module:
     if hidden_width is None:
         return nn.Linear(width, hidden_size)
-    return nn.Sequential(
-        nn.Linear(width, hidden_width), nn.GELU(), nn.Linear(hidden_width, hidden_size)
-    )
+    return nn.Sequential(nn.Linear(width, hidden_width), nn.GELU(), nn.Linear(hidden_width, hidden_size))
 
 
 def _plain(setting: object) -> object:
@@ -444,9 +441,7 @@ def _count(
     return rows
 
 
-def _encoded(
-    feed: TargetInput | CodeInput | NoisedTargetInput, targets: Targets, keyword: str
-) -> dict[str, Tensor]:
+def _encoded(feed: TargetInput | CodeInput | NoisedTargetInput, targets: Targets, keyword: str) -> dict[str, Tensor]:
     """The targets with `keyword` in place of media."""
     targets = dict(targets)
     if "media" in targets:
@@ -464,7 +459,5 @@ def _given(feed: GenerationInput, targets: Targets | None, keyword: str, num_row
         )
     value = targets[keyword]
     if value.shape[0] != num_rows:
-        raise ValueError(
-            f"{type(feed).__name__} has {value.shape[0]} {keyword} for {num_rows} generation tokens"
-        )
+        raise ValueError(f"{type(feed).__name__} has {value.shape[0]} {keyword} for {num_rows} generation tokens")
     return value

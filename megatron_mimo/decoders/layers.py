@@ -70,9 +70,7 @@ class Sharding:
             return self.whole(inputs, outputs)
         from megatron_mimo.decoders.parallel_layers import ColumnLinear
 
-        return ColumnLinear(
-            inputs, outputs, config=self._layer_config(), group=self.group(), gather=gather
-        )
+        return ColumnLinear(inputs, outputs, config=self._layer_config(), group=self.group(), gather=gather)
 
     def row(self, inputs: int, outputs: int) -> nn.Module:
         """`[..., inputs / size] -> [..., outputs]`, summed over the tensor-parallel ranks."""

@@ -44,9 +44,7 @@ class ColumnLinear(ColumnParallelLinear):
 class RowLinear(RowParallelLinear):
     """`[..., inputs / size] -> [..., outputs]`, summed over `group` in forward."""
 
-    def __init__(
-        self, inputs: int, outputs: int, *, config: ModelParallelConfig, group: ProcessGroup
-    ) -> None:
+    def __init__(self, inputs: int, outputs: int, *, config: ModelParallelConfig, group: ProcessGroup) -> None:
         super().__init__(
             inputs,
             outputs,

@@ -90,9 +90,7 @@ class RectifiedFlow:
     def _time(self, items: int, device: torch.device) -> Tensor:
         if self.time == "uniform":
             return torch.rand(items, device=device)
-        return torch.sigmoid(
-            self.logit_mean + self.logit_std * torch.randn(items, device=device)
-        )
+        return torch.sigmoid(self.logit_mean + self.logit_std * torch.randn(items, device=device))
 
 
 def noised(clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
@@ -194,9 +192,7 @@ class RectifiedFlowDecoder(Decoder):
         position_rule: PositionRule,
     ) -> None:
         super().__init__(width=width, position_rule=position_rule, rows_per_item=rows_per_item)
-        at_least_one(
-            type(self).__name__, target_width=target_width, targets_per_item=targets_per_item
-        )
+        at_least_one(type(self).__name__, target_width=target_width, targets_per_item=targets_per_item)
         self.target_width = target_width
         self.targets_per_item = targets_per_item
         self.flow = flow
@@ -311,15 +307,12 @@ class RectifiedFlowDecoder(Decoder):
         """Media of samples if there is a tokenizer, else the samples."""
         return samples if self.tokenizer is None else self.tokenizer.decode(samples)
 
-    def _guided_velocity(
-        self, rows: Tensor, null: Tensor, guidance: float, x: Tensor, time: Tensor
-    ) -> Tensor:
+    def _guided_velocity(self, rows: Tensor, null: Tensor, guidance: float, x: Tensor, time: Tensor) -> Tensor:
         return guided(self.velocity(rows, x, time), self.velocity(null, x, time), guidance)
 
     def _check_target(self, target: Tensor) -> int:
         if target.ndim != 2 or target.shape[1] != self.target_width:
             raise ValueError(
-                f"{type(self).__name__}'s target must be [M, {self.target_width}], got "
-                f"{list(target.shape)}"
+                f"{type(self).__name__}'s target must be [M, {self.target_width}], got {list(target.shape)}"
             )
         return target.shape[0]

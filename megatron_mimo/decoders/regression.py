@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -47,6 +46,7 @@ class RegressionDecoder(Decoder):
         ValueError: an argument is out of range.
 
     Example:
+        >>> import torch
         >>> decoder = RegressionDecoder(width=16, target_width=4)
         >>> decoder.loss(torch.ones(6, 16), {"target": torch.zeros(6, 4)}).count
         tensor(6.)
@@ -83,9 +83,7 @@ class RegressionDecoder(Decoder):
         self.check_targets(targets, ("target",), ("weight",))
         target = targets["target"]
         if target.ndim != 2 or target.shape[1] != self.target_width:
-            raise ValueError(
-                f"RegressionDecoder's target must be [N, {self.target_width}], got {list(target.shape)}"
-            )
+            raise ValueError(f"RegressionDecoder's target must be [N, {self.target_width}], got {list(target.shape)}")
         self.check_shapes(targets, weight=(target.shape[0],))
         return target.shape[0]
 
@@ -119,17 +117,13 @@ class RegressionDecoder(Decoder):
 def _network(width: int, hidden_width: int | None, target_width: int | None) -> nn.Module:
     if target_width is None:
         if hidden_width is not None:
-            raise ValueError(
-                f"RegressionDecoder: hidden_width {hidden_width} needs a target_width to go on to"
-            )
+            raise ValueError(f"RegressionDecoder: hidden_width {hidden_width} needs a target_width to go on to")
         return nn.Identity()
     at_least_one("RegressionDecoder", target_width=target_width)
     if hidden_width is None:
         return nn.Linear(width, target_width)
     at_least_one("RegressionDecoder", hidden_width=hidden_width)
-    return nn.Sequential(
-        nn.Linear(width, hidden_width), nn.GELU(), nn.Linear(hidden_width, target_width)
-    )
+    return nn.Sequential(nn.Linear(width, hidden_width), nn.GELU(), nn.Linear(hidden_width, target_width))
 
 
 def _in_dtype_of(network: nn.Module, rows: Tensor) -> Tensor:

@@ -120,9 +120,7 @@ class CodeTokenizer(Tokenizer):
         tensor([0, 1, 1, 2])
     """
 
-    def __init__(
-        self, module: nn.Module | ModuleSpec, *, grid: tuple[int, ...], codebooks: int = 1
-    ) -> None:
+    def __init__(self, module: nn.Module | ModuleSpec, *, grid: tuple[int, ...], codebooks: int = 1) -> None:
         super().__init__(module, tokens_per_item=math.prod(grid))
         self.grid = tuple(grid)
         self.codebooks = codebooks

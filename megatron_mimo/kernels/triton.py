@@ -204,9 +204,7 @@ def _number_tokens(
         source = tl.where(match, t, source)
         row = tl.where(match, number, row)
     if TEXT_IS_TABLE:
-        number = _number(
-            text, flat, inside, positions_ptr, counts_ptr, block_counts_ptr, length, len(READ), BLOCKS
-        )
+        number = _number(text, flat, inside, positions_ptr, counts_ptr, block_counts_ptr, length, len(READ), BLOCKS)
         source = tl.where(text, len(READ), source)
         row = tl.where(text, number, row)
     lists = len(READ) + TEXT_IS_TABLE

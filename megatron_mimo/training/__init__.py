@@ -4,33 +4,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_mimo.training.arguments import add_mimo_args
-    from megatron_mimo.training.batches import read_step
-    from megatron_mimo.training.control import TrainingControl
+    from megatron_mimo.data.step import read_step
+    from megatron_mimo.layout import check_layout
     from megatron_mimo.training.forward import ForwardStep
-    from megatron_mimo.training.layouts import check_layout
-    from megatron_mimo.training.loss import StepScale, loss_func
-    from megatron_mimo.training.pretraining import Recipe, adapt_megatron, dataset_provider, pretrain
-    from megatron_mimo.training.script import forward_step, model_provider
+    from megatron_mimo.training.parts.control import TrainingControl
+    from megatron_mimo.training.pretraining.arguments import add_mimo_args
+    from megatron_mimo.training.pretraining.loop import Recipe, adapt_megatron, dataset_provider, pretrain
+    from megatron_mimo.training.pretraining.script import forward_step, model_provider
+    from megatron_mimo.training.scale import StepScale, loss_func
     from megatron_mimo.training.trainer import StepReport, Trainer, TrainerSettings
 
 _HOMES = {
-    "ForwardStep": "forward",
-    "Recipe": "pretraining",
-    "StepReport": "trainer",
-    "StepScale": "loss",
-    "Trainer": "trainer",
-    "TrainerSettings": "trainer",
-    "TrainingControl": "control",
-    "adapt_megatron": "pretraining",
-    "add_mimo_args": "arguments",
-    "check_layout": "layouts",
-    "dataset_provider": "pretraining",
-    "forward_step": "script",
-    "loss_func": "loss",
-    "model_provider": "script",
-    "pretrain": "pretraining",
-    "read_step": "batches",
+    "ForwardStep": "training.forward",
+    "Recipe": "training.pretraining.loop",
+    "StepReport": "training.trainer",
+    "StepScale": "training.scale",
+    "Trainer": "training.trainer",
+    "TrainerSettings": "training.trainer",
+    "TrainingControl": "training.parts.control",
+    "adapt_megatron": "training.pretraining.loop",
+    "add_mimo_args": "training.pretraining.arguments",
+    "check_layout": "layout",
+    "dataset_provider": "training.pretraining.loop",
+    "forward_step": "training.pretraining.script",
+    "loss_func": "training.scale",
+    "model_provider": "training.pretraining.script",
+    "pretrain": "training.pretraining.loop",
+    "read_step": "data.step",
 }
 
 __all__ = sorted(_HOMES)
@@ -39,7 +39,7 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"megatron_mimo.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

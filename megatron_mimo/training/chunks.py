@@ -15,7 +15,7 @@ from torch import nn
 from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.launch import Run
 from megatron_mimo.model import MimoModel
-from megatron_mimo.training.control import TrainingControl
+from megatron_mimo.training.parts.control import TrainingControl
 
 
 def build_chunks(config: MimoModelConfig, run: Run, control: TrainingControl) -> list[MimoModel]:
@@ -45,9 +45,7 @@ def build_chunks(config: MimoModelConfig, run: Run, control: TrainingControl) ->
     return chunks
 
 
-def wrap_chunks(
-    chunks: list[MimoModel], run: Run, ddp: DistributedDataParallelConfig
-) -> list[DistributedDataParallel]:
+def wrap_chunks(chunks: list[MimoModel], run: Run, ddp: DistributedDataParallelConfig) -> list[DistributedDataParallel]:
     """The chunks in half precision where their configuration says so, in Megatron's DDP.
 
     Args:
@@ -72,9 +70,7 @@ def wrap_chunks(
     return wrapped
 
 
-def hook_schedule(
-    chunks: list[DistributedDataParallel], control: TrainingControl, scale_loss: Callable
-) -> None:
+def hook_schedule(chunks: list[DistributedDataParallel], control: TrainingControl, scale_loss: Callable) -> None:
     """Tells Megatron's schedules, through the model's configuration, how gradients are handled.
 
     Args:
@@ -93,9 +89,7 @@ def hook_schedule(
 
 
 @contextmanager
-def parameters_gathered(
-    chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer
-) -> Iterator[None]:
+def parameters_gathered(chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> Iterator[None]:
     """Within it, every rank holds whole weights, however the distributed optimizer gathers them.
 
     With `overlap_param_gather` the weights of a step arrive with the next forward pass in training.

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
-import torch
 import torch.distributed as dist
 from megatron.core.utils import unwrap_model
 from torch import nn
 
+from megatron_mimo.data.step import Batch, Counts, StepBatches, part_for_stage, read_step
 from megatron_mimo.draws import restart_draws
 from megatron_mimo.losses import LossTerm
 from megatron_mimo.model import MimoModel
 from megatron_mimo.output import loss_terms
-from megatron_mimo.training import counts as names
-from megatron_mimo.training.batches import Batch, Counts, StepBatches, part_for_stage, read_step
-from megatron_mimo.training.loss import StepScale, loss_func
+from megatron_mimo.training.scale import StepScale, loss_func
+from megatron_mimo.training.speed import counts as names
 
 
 class ForwardStep:
@@ -81,9 +80,7 @@ class ForwardStep:
         """The evaluation that follows draws what every one does; of two in a row nothing else tells."""
         self._evaluated.clear()
 
-    def _current_step(
-        self, iterator: Iterator[Batch] | None, mimo: MimoModel
-    ) -> tuple[StepBatches, StepScale | None]:
+    def _current_step(self, iterator: Iterator[Batch] | None, mimo: MimoModel) -> tuple[StepBatches, StepScale | None]:
         """This chunk's remaining microbatches, read where none are left, and the step's scale."""
         chunk = mimo.vp_stage
         if not mimo.training:

@@ -8,7 +8,7 @@ data parallelism. For long runs on many machines there is `megatron.training.pre
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -22,21 +22,21 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_mimo.config import MimoModelConfig
+from megatron_mimo.data.step import Batch
 from megatron_mimo.launch import Run, exit_on_error
+from megatron_mimo.layout import check_layout, check_sequence_length
 from megatron_mimo.model import MimoModel
-from megatron_mimo.training import checkpoints
-from megatron_mimo.training.batches import Batch
+from megatron_mimo.training.checkpoints import saving as checkpoints
 from megatron_mimo.training.chunks import (
     build_chunks,
     hook_schedule,
     parameters_gathered,
     wrap_chunks,
 )
-from megatron_mimo.training.control import TrainingControl
-from megatron_mimo.training.counts import term
 from megatron_mimo.training.forward import ForwardStep
-from megatron_mimo.training.layouts import check_layout, check_sequence_length
+from megatron_mimo.training.parts.control import TrainingControl
 from megatron_mimo.training.progress import Progress
+from megatron_mimo.training.speed.counts import term
 from megatron_mimo.training.stop import StopRequest
 
 #: `(step, rank, size) -> microbatches`: what one of `size` data-parallel ranks trains on in a step. A
@@ -85,13 +85,10 @@ class TrainerSettings:
                 raise ValueError(f"TrainerSettings: {name} must be at least 1, got {value}")
         if not 0 <= self.warmup_steps < self.steps:
             raise ValueError(
-                f"TrainerSettings: warmup_steps must lie in [0, steps = {self.steps}), got "
-                f"{self.warmup_steps}"
+                f"TrainerSettings: warmup_steps must lie in [0, steps = {self.steps}), got {self.warmup_steps}"
             )
         if self.save_every is not None and self.directory is None:
-            raise ValueError(
-                f"TrainerSettings: save_every {self.save_every} needs a directory to save to"
-            )
+            raise ValueError(f"TrainerSettings: save_every {self.save_every} needs a directory to save to")
 
 
 @dataclass(frozen=True)
@@ -239,9 +236,7 @@ class Trainer:
             self.schedule.step(increment=1)
         self.steps_done += 1
         seconds = time.perf_counter() - started
-        return StepReport(
-            self.steps_done - 1, losses, learning_rate, norm, not succeeded, seconds
-        )
+        return StepReport(self.steps_done - 1, losses, learning_rate, norm, not succeeded, seconds)
 
     @torch.no_grad()
     def evaluate(self, data: StepData) -> dict[str, float]:

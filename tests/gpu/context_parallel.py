@@ -127,7 +127,9 @@ def main() -> None:
             assert off <= 2 * usual + 2e-3 * size, f"{name}, {key}: off by {off}, usual {usual}, norm {size}"
             worst[key] = off / size
         if run.rank == 0:
-            print(f"{name}: loss off by {worst['loss']:.1e}, gradients by {max(worst.values()):.1e} of their norm at most")
+            print(
+                f"{name}: loss off by {worst['loss']:.1e}, gradients by {max(worst.values()):.1e} of their norm at most"
+            )
     megatron_mimo.shutdown()
 
 

@@ -35,9 +35,7 @@ def on_gpu(values: dict) -> dict:
 def model_and_batch(name: str, dtype: torch.dtype):
     kind = kind_or_skip(name)
     # Megatron's fused softmax is an extension of Apex, which is not asked for here.
-    config = tiny.language_config(
-        params_dtype=dtype, bf16=dtype is torch.bfloat16, masked_softmax_fusion=False
-    )
+    config = tiny.language_config(params_dtype=dtype, bf16=dtype is torch.bfloat16, masked_softmax_fusion=False)
     torch.manual_seed(0)
     model = cases.build(kind, tiny.language_spec(config)).to("cuda", dtype)
     cases.spread(model)
@@ -111,9 +109,7 @@ def test_samples_are_finite_and_repeat_with_the_generator(run, name):
     model, _, _, _ = model_and_batch(name, torch.bfloat16)
     decoder = model.modality_submodules["images"].decoders["out"].eval()
     rows = torch.randn(2 * cases.SPAN, cases.WIDTH, device="cuda", dtype=torch.bfloat16)
-    options = {"regression": {}, "discrete": dict(top_k=3, guidance=2.0)}.get(
-        name, dict(steps=3, guidance=2.0)
-    )
+    options = {"regression": {}, "discrete": dict(top_k=3, guidance=2.0)}.get(name, dict(steps=3, guidance=2.0))
 
     def drawn():
         if name == "regression":

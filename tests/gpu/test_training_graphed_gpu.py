@@ -6,7 +6,7 @@ from torch import nn
 
 import megatron_mimo
 from megatron_mimo import specs
-from megatron_mimo.training.graphed import GraphedForward
+from megatron_mimo.training.parts.graphed import GraphedForward
 from tests import tiny
 
 pytestmark = pytest.mark.gpu

@@ -17,8 +17,13 @@ def decoder(kind: str):
         made = FlowDecoder(width=6, target_width=4, hidden_width=16, depth=2, rows_per_item=3)
     else:
         made = FlowTransformerDecoder(
-            width=6, target_width=4, targets_per_item=3, rows_per_item=3, hidden_width=16,
-            depth=2, heads=2,
+            width=6,
+            target_width=4,
+            targets_per_item=3,
+            rows_per_item=3,
+            hidden_width=16,
+            depth=2,
+            heads=2,
         )
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.2)

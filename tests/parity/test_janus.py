@@ -68,9 +68,7 @@ def mimo(theirs: JanusForConditionalGeneration) -> megatron_mimo.MimoModel:
     )  # fmt: skip
     tokenizer = CodeTokenizer(JanusCodec(theirs.model.vqmodel), grid=GRID)
     decoder = dict(width=HIDDEN, codebook_sizes=CODES, hidden_width=HIDDEN, tokenizer=tokenizer)
-    feed = dict(
-        hidden_size=HIDDEN, codebook_sizes=CODES, embedding_width=8, hidden_width=HIDDEN
-    )
+    feed = dict(hidden_size=HIDDEN, codebook_sizes=CODES, embedding_width=8, hidden_width=HIDDEN)
     images = ModuleSpec(
         module=megatron_mimo.VisionModalitySubmodules,
         submodules=dict(
@@ -97,18 +95,13 @@ def copy_weights(theirs: JanusForConditionalGeneration, ours: megatron_mimo.Mimo
     for layer, their in zip(language.decoder.layers, llama.layers, strict=True):
         attention = their.self_attn
         # Megatron keeps the queries of a group with its key and value, group after group.
-        groups = [
-            part.weight.unflatten(0, (2, -1))
-            for part in (attention.q_proj, attention.k_proj, attention.v_proj)
-        ]
+        groups = [part.weight.unflatten(0, (2, -1)) for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
         pairs |= {
             layer.input_layernorm.weight: their.input_layernorm.weight,
             layer.self_attention.linear_qkv.weight: torch.cat(groups, dim=1).flatten(0, 1),
             layer.self_attention.linear_proj.weight: attention.o_proj.weight,
             layer.pre_mlp_layernorm.weight: their.post_attention_layernorm.weight,
-            layer.mlp.linear_fc1.weight: torch.cat(
-                [their.mlp.gate_proj.weight, their.mlp.up_proj.weight]
-            ),
+            layer.mlp.linear_fc1.weight: torch.cat([their.mlp.gate_proj.weight, their.mlp.up_proj.weight]),
             layer.mlp.linear_fc2.weight: their.mlp.down_proj.weight,
         }
     submodule = ours.modality_submodules["images"]

@@ -11,8 +11,9 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_mimo import cpu, specs
-from megatron_mimo.cpu import cpu_backend_enabled, disable_cpu_backend, enable_cpu_backend
+from megatron_mimo import specs
+from megatron_mimo.compat import cuda_on_cpu as cpu
+from megatron_mimo.compat.cuda_on_cpu import cpu_backend_enabled, disable_cpu_backend, enable_cpu_backend
 
 
 @pytest.fixture

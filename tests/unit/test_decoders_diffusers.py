@@ -53,8 +53,15 @@ def decoder(scheduler=None, **options) -> DiffusersDecoder:
 
 def pixart() -> PixArtTransformer2DModel:
     return PixArtTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=1, out_channels=2, num_layers=1,
-        cross_attention_dim=16, caption_channels=12, sample_size=8, patch_size=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=1,
+        out_channels=2,
+        num_layers=1,
+        cross_attention_dim=16,
+        caption_channels=12,
+        sample_size=8,
+        patch_size=2,
         use_additional_conditions=False,
     )
 
@@ -140,9 +147,7 @@ def test_sampling_leaves_the_scheduler_unchanged_and_repeats_with_the_generator(
     made = decoder(scheduler(num_train_timesteps=100))
     steps_before = made.scheduler.timesteps.clone()
     rows = torch.randn(3, 12)
-    first, second = (
-        made.sample(rows, steps=4, generator=torch.Generator().manual_seed(1)) for _ in range(2)
-    )
+    first, second = (made.sample(rows, steps=4, generator=torch.Generator().manual_seed(1)) for _ in range(2))
     assert torch.equal(first, second) and first.shape == (1, 1, 8, 8)
     assert torch.equal(made.scheduler.timesteps, steps_before)
 
@@ -154,9 +159,7 @@ def test_guidance_contrasts_with_the_null_condition_and_warns_once_without_one()
     given = made.condition_dropout.null.detach().expand(3, 12)
     options = dict(steps=2, guidance=3.0, noise=noise)
     first = made.sample(rows, generator=torch.Generator().manual_seed(0), **options)
-    second = made.sample(
-        rows, generator=torch.Generator().manual_seed(0), unconditional_rows=given, **options
-    )
+    second = made.sample(rows, generator=torch.Generator().manual_seed(0), unconditional_rows=given, **options)
     assert torch.equal(first, second)
     plain = decoder()
     with pytest.warns(UserWarning, match="trained without dropped conditions"):
@@ -182,9 +185,14 @@ def test_a_dit_with_learned_variance_reads_the_rows_as_a_caption():
 
 def vae() -> LatentTokenizer:
     model = AutoencoderKL(
-        in_channels=1, out_channels=1, latent_channels=2, block_out_channels=(4, 4),
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=2, sample_size=16,
+        in_channels=1,
+        out_channels=1,
+        latent_channels=2,
+        block_out_channels=(4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=2,
+        sample_size=16,
     )
     return LatentTokenizer(AutoencoderCodec(model), latent_shape=(2, 8, 8), scale=0.5)
 
@@ -207,9 +215,14 @@ def test_a_frozen_vae_encodes_targets_and_renders_samples():
 
 def test_a_vq_model_encodes_to_codes_and_back():
     model = VQModel(
-        in_channels=1, out_channels=1, latent_channels=2, block_out_channels=(4, 4),
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=2, num_vq_embeddings=16,
+        in_channels=1,
+        out_channels=1,
+        latent_channels=2,
+        block_out_channels=(4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=2,
+        num_vq_embeddings=16,
     )
     tokenizer = CodeTokenizer(VQCodec(model), grid=(8, 8))
     images = torch.randn(3, 1, 16, 16)

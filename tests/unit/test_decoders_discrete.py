@@ -27,8 +27,7 @@ def test_several_codebooks_each_have_a_head_and_count_their_codes():
     codes = torch.stack([torch.randint(11, (5,)), torch.randint(4, (5,))], dim=1)
     term = decoder.loss(rows, {"codes": codes})
     wanted = sum(
-        F.cross_entropy(part, code, reduction="sum")
-        for part, code in zip(decoder.logits(rows), codes.unbind(1))
+        F.cross_entropy(part, code, reduction="sum") for part, code in zip(decoder.logits(rows), codes.unbind(1))
     )
     torch.testing.assert_close(term.sum, wanted)
     assert term.count == 10
@@ -102,9 +101,7 @@ def test_guidance_extrapolates_from_the_unconditional_logits():
     decoder = DiscreteDecoder(width=6, codebook_sizes=50, condition_dropout=0.5)
     torch.nn.init.normal_(decoder.condition_dropout.null)
     rows = torch.randn(30, 6)
-    (conditional,), (null,) = decoder.logits(rows), decoder.logits(
-        decoder.condition_dropout.null.expand(30, 6)
-    )
+    (conditional,), (null,) = decoder.logits(rows), decoder.logits(decoder.condition_dropout.null.expand(30, 6))
     wanted = (null + 4 * (conditional - null)).argmax(1)
     assert torch.equal(decoder.sample(rows, temperature=0, guidance=4), wanted)
     given = torch.randn(30, 6)
@@ -122,9 +119,7 @@ def test_guidance_without_dropped_conditions_warns_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         decoder.sample(rows, guidance=2)
-        DiscreteDecoder(width=6, codebook_sizes=4).sample(
-            rows, guidance=2, unconditional_rows=rows
-        )
+        DiscreteDecoder(width=6, codebook_sizes=4).sample(rows, guidance=2, unconditional_rows=rows)
 
 
 def test_unconditional_rows_of_another_shape_are_refused():
@@ -155,9 +150,7 @@ def test_codes_of_another_shape_or_type_are_refused(codes):
 
 def test_codes_of_several_codebooks_need_their_second_dim():
     with pytest.raises(ValueError, match=r"codes must be int64 \[N, 2\]"):
-        DiscreteDecoder(width=6, codebook_sizes=(4, 4)).num_rows(
-            {"codes": torch.zeros(3, dtype=torch.long)}
-        )
+        DiscreteDecoder(width=6, codebook_sizes=(4, 4)).num_rows({"codes": torch.zeros(3, dtype=torch.long)})
 
 
 def test_a_drop_of_another_shape_is_refused():

@@ -65,9 +65,7 @@ def test_a_checkpoint_of_the_trackers_states_resumes_them(tracker):
     assert torch.equal(numbers("new"), wanted[1])
 
 
-RECOMPUTED = dict(
-    recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
-)
+RECOMPUTED = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 
 
 def trained_once(**language) -> tuple[torch.Tensor, dict[str, torch.Tensor], list[int]]:

@@ -63,10 +63,7 @@ def test_items_do_not_see_each_other(kind):
     rows, x = torch.randn(3 * rows_per_item, 6), torch.randn(3 * targets_per_item, 4)
     time = torch.rand(3)
     together = decoder.velocity(rows, x, time)
-    alone = [
-        decoder.velocity(a, b, c[None])
-        for a, b, c in zip(rows.chunk(3), x.chunk(3), time)
-    ]
+    alone = [decoder.velocity(a, b, c[None]) for a, b, c in zip(rows.chunk(3), x.chunk(3), time)]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
 
 
@@ -265,9 +262,7 @@ def test_steps_must_be_a_positive_int(steps):
         head().sample(torch.zeros(1, 6), steps=steps)
 
 
-@pytest.mark.parametrize(
-    ("options", "match"), [({"solver": "rk4"}, "solver must be"), ({"shift": 0}, "shift must be")]
-)
+@pytest.mark.parametrize(("options", "match"), [({"solver": "rk4"}, "solver must be"), ({"shift": 0}, "shift must be")])
 def test_bad_solver_options_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
         head().sample(torch.zeros(1, 6), **options)

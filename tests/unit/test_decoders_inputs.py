@@ -63,9 +63,7 @@ def test_one_codebook_at_full_width_is_a_lookup():
 
 
 def test_codes_come_from_media_where_the_input_has_the_tokenizer():
-    feed = CodeInput(
-        hidden_size=5, codebook_sizes=3, tokenizer=CodeTokenizer(Thirds(), grid=(2,))
-    )
+    feed = CodeInput(hidden_size=5, codebook_sizes=3, tokenizer=CodeTokenizer(Thirds(), grid=(2,)))
     media = torch.tensor([[0.1, 0.4], [0.9, 0.5]])
     assert feed.num_rows({"media": media}) == 4
     prepared = feed.prepare({"media": media})
@@ -171,9 +169,7 @@ def test_targets_come_from_media_where_the_input_has_the_tokenizer():
 
 def test_a_noised_target_from_media_is_the_decoders_own_point_on_the_path(no_run):
     media = torch.rand(2, 1, 2, 2)
-    decoder = FlowDecoder(
-        width=6, target_width=1, hidden_width=8, rows_per_item=4, tokenizer=latents()
-    )
+    decoder = FlowDecoder(width=6, target_width=1, hidden_width=8, rows_per_item=4, tokenizer=latents())
     feed = NoisedTargetInput(hidden_size=6, target_width=1, rows_per_item=4, tokenizer=latents())
     assert feed.num_rows({"media": media}) == decoder.num_rows({"media": media}) == 8
     torch.manual_seed(0)

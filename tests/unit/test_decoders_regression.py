@@ -17,9 +17,7 @@ FORMULAS = {
 @pytest.mark.parametrize("objective", FORMULAS)
 def test_the_mean_of_the_term_is_torchs_own_loss(objective):
     torch.manual_seed(0)
-    decoder = RegressionDecoder(
-        width=5, target_width=3, hidden_width=7, objective=objective, huber_delta=0.5
-    )
+    decoder = RegressionDecoder(width=5, target_width=3, hidden_width=7, objective=objective, huber_delta=0.5)
     rows, target = torch.randn(6, 5), torch.randn(6, 3)
     term = decoder.loss(rows, {"target": target})
     assert term.count == 6

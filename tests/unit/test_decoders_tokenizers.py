@@ -105,8 +105,14 @@ def test_latents_are_shifted_scaled_cut_and_put_back():
 def test_flow_decoders_learn_latents_and_render_images():
     per_row = FlowDecoder(width=5, target_width=4, hidden_width=8, tokenizer=latent_tokenizer())
     per_span = FlowTransformerDecoder(
-        width=5, target_width=4, targets_per_item=4, rows_per_item=1, hidden_width=8, depth=1,
-        heads=2, tokenizer=latent_tokenizer(),
+        width=5,
+        target_width=4,
+        targets_per_item=4,
+        rows_per_item=1,
+        hidden_width=8,
+        depth=1,
+        heads=2,
+        tokenizer=latent_tokenizer(),
     )
     for decoder, rows in ((per_row, 8), (per_span, 2)):
         media = torch.rand(2, 1, 8, 8)

@@ -17,24 +17,25 @@ ROOMS = [
     "kernels",
     "placement",
     "sharding",
+    "data",
     "draws",
     "idle",
     "assemble",
     "batch",
+    "compat",
     "specs",
     "build",
-    "widths",
-    "checkpoint",
+    "sharded_state",
     "decoders",
-    "submodules",
+    "modality",
     "align",
     "route",
     "output",
     "language",
+    "generation",
     "model",
-    "sampling",
-    "cpu",
     "launch",
+    "layout",
     "training",
 ]
 WITHOUT_MEGATRON = ["config", "losses", "deferred", "kernels", "placement", "sharding"]
@@ -84,7 +85,9 @@ def test_importing_the_package_prints_nothing_and_loads_nothing():
 
 def test_importing_the_training_package_loads_nothing_until_a_name_of_it_is_used():
     loaded = "import sys, megatron_mimo.training as t; dir(t); assert not {'torch', 'megatron'} & set(sys.modules)"
-    used = "t.add_mimo_args, t.forward_step, t.model_provider, t.pretrain; assert 'megatron.training' not in sys.modules"
+    used = (
+        "t.add_mimo_args, t.forward_step, t.model_provider, t.pretrain; assert 'megatron.training' not in sys.modules"
+    )
     python(f"{loaded}; {used}")
 
 

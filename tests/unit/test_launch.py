@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_mimo import launch
-from megatron_mimo.cpu import cpu_backend_enabled, disable_cpu_backend, enable_cpu_backend
+from megatron_mimo.compat.cuda_on_cpu import cpu_backend_enabled, disable_cpu_backend, enable_cpu_backend
 from megatron_mimo.launch import Layout, exit_on_error, initialize, shutdown
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -198,7 +198,7 @@ def test_a_rank_that_raises_takes_the_job_down_at_once(tmp_path: Path) -> None:
 
 def test_importing_the_package_prints_nothing_and_touches_no_cuda() -> None:
     program = (
-        "import megatron_mimo, megatron_mimo.launch, megatron_mimo.cpu, sys, torch;"
+        "import megatron_mimo, megatron_mimo.launch, megatron_mimo.compat.cuda_on_cpu, sys, torch;"
         "assert not torch.cuda.is_initialized();"
         "assert 'megatron.core' not in sys.modules"
     )

@@ -13,10 +13,7 @@ def test_microbatches_of_uneven_counts_give_the_gradient_of_the_whole():
 
     parts = [values[:1], values[1:6], values[6:]]
     counts = {"text": torch.tensor(6.0)}
-    total = sum(
-        total_loss({"text": LossTerm((weight * p).sum(), torch.tensor(len(p)))}, counts=counts)
-        for p in parts
-    )
+    total = sum(total_loss({"text": LossTerm((weight * p).sum(), torch.tensor(len(p)))}, counts=counts) for p in parts)
     (found,) = torch.autograd.grad(total, weight)
     torch.testing.assert_close(found, expected)
 

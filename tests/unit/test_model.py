@@ -311,9 +311,7 @@ def test_inference_gives_rows_and_decode_gives_samples(model):
 
 def test_predecessor_rule_reads_one_position_earlier(single_process):
     torch.manual_seed(0)
-    decoders = {
-        "pixels": ModuleSpec(module=tiny.LinearDecoder, params={"position_rule": "predecessor"})
-    }
+    decoders = {"pixels": ModuleSpec(module=tiny.LinearDecoder, params={"position_rule": "predecessor"})}
     images = {"images": tiny.image_spec(decoders=decoders), "audio": tiny.audio_spec()}
     model = MimoModel(tiny.mimo_config(), images).eval()
     ids = torch.tensor([[1, 2, tiny.WRITE, tiny.WRITE, 3]])

@@ -65,9 +65,10 @@ def test_the_ranks_together_hold_every_position_once(cp, tp, cu_seqlens):
     assert held.sort().values.tolist() == list(range(48))
     assert {shard.length for shard in shards} == {48 // (cp * tp)}
     for shard in shards:
-        assert shard.positions.tolist() == shard.whole_cp.positions.tolist()[shard.tp_rank * shard.length :][
-            : shard.length
-        ]
+        assert (
+            shard.positions.tolist()
+            == shard.whole_cp.positions.tolist()[shard.tp_rank * shard.length :][: shard.length]
+        )
 
 
 def test_sequence_parallel_ranks_hold_slices_of_the_context_parallel_part():

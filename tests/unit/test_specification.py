@@ -4,7 +4,7 @@ import inspect
 import re
 from abc import ABC
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Optional
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def vocabulary() -> dict[str, object]:
     projection_config = transformer_config(HIDDEN)
     return {
         **{name: getattr(megatron_mimo, name) for name in megatron_mimo.__all__},
-        "ABC": ABC, "nn": nn, "Dict": Dict, "List": List, "Optional": Optional,
+        "ABC": ABC, "nn": nn, "Dict": dict, "List": list, "Optional": Optional,
         "ModuleSpec": ModuleSpec, "GPTModel": GPTModel, "CLIPViTModel": CLIPViTModel,
         "MultimodalProjector": MultimodalProjector,
         "language_config": language_config, "vision_config": vision_config,
@@ -177,8 +177,7 @@ def test_forward_usage(single_process):
                 module=megatron_mimo.VisionModalitySubmodules,
                 submodules={
                     "encoders": {
-                        name: ModuleSpec(module=kind, params={"keyword": name})
-                        for name, kind in encoders.items()
+                        name: ModuleSpec(module=kind, params={"keyword": name}) for name, kind in encoders.items()
                     }
                 },
             ),
@@ -186,9 +185,7 @@ def test_forward_usage(single_process):
                 module=megatron_mimo.AudioModalitySubmodules,
                 submodules={
                     "encoders": {
-                        "whisper_encoder": ModuleSpec(
-                            module=FeatureEncoder, params={"keyword": "input_features"}
-                        )
+                        "whisper_encoder": ModuleSpec(module=FeatureEncoder, params={"keyword": "input_features"})
                     }
                 },
             ),

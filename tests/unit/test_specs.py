@@ -40,9 +40,7 @@ def test_language_models_on_torch_compute_a_loss_and_a_gradient_for_every_parame
 @pytest.mark.parametrize("subtype", ["clip", "siglip", "internvit"])
 def test_clip_vit_runs_without_transformer_engine(single_process, subtype) -> None:
     tokens = {"add_class_token": False, "class_token_len": 0} if subtype == "siglip" else {}
-    spec = specs.clip_vit_spec(
-        config(), "torch", patch_dim=4, img_h=8, img_w=12, model_subtype=subtype, **tokens
-    )
+    spec = specs.clip_vit_spec(config(), "torch", patch_dim=4, img_h=8, img_w=12, model_subtype=subtype, **tokens)
     patches = build_module(spec)(torch.rand(2, 3, 8, 12))
     assert patches.shape == (2, 6 if subtype == "siglip" else 7, 16)
 

@@ -22,7 +22,7 @@ from megatron_mimo.decoders import (
     RegressionDecoder,
     TargetInput,
 )
-from megatron_mimo.widths import input_width, output_width
+from megatron_mimo.modality.fit import input_width, output_width
 from tests import tiny
 
 
@@ -159,9 +159,7 @@ def test_decoders_share_a_projection_or_have_their_own():
 
 
 def test_without_any_targets_every_parameter_gets_zeros():
-    images = VisionModalitySubmodules(
-        decoders={"a": tiny.LinearDecoder(width=8)}, output_projections=[nn.Linear(6, 8)]
-    )
+    images = VisionModalitySubmodules(decoders={"a": tiny.LinearDecoder(width=8)}, output_projections=[nn.Linear(6, 8)])
     terms = images.loss(torch.ones(4, 6), {})
     assert isinstance(terms["a"], LossTerm)
     terms["a"].sum.backward()
@@ -220,9 +218,9 @@ def two(rule_a, rule_b):
 A, B = Returns(torch.ones(2, 3)), Returns(torch.ones(2, 3))
 MISTAKES = {
     "the same images": (
-        lambda: ModalitySubmodules(
-            {"a": Returns(torch.ones(2, 1, 4)), "b": Returns(torch.ones(2, 1, 4))}
-        ).encode({"a": FED, "b": FED}),
+        lambda: ModalitySubmodules({"a": Returns(torch.ones(2, 1, 4)), "b": Returns(torch.ones(2, 1, 4))}).encode(
+            {"a": FED, "b": FED}
+        ),
         "each returned 2 items. Say how their rows follow each other",
     ),
     "combine": (lambda: ModalitySubmodules(combine="sum"), "combine must be"),
@@ -235,9 +233,7 @@ MISTAKES = {
         "encoder 'a' gives width 3, but its input projection takes width 4",
     ),
     "projection and decoder": (
-        lambda: ModalitySubmodules(
-            decoders={"a": tiny.LinearDecoder(8)}, output_projections=[nn.Linear(4, 5)]
-        ),
+        lambda: ModalitySubmodules(decoders={"a": tiny.LinearDecoder(8)}, output_projections=[nn.Linear(4, 5)]),
         "gives width 5, but decoder 'a' takes width 8",
     ),
     "position rules": (

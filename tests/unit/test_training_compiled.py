@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_mimo.training.compiled import CompiledForward
+from megatron_mimo.training.parts.compiled import CompiledForward
 from tests import tiny
 from tests.compiling import compiling, results, vision_transformer
 

@@ -9,8 +9,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from megatron_mimo.training import Trainer, TrainerSettings, TrainingControl
-from megatron_mimo.training.compiled import CompiledForward
-from megatron_mimo.training.control import parameter_prefixes
+from megatron_mimo.training.parts.compiled import CompiledForward
+from megatron_mimo.training.parts.control import parameter_prefixes
 from tests import tiny
 
 RATE, DECAY = 0.05, 0.1
@@ -63,7 +63,10 @@ PARTS = {
     "images": ("modality_submodules.images.",),
     "images/decoders": ("modality_submodules.images.decoders.",),
     "audio/encoders/frames": ("modality_submodules.audio.encoders.frames.",),
-    "input_projections": ("modality_submodules.images.input_projections.", "modality_submodules.audio.input_projections."),
+    "input_projections": (
+        "modality_submodules.images.input_projections.",
+        "modality_submodules.audio.input_projections.",
+    ),
     "output_projections": ("modality_submodules.images.output_projections.",),
 }
 
@@ -150,7 +153,11 @@ def test_a_step_of_sgd_takes_learning_rate_and_weight_decay_times_the_parts_fact
     before = weights(ours.models[0])
     ours.train_step(one_batch)
     gradient = gradients(ours.models[0])
-    rates = {"modality_submodules.images.encoders.": 0.5, "modality_submodules.images.decoders.": 10.0, "modality_submodules.audio.": 0.0}
+    rates = {
+        "modality_submodules.images.encoders.": 0.5,
+        "modality_submodules.images.decoders.": 10.0,
+        "modality_submodules.audio.": 0.0,
+    }
     decays = {"language_model.": 3.0, "modality_submodules.images.decoders.": 0.0}
     for name, after in weights(ours.models[0]).items():
         rate = RATE * next((factor for start, factor in rates.items() if name.startswith(start)), 1.0)
@@ -210,10 +217,19 @@ def test_optimizer_without_a_min_lr_decays_to_zero(decay, single_process):
         (dict(learning_rate={"decoder": 1.0}), "learning_rate: the model has no part 'decoder'"),
         (dict(weight_decay={"audio/decoder": 1.0}), "weight_decay: the model has no part 'audio/decoder'"),
         (dict(learning_rate={"decoders": -1.0}), r"learning_rate\['decoders'\] must be finite and at least 0, got -1"),
-        (dict(weight_decay={"images": float("nan")}), r"weight_decay\['images'\] must be finite and at least 0, got nan"),
+        (
+            dict(weight_decay={"images": float("nan")}),
+            r"weight_decay\['images'\] must be finite and at least 0, got nan",
+        ),
         (dict(learning_rate={"decoders": float("inf")}), r"learning_rate\['decoders'\] must be finite"),
-        (dict(frozen=["images"], learning_rate={"images/encoders": 2.0}), r"learning_rate\['images/encoders'\].* is frozen"),
-        (dict(frozen=["language_model"], weight_decay={"language_model": 2.0}), r"weight_decay\['language_model'\].* is frozen"),
+        (
+            dict(frozen=["images"], learning_rate={"images/encoders": 2.0}),
+            r"learning_rate\['images/encoders'\].* is frozen",
+        ),
+        (
+            dict(frozen=["language_model"], weight_decay={"language_model": 2.0}),
+            r"weight_decay\['language_model'\].* is frozen",
+        ),
         (dict(compiled=["decoders"]), "compiled: 'decoders' is no encoder"),
         (dict(graphed=["images"]), "graphed: 'images' is no encoder"),
         (dict(embedding_rows=[tiny.VOCABULARY]), r"embedding_rows: 64 is outside the vocabulary \[0, 64\)"),
@@ -278,7 +294,9 @@ def test_running_statistics_of_a_frozen_encoder_stay_and_others_move(single_proc
     images = tiny.image_spec(encoders={"patches": ModuleSpec(module=Normed)})
     for frozen in ([], ["images/encoders"]):
         ours = trainer(
-            single_process, TrainingControl(frozen=frozen), modality_submodules={"images": images, "audio": tiny.audio_spec()}
+            single_process,
+            TrainingControl(frozen=frozen),
+            modality_submodules={"images": images, "audio": tiny.audio_spec()},
         )
         norm = ours.models[0].modality_submodules["images"].encoders["patches"].norm
         ours.train(one_batch)

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
+from megatron_mimo import MimoModel, loss_terms
 from megatron_mimo.decoders import (
     DiscreteDecoder,
     FlowDecoder,
     FlowTransformerDecoder,
     RegressionDecoder,
 )
-from megatron_mimo import MimoModel, loss_terms
-from megatron_mimo.training.counts import TOKENS, count_batch, term
+from megatron_mimo.training.speed.counts import TOKENS, count_batch, term
 from tests import packed, tiny
 
 WIDTH = 16

@@ -13,9 +13,9 @@ from megatron_mimo import specs
 from megatron_mimo.decoders import FlowTransformerDecoder
 from megatron_mimo.decoders.inputs import QueryInput
 from megatron_mimo.training import TrainingControl
-from megatron_mimo.training.counts import count_batch
-from megatron_mimo.training.flops import PartSize, part_sizes, stated_peak, step_flops
-from megatron_mimo.training.throughput import Throughput, log_to_megatron, peak_of_all
+from megatron_mimo.training.speed.counts import count_batch
+from megatron_mimo.training.speed.flops import PartSize, part_sizes, stated_peak, step_flops
+from megatron_mimo.training.speed.throughput import Throughput, log_to_megatron, peak_of_all
 from tests import packed, tiny
 
 H, F, V, LAYERS, B, S = tiny.HIDDEN, 64, tiny.VOCABULARY, 2, 3, 16
@@ -112,7 +112,9 @@ def test_vision_transformer_counts_its_own_positions_and_whole_attention(single_
     config = tiny.language_config(num_layers=1)
     clip = specs.clip_vit_spec(config, "torch", patch_dim=4, img_h=8, img_w=8)
     images = tiny.image_spec(encoders={"vit": clip}, input_projections=[tiny.linear(H, H)])
-    model = megatron_mimo.MimoModel(tiny.mimo_config(modality_submodules={"images": images, "audio": tiny.audio_spec()}))
+    model = megatron_mimo.MimoModel(
+        tiny.mimo_config(modality_submodules={"images": images, "audio": tiny.audio_spec()})
+    )
     counts = {"positions": 48.0, "samples": 3.0, "items images/vit": 2.0, "items audio/frames": 0.0}
     found = step_flops(part_sizes([model]), counts, training=False)["images/encoders/vit"]
     rows = 4 + 1  # patches of 4 x 4 pixels and the class token
@@ -122,14 +124,35 @@ def test_vision_transformer_counts_its_own_positions_and_whole_attention(single_
 def test_decoder_of_patches_counts_them_for_each_token(single_process):
     decoder = ModuleSpec(
         module=FlowTransformerDecoder,
-        params=dict(width=H, target_width=4, rows_per_item=2, targets_per_item=6, hidden_width=16, depth=1, heads=2, condition="prefix"),
+        params=dict(
+            width=H,
+            target_width=4,
+            rows_per_item=2,
+            targets_per_item=6,
+            hidden_width=16,
+            depth=1,
+            heads=2,
+            condition="prefix",
+        ),
     )
     model = megatron_mimo.MimoModel(
-        tiny.mimo_config(modality_submodules={"images": tiny.image_spec(decoders={"flow": decoder}), "audio": tiny.audio_spec()})
+        tiny.mimo_config(
+            modality_submodules={"images": tiny.image_spec(decoders={"flow": decoder}), "audio": tiny.audio_spec()}
+        )
     )
     sizes = part_sizes([model])
-    counts = {"positions": 48.0, "samples": 3.0, "items images/patches": 0.0, "items audio/frames": 0.0, "rows written images": 4.0}
-    weights = sum(p.numel() for n, p in model.modality_submodules["images"].decoders.named_parameters() if p.dim() > 1 and n.endswith("weight"))
+    counts = {
+        "positions": 48.0,
+        "samples": 3.0,
+        "items images/patches": 0.0,
+        "items audio/frames": 0.0,
+        "rows written images": 4.0,
+    }
+    weights = sum(
+        p.numel()
+        for n, p in model.modality_submodules["images"].decoders.named_parameters()
+        if p.dim() > 1 and n.endswith("weight")
+    )
     assert step_flops(sizes, counts, training=False)["images/decoders/flow"] == 2 * weights * 12
 
 
@@ -142,7 +165,13 @@ def test_what_is_added_and_not_multiplied_counts_nothing(single_process):
 
 def test_rates_are_sums_over_the_steps_since_the_last_report_divided_by_their_seconds():
     sizes = {"language_model": PartSize(weights=100.0, trained=100.0), "images/encoders/vit": PartSize(weights=10.0)}
-    counts = {"positions": 50.0, "samples": 5.0, "rows read images": 20.0, "rows written tones": 4.0, "items images/vit": 2.0}
+    counts = {
+        "positions": 50.0,
+        "samples": 5.0,
+        "rows read images": 20.0,
+        "rows written tones": 4.0,
+        "items images/vit": 2.0,
+    }
     reports = []
     rates = Throughput(sizes, 1e6, lambda *report: reports.append(report), every=2)
     for step in range(1, 5):
@@ -160,7 +189,9 @@ def test_rates_are_sums_over_the_steps_since_the_last_report_divided_by_their_se
 
 def test_without_a_stated_peak_there_is_no_mfu():
     reports = []
-    Throughput({}, None, lambda *report: reports.append(report), every=1).add(1, {"positions": 1.0, "samples": 1.0}, 0.5)
+    Throughput({}, None, lambda *report: reports.append(report), every=1).add(
+        1, {"positions": 1.0, "samples": 1.0}, 0.5
+    )
     ((_, rates),) = reports
     assert rates == {"tokens/s": 2.0, "samples/s": 2.0, "TFLOP/s": 0.0}
 

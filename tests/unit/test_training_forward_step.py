@@ -26,11 +26,19 @@ def four_samples() -> list[dict]:
         ids = torch.randint(0, 60, (1, 16), generator=draw)
         ids[0, 1 : 1 + read] = tiny.READ
         ids[0, 9 : 9 + write] = tiny.WRITE
-        sample = dict(input_ids=ids, labels=ids.roll(-1, 1).clamp(0, 63), loss_mask=(torch.rand(1, 16, generator=draw) < kept).float())
+        sample = dict(
+            input_ids=ids,
+            labels=ids.roll(-1, 1).clamp(0, 63),
+            loss_mask=(torch.rand(1, 16, generator=draw) < kept).float(),
+        )
         if read:
-            sample["modality_inputs"] = {"images": {"patches": {"x": torch.randn(1, read, tiny.PIXELS, generator=draw)}}}
+            sample["modality_inputs"] = {
+                "images": {"patches": {"x": torch.randn(1, read, tiny.PIXELS, generator=draw)}}
+            }
         if write:
-            sample["modality_targets"] = {"images": {"pixels": {"pixels": torch.randn(write, tiny.PIXELS, generator=draw)}}}
+            sample["modality_targets"] = {
+                "images": {"pixels": {"pixels": torch.randn(write, tiny.PIXELS, generator=draw)}}
+            }
         samples.append(sample)
     return samples
 
@@ -84,14 +92,18 @@ def test_evaluation_is_the_mean_over_its_steps_and_changes_nothing(single_proces
 
 
 def with_flow(run) -> Trainer:
-    spec = ModuleSpec(module=FlowDecoder, params=dict(width=tiny.HIDDEN, target_width=tiny.PIXELS, hidden_width=16, depth=1))
+    spec = ModuleSpec(
+        module=FlowDecoder, params=dict(width=tiny.HIDDEN, target_width=tiny.PIXELS, hidden_width=16, depth=1)
+    )
     images = tiny.image_spec(decoders={"pixels": spec}, output_projections=[])
     return trainer(run, tiny.mimo_config(modality_submodules={"images": images, "audio": tiny.audio_spec()}))
 
 
 def drawing(step: int, rank: int, size: int) -> list[dict]:
     batch = tiny.batch(0)
-    batch["modality_targets"] = {"images": {"pixels": {"target": batch["modality_targets"]["images"]["pixels"]["pixels"]}}}
+    batch["modality_targets"] = {
+        "images": {"pixels": {"target": batch["modality_targets"]["images"]["pixels"]["pixels"]}}
+    }
     return [batch]
 
 
@@ -111,7 +123,10 @@ def test_each_microbatch_of_a_step_draws_its_own_noise(single_process):
     ours, seen = with_flow(single_process), []
     decoder = ours.models[0].modality_submodules["images"].decoders["pixels"]
     whole = decoder.loss
-    decoder.loss = lambda rows, targets: (seen.append({k: v.clone() for k, v in targets.items()}), whole(rows, targets))[1]
+    decoder.loss = lambda rows, targets: (
+        seen.append({k: v.clone() for k, v in targets.items()}),
+        whole(rows, targets),
+    )[1]
     for _ in range(2):
         ours.train_step(lambda *_: drawing(0, 0, 1) * 2)
     drawn = [[name for name in seen[0] if not seen[0][name].equal(other[name])] for other in seen[1:]]
@@ -154,7 +169,9 @@ def outputs() -> MimoOutput:
 def scaled(per_token: bool, **counts: float) -> tuple:
     scale = StepScale({"text": 4.0, "images/pixels": 8.0, **counts}, tokens=5.0, parts=3, per_token=per_token)
     mask = torch.tensor([[1.0, 1.0]])
-    return loss_func(outputs(), loss_mask=mask, weights={"images": 0.5}, names=["text", "images/pixels", "tones/waves"], scale=scale)
+    return loss_func(
+        outputs(), loss_mask=mask, weights={"images": 0.5}, names=["text", "images/pixels", "tones/waves"], scale=scale
+    )
 
 
 @pytest.mark.parametrize(("per_token", "factor", "tokens"), [(True, 5.0, 2), (False, 3.0, 1)])
@@ -177,5 +194,8 @@ def test_loss_func_in_evaluation_reports_sums_and_counts_and_gives_outputs_back_
     made = outputs()
     mask = torch.tensor([[1.0, 0.0]])
     _, _, logged = loss_func(made, loss_mask=mask, weights={}, names=["text", "images/pixels"], scale=None)
-    assert {name: entry.tolist() for name, entry in logged.items()} == {"text loss": [1.0, 1.0], "images/pixels loss": [6.0, 2.0]}
+    assert {name: entry.tolist() for name, entry in logged.items()} == {
+        "text loss": [1.0, 1.0],
+        "images/pixels loss": [6.0, 2.0],
+    }
     assert loss_func(made, loss_mask=mask, weights={}, names=[], scale=None, non_loss_data=True) is made

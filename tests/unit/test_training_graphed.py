@@ -6,8 +6,8 @@ from megatron.core.tensor_parallel import random as tracking
 from torch import nn
 
 from megatron_mimo import specs
-from megatron_mimo.training import graphed
-from megatron_mimo.training.graphed import GraphedForward
+from megatron_mimo.training.parts import graphed
+from megatron_mimo.training.parts.graphed import GraphedForward
 from tests import tiny
 
 
@@ -84,7 +84,9 @@ def test_objects_and_tensors_on_another_device_run_without_a_graph(captures):
 def test_within_a_capture_layers_switch_no_random_number_generator(single_process, monkeypatch):
     encoder, images, switches = clip(), torch.randn(2, 3, 8, 8), []
     switch = tracking._set_cuda_rng_state
-    monkeypatch.setattr(tracking, "_set_cuda_rng_state", lambda *args, **options: switches.append(switch(*args, **options)))
+    monkeypatch.setattr(
+        tracking, "_set_cuda_rng_state", lambda *args, **options: switches.append(switch(*args, **options))
+    )
     with graphed._no_forks():
         encoder(x=images)
     assert not switches

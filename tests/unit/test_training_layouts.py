@@ -25,7 +25,9 @@ READS = dict(
 )
 
 
-def refused(message: str, layout: dict, length: int | None = None, writes: bool = True, language: dict | None = None, **config):
+def refused(
+    message: str, layout: dict, length: int | None = None, writes: bool = True, language: dict | None = None, **config
+):
     """Expects the refusal of a model whose configuration has the layout's sizes and `config`."""
     sizes = {name: size for name, size in layout.items() if not name.startswith("expert_tensor")}
     sizes |= {"pipeline_dtype": torch.float32} if "pipeline_model_parallel_size" in sizes else {}
@@ -44,7 +46,12 @@ def refused(message: str, layout: dict, length: int | None = None, writes: bool 
         check_layout(Layout(**arguments), model, length)
 
 
-TP, PP, CP, EP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"
+TP, PP, CP, EP = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+)
 NO_LAYER_LAST = {PP: 2}, dict(num_layers=1, account_for_loss_in_pipeline_split=True)
 
 
@@ -55,7 +62,9 @@ def test_decoder_without_a_layer_on_the_last_stage_is_refused(no_process_group):
 
 def test_a_custom_layout_without_a_layer_on_the_last_stage_is_refused(no_process_group):
     stages = [["embedding", "decoder", "decoder"], ["loss"]]
-    refused("give the last stage a layer .*pipeline_model_parallel_layout", {PP: 2}, pipeline_model_parallel_layout=stages)
+    refused(
+        "give the last stage a layer .*pipeline_model_parallel_layout", {PP: 2}, pipeline_model_parallel_layout=stages
+    )
 
 
 def test_a_model_that_writes_nothing_needs_no_layer_on_the_last_stage(no_process_group):
@@ -106,7 +115,12 @@ def test_expert_parallelism_without_experts_is_refused(no_process_group):
 
 
 def test_experts_that_the_ranks_do_not_share_out_are_refused(no_process_group):
-    refused("expert_model_parallel_size 2 .*num_moe_experts is 3.*a multiple of 2", {EP: 2}, num_moe_experts=3, add_bias_linear=False)
+    refused(
+        "expert_model_parallel_size 2 .*num_moe_experts is 3.*a multiple of 2",
+        {EP: 2},
+        num_moe_experts=3,
+        add_bias_linear=False,
+    )
 
 
 @pytest.mark.parametrize("name", [TP, PP, CP])
@@ -120,7 +134,9 @@ def test_a_layout_and_a_configuration_that_differ_are_refused(name, no_process_g
 def test_an_encoder_that_shares_the_language_models_configuration_is_refused(size, no_process_group):
     changes = {PP: 2, "pipeline_dtype": torch.float32} if size == PP else {CP: 2}
     encoder = specs.clip_vit_spec(tiny.language_config(**changes), "torch", patch_dim=4, img_h=8, img_w=8)
-    model = tiny.mimo_config(modality_submodules={"images": tiny.image_spec(encoders={"vit": encoder}), "audio": tiny.audio_spec()})
+    model = tiny.mimo_config(
+        modality_submodules={"images": tiny.image_spec(encoders={"vit": encoder}), "audio": tiny.audio_spec()}
+    )
     with pytest.raises(ValueError, match=f"encoder 'vit' of modality 'images': {size} of its transformer_config is 2"):
         check_layout(Layout(1), model)
 

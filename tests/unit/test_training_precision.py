@@ -127,7 +127,8 @@ def one_step(run, initial: dict | None, language: str, encoder: str) -> tuple[di
 
 
 @pytest.mark.parametrize(
-    ("language", "encoder"), [("full", "none"), ("selective", "none"), ("none", "full"), ("none", "selective"), ("full", "full")]
+    ("language", "encoder"),
+    [("full", "none"), ("selective", "none"), ("none", "full"), ("none", "selective"), ("full", "full")],
 )
 def test_recomputation_gives_the_same_gradients_dropout_and_draws_included(language, encoder, single_process):
     initial, expected, once = one_step(single_process, None, "none", "none")

@@ -18,15 +18,15 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from examples.recipes import parts
 from megatron_mimo import training
 from megatron_mimo.training import TrainingControl
-from megatron_mimo.training.arguments import add_mimo_args, control_from_args
-from megatron_mimo.training.pretraining import (
+from megatron_mimo.training.pretraining.arguments import add_mimo_args, control_from_args
+from megatron_mimo.training.pretraining.loop import (
     DATA_ARGUMENTS,
     check_resumed,
     check_used,
     with_loss_weights,
     with_printable_help,
 )
-from megatron_mimo.training.script import check_in_effect
+from megatron_mimo.training.pretraining.script import check_in_effect
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -125,7 +125,11 @@ def test_a_checkpoint_of_other_trained_parts_is_not_resumed_but_begins_a_second_
 ):
     write_checkpoint(tmp_path, written_with(*before))
     control, config = TrainingControl(*now), tiny.mimo_config()
-    for args in (loading(tmp_path), loading(tmp_path, ckpt_step=3), loading(tmp_path, non_persistent_ckpt_type="local")):
+    for args in (
+        loading(tmp_path),
+        loading(tmp_path, ckpt_step=3),
+        loading(tmp_path, non_persistent_ckpt_type="local"),
+    ):
         with pytest.raises(ValueError, match=re.escape(message)) as refused:
             check_resumed(args, control, config)
         assert "iter_0000003" in str(refused.value)
@@ -189,7 +193,17 @@ def test_a_percent_sign_in_a_help_text_is_printed():
         (["--recipe", "mine.part"], 1, "the recipe 'mine.part' lacks ['model_config', 'collate'], expected functions"),
         (["--recipe", "mine.broken"], 1, "No module named 'nope'"),
     ],
-    ids=["help", "help of a recipe", "unknown", "what to give", "unknown in a package", "path", "own", "part", "broken"],
+    ids=[
+        "help",
+        "help of a recipe",
+        "unknown",
+        "what to give",
+        "unknown in a package",
+        "path",
+        "own",
+        "part",
+        "broken",
+    ],
 )
 def test_the_example_explains_itself(arguments, code, said, tmp_path):
     (tmp_path / "mine").mkdir()

@@ -16,7 +16,9 @@ from tests import tiny
 
 
 def sgd(**changes) -> OptimizerConfig:
-    return OptimizerConfig(**{**dict(optimizer="sgd", lr=0.1, clip_grad=0.0, weight_decay=0.0, sgd_momentum=0.0), **changes})
+    return OptimizerConfig(
+        **{**dict(optimizer="sgd", lr=0.1, clip_grad=0.0, weight_decay=0.0, sgd_momentum=0.0), **changes}
+    )
 
 
 def one_batch(step, rank, size):
@@ -90,7 +92,9 @@ def test_an_interrupted_run_resumes_with_momentum_and_schedule(optimizer, single
     resumed = trainer(single_process, **settings)
     resumed.load(tmp_path / "step_00000002")
     found = resumed.train(one_batch).steps
-    assert [(r.step, r.losses, r.learning_rate) for r in found] == [(r.step, r.losses, r.learning_rate) for r in expected[2:]]
+    assert [(r.step, r.losses, r.learning_rate) for r in found] == [
+        (r.step, r.losses, r.learning_rate) for r in expected[2:]
+    ]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +112,9 @@ def test_settings_that_contradict_each_other_are_refused(settings, message):
         TrainerSettings(**{"steps": 4, **settings})
 
 
-def test_a_directory_may_be_a_string_and_the_evaluation_is_at_the_end_where_nothing_says_how_often(single_process, tmp_path):
+def test_a_directory_may_be_a_string_and_the_evaluation_is_at_the_end_where_nothing_says_how_often(
+    single_process, tmp_path
+):
     ours = trainer(single_process, steps=2, directory=str(tmp_path))
     assert list(ours.train(one_batch, evaluation=one_batch).evaluations) == [2]
     assert trainer(single_process, steps=2).load(str(tmp_path / "step_00000002")) == 2
@@ -190,7 +196,9 @@ def distributed(run, optimizer, is_distributed: bool, **settings) -> Trainer:
 
 
 @pytest.mark.parametrize("before", [False, True])
-def test_the_state_of_an_optimizer_distributed_otherwise_is_refused_before_anything_changes(before, single_process, tmp_path):
+def test_the_state_of_an_optimizer_distributed_otherwise_is_refused_before_anything_changes(
+    before, single_process, tmp_path
+):
     adam = OptimizerConfig(lr=1e-2)
     first = distributed(single_process, adam, before, directory=tmp_path)
     start = first.save()
@@ -222,7 +230,7 @@ def test_a_checkpoint_that_is_cut_short_leaves_the_one_before_it(single_process,
     ours = trainer(single_process, directory=tmp_path)
     path = ours.save()
     with monkeypatch.context() as cut:
-        cut.setattr("megatron_mimo.training.checkpoints.dist_checkpointing.save", lambda *_, **__: 1 / 0)
+        cut.setattr("megatron_mimo.training.checkpoints.saving.dist_checkpointing.save", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             ours.save()
     assert trainer(single_process, directory=tmp_path).load(path) == 0

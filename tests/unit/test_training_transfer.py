@@ -8,9 +8,9 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_mimo.data.step import part_for_stage
+from megatron_mimo.data.transfer import ALIGNMENT, Slot, pack, unpack
 from megatron_mimo.placement import build_placement
-from megatron_mimo.training.batches import part_for_stage
-from megatron_mimo.training.transfer import ALIGNMENT, Slot, pack, unpack
 
 DTYPES = [
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
@@ -88,7 +88,12 @@ def test_placement_that_came_over_still_knows_its_counts_and_spans():
 def test_packed_sequences_come_back():
     boundaries = torch.tensor([0, 5, 8], dtype=torch.int32)
     packed = PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries, max_seqlen_q=5, max_seqlen_kv=5, total_tokens=8
+        qkv_format="thd",
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
+        max_seqlen_q=5,
+        max_seqlen_kv=5,
+        total_tokens=8,
     )
     assert same(sent(packed), packed)
 

@@ -101,9 +101,7 @@ def check(
     )
     placement = build_placement(whole.ids, TABLES, vocabulary_size=VOCABULARY, validate=validate)
     tables = {name: table.detach().clone().requires_grad_() for name, table in whole.tables.items()}
-    rows = align(
-        words, whole.ids, whole.position_ids, tables, placement, shard, run.groups.tp, sequence_parallel
-    )
+    rows = align(words, whole.ids, whole.position_ids, tables, placement, shard, run.groups.tp, sequence_parallel)
     assert torch.equal(rows, whole.rows[shard.positions])
 
     rows.backward(whole.grad[shard.positions])

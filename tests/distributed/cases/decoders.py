@@ -22,7 +22,6 @@ from megatron_mimo import (
     sample_one_by_one,
     total_loss,
 )
-from megatron_mimo.checkpoint import sharded_state_dict
 from megatron_mimo.decoders import (
     CodeInput,
     Decoder,
@@ -35,6 +34,7 @@ from megatron_mimo.decoders import (
     RegressionDecoder,
 )
 from megatron_mimo.launch import Run
+from megatron_mimo.sharded_state import sharded_state_dict
 from tests import tiny
 from tests.distributed.cases.layouts import Setting, close, own_part
 from tests.distributed.harness import case, relayout
@@ -133,9 +133,7 @@ def kinds() -> dict[str, Kind]:
         ),
         "flow_transformer_own": Kind(
             FlowTransformerDecoder,
-            dict(
-                **flow, hidden_width=8, depth=1, heads=2, targets_per_item=SPAN, condition="own"
-            ),
+            dict(**flow, hidden_width=8, depth=1, heads=2, targets_per_item=SPAN, condition="own"),
             None,
             lambda items: flow_targets(items, SPAN, torch.Generator().manual_seed(3)),
         ),
@@ -198,9 +196,7 @@ def batch(samples: tuple[str, ...]) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": labels, "loss_mask": mask}
 
 
-def step(
-    model: MimoModel, tokens: dict[str, Tensor], targets: dict[str, Tensor] | None, counts: dict
-) -> Tensor:
+def step(model: MimoModel, tokens: dict[str, Tensor], targets: dict[str, Tensor] | None, counts: dict) -> Tensor:
     """This rank's part of the loss, whose gradients it leaves in the parameters."""
     given = {} if targets is None else {"modality_targets": {"images": {"out": targets}}}
     outputs, loss_mask = model(**tokens, **given)
@@ -209,9 +205,7 @@ def step(
     return loss.detach()
 
 
-def equals_one_rank(
-    run: Run, kind: Kind, setting: Setting, sizes: dict, samples: tuple[str, ...]
-) -> None:
+def equals_one_rank(run: Run, kind: Kind, setting: Setting, sizes: dict, samples: tuple[str, ...]) -> None:
     tokens = batch(samples)
     items = sum(len(SPANS[sample]) for sample in samples)
     targets = kind.targets(items)
@@ -220,9 +214,7 @@ def equals_one_rank(
     spread(whole)
     counts = {
         "text": tokens["loss_mask"].sum(),
-        "images/out": torch.tensor(
-            whole.modality_submodules["images"].decoders["out"].count(targets)
-        ),
+        "images/out": torch.tensor(whole.modality_submodules["images"].decoders["out"].count(targets)),
     }
     expected_loss = step(whole, tokens, targets, counts)
     initial = {name: p.detach().clone() for name, p in whole.named_parameters()}
@@ -250,8 +242,7 @@ def own_data(
     size = len(samples) // run.layout.data_parallel_size
     first = run.data_rank * size
     before, here = (
-        sum(len(SPANS[sample]) for sample in part)
-        for part in (samples[:first], samples[first : first + size])
+        sum(len(SPANS[sample]) for sample in part) for part in (samples[:first], samples[first : first + size])
     )
     mine = {name: value[first : first + size] for name, value in tokens.items()}
     if not here:
@@ -377,9 +368,7 @@ def model_parallel_ranks_draw_alike(run: Run) -> None:
 def the_first_stage_noises_what_the_last_stage_denoises(run: Run) -> None:
     """The input rule draws on one stage, the decoder on the other, which drops conditions as well."""
     first = run.pipeline_rank == 0
-    model = build(
-        kinds()["flow"], Setting().spec(run), pre_process=first, post_process=not first
-    )
+    model = build(kinds()["flow"], Setting().spec(run), pre_process=first, post_process=not first)
     assert bool(model.modality_submodules["images"].decoders) is not first
     for _ in range(2):
         given = {"target": torch.zeros(2 * SPAN, 4)}
@@ -390,9 +379,7 @@ def the_first_stage_noises_what_the_last_stage_denoises(run: Run) -> None:
 def every_ranks_noise() -> list[Tensor]:
     decoder = FlowDecoder(width=4, target_width=3, hidden_width=4, condition_dropout=0.5)
     prepared = decoder.prepare({"target": torch.zeros(6, 3)}, "images/out")
-    return gathered(
-        torch.cat([prepared["noise"].flatten(), prepared["time"], prepared["drop"].float()])
-    )
+    return gathered(torch.cat([prepared["noise"].flatten(), prepared["time"], prepared["drop"].float()]))
 
 
 def gathered(mine: Tensor) -> list[Tensor]:

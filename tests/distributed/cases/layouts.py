@@ -26,12 +26,12 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
 from megatron_mimo import MimoModel, loss_terms, specs, total_loss
@@ -92,7 +92,6 @@ class Setting:
             layers = token_local_layers(4 // stages, None if self.experts is None else config)
             changes |= {"transformer_layer_spec": layers, "position_embedding_type": "none"}
         return tiny.language_spec(config, **changes)
-
 
     def images(self, run: Run | None) -> ModuleSpec:
         """Two encoders, each with a tensor-parallel projector, and a decoder."""

@@ -17,9 +17,7 @@ TENSOR = {"tensor_model_parallel_size": 2}
 
 
 def build(run: Run, modality_submodules=None, **changes) -> MimoModel:
-    config = tiny.language_config(
-        tensor_model_parallel_size=run.layout.tensor_model_parallel_size, **changes
-    )
+    config = tiny.language_config(tensor_model_parallel_size=run.layout.tensor_model_parallel_size, **changes)
     return MimoModel(tiny.mimo_config(tiny.language_spec(config)), modality_submodules)
 
 
@@ -68,9 +66,7 @@ def hidden_states_and_text_only_batches_are_those_of_the_bare_language_model(run
     ids = torch.randint(0, 60, (2, 8), generator=torch.Generator().manual_seed(2))
     ids[0, 3:6] = tiny.WRITE
     language = whole.language_model
-    hidden = language.decoder(
-        language.embedding(ids, None), None, rotary_pos_emb=language.rotary_pos_emb(8)
-    )
+    hidden = language.decoder(language.embedding(ids, None), None, rotary_pos_emb=language.rotary_pos_emb(8))
     expected = hidden.transpose(0, 1)[ids == tiny.WRITE]
     text = ids.masked_fill(ids == tiny.WRITE, 1)
     losses = language(text, torch.arange(8).expand(2, 8), None, labels=text)

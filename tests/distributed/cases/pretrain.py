@@ -53,7 +53,15 @@ Curves = dict[str, dict[int, float]]
 
 def run_recipe(where: Path, *arguments: str, steps: int = STEPS, recipe=any_to_any_small, train=pretrain) -> Curves:
     """Trains a recipe (by `train`) and gives what TensorBoard holds of it: tag -> step -> value. Empty but on the last rank."""
-    given = [*SIZES, *TRAINING, "--train-iters", str(steps), "--tensorboard-dir", str(where / "tensorboard"), *arguments]
+    given = [
+        *SIZES,
+        *TRAINING,
+        "--train-iters",
+        str(steps),
+        "--tensorboard-dir",
+        str(where / "tensorboard"),
+        *arguments,
+    ]
     with command_line(given):
         try:
             train(recipe)
@@ -114,7 +122,11 @@ def scalars(directory: Path) -> Curves:
 
 
 def losses(curves: Curves) -> Curves:
-    return {tag: values for tag, values in curves.items() if tag in ("loss", "text loss", "images/pixels loss", "tones/waves loss")}
+    return {
+        tag: values
+        for tag, values in curves.items()
+        if tag in ("loss", "text loss", "images/pixels loss", "tones/waves loss")
+    }
 
 
 def assert_close(found: Curves, expected: Curves, steps: range) -> None:
@@ -141,16 +153,34 @@ LAYOUTS = {
 
 
 REFUSED = {
-    "sequence length 63 is not divisible by 2": ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--seq-length", "63"],
+    "sequence length 63 is not divisible by 2": [
+        "--tensor-model-parallel-size",
+        "2",
+        "--sequence-parallel",
+        "--seq-length",
+        "63",
+    ],
     "context_parallel_size 2": ["--context-parallel-size", "2"],
-    "have no room there": ["--pipeline-model-parallel-size", "2", "--num-layers", "1", "--account-for-loss-in-pipeline-split"],
+    "have no room there": [
+        "--pipeline-model-parallel-size",
+        "2",
+        "--num-layers",
+        "1",
+        "--account-for-loss-in-pipeline-split",
+    ],
     "frozen: the model has no part 'vision'": ["--freeze", "vision"],
     "--lr-factor: 'decoders' is given 2 times": ["--lr-factor", "decoders=1", "decoders=2"],
-    "--decoupled-lr 0.0001 and --lr-factor language_model=0.5 both set":
-        ["--decoupled-lr", "1e-4", "--lr-factor", "language_model=0.5"],
+    "--decoupled-lr 0.0001 and --lr-factor language_model=0.5 both set": [
+        "--decoupled-lr",
+        "1e-4",
+        "--lr-factor",
+        "language_model=0.5",
+    ],
     "embedding_rows: 64 is outside the vocabulary": ["--train-embedding-rows", "64"],
-    "--modality-loss-weight: the model has no modality 'imagse', expected one of ['text', 'images', 'tones']":
-        ["--modality-loss-weight", "imagse=3"],
+    "--modality-loss-weight: the model has no modality 'imagse', expected one of ['text', 'images', 'tones']": [
+        "--modality-loss-weight",
+        "imagse=3",
+    ],
     "--data-path: the data is the recipe's": ["--data-path", "corpus", "--split", "1,0,0"],
     "--mtp-num-layers 1: multi-token prediction is not supported": ["--mtp-num-layers", "1"],
     "--dataloader-type cyclic: multimodal batches are nested": ["--dataloader-type", "cyclic"],
@@ -220,11 +250,17 @@ def vlm_clip_1b_takes_a_step_of_its_four_images_with_everything_but_its_sizes(ru
         "--train-embedding-rows", "3", "--compile-encoders", "images/encoders", "--device-peak-tflops", "0.001",
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vlm_clip_1b, "VISION", dict(num_layers=1, hidden_size=32, ffn_hidden_size=32, num_attention_heads=2))
+        patch.setattr(
+            vlm_clip_1b, "VISION", dict(num_layers=1, hidden_size=32, ffn_hidden_size=32, num_attention_heads=2)
+        )
         curves = run_recipe(shared_directory() / "vlm", *arguments, steps=1, recipe=vlm_clip_1b)
     if run.rank == run.world_size - 1:
         assert curves["text loss"][1] == pytest.approx(math.log(64), rel=0.1)
-        rates = {tag.removeprefix("throughput/"): values[1] for tag, values in curves.items() if tag.startswith("throughput/")}
+        rates = {
+            tag.removeprefix("throughput/"): values[1]
+            for tag, values in curves.items()
+            if tag.startswith("throughput/")
+        }
         assert rates["images tokens read/s"] == pytest.approx(vlm_clip_1b.IMAGE_ROWS * rates["images/clip items/s"])
         assert rates["tokens/s"] == pytest.approx(length * rates["samples/s"])
         assert rates["MFU"] == pytest.approx(rates["TFLOP/s"] / 0.002, rel=1e-5)

@@ -12,8 +12,8 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron_mimo.launch import Run
 from megatron_mimo.training import Trainer, TrainerSettings, TrainingControl
 from megatron_mimo.training.chunks import build_chunks, parameters_gathered
-from megatron_mimo.training.compiled import CompiledForward
-from megatron_mimo.training.flops import part_sizes
+from megatron_mimo.training.parts.compiled import CompiledForward
+from megatron_mimo.training.speed.flops import part_sizes
 from tests import tiny
 from tests.compiling import compiling, results, vision_transformer
 from tests.distributed.cases.layouts import token_local_layers
@@ -59,9 +59,7 @@ def four_samples(step: int, rank: int, size: int) -> list[dict]:
             loss_mask=(torch.rand(1, LENGTH, generator=draw) > 0.3).float(),
         )
         if read:
-            batch["modality_inputs"] = {
-                "images": {"patches": {"x": torch.randn(1, read, tiny.PIXELS, generator=draw)}}
-            }
+            batch["modality_inputs"] = {"images": {"patches": {"x": torch.randn(1, read, tiny.PIXELS, generator=draw)}}}
         if write:
             pixels = torch.randn(write, tiny.PIXELS, generator=draw)
             batch["modality_targets"] = {"images": {"pixels": {"pixels": pixels}}}
@@ -80,9 +78,7 @@ def trainer(
         model_config(run, calculate_per_token_loss=per_token, **changes),
         run,
         TrainerSettings(steps=steps, decay="constant", progress=False, directory=directory, save_every=save_every),
-        optimizer=OptimizerConfig(
-            lr=1e-2, adam_eps=1e-3, clip_grad=1.0, use_distributed_optimizer=distributed
-        ),
+        optimizer=OptimizerConfig(lr=1e-2, adam_eps=1e-3, clip_grad=1.0, use_distributed_optimizer=distributed),
         ddp=DistributedDataParallelConfig(
             use_distributed_optimizer=distributed,
             overlap_grad_reduce=distributed,
@@ -126,7 +122,9 @@ def trainer_gives_the_same_losses_on_every_layout(run: Run) -> None:
 @case(ranks=2, **TENSOR)
 @case(ranks=2, **PIPELINE)
 def a_resumed_run_equals_an_unbroken_one_exactly(run: Run) -> None:
-    directory = shared_directory() / f"resume-{run.layout.tensor_model_parallel_size}{run.layout.pipeline_model_parallel_size}"
+    directory = (
+        shared_directory() / f"resume-{run.layout.tensor_model_parallel_size}{run.layout.pipeline_model_parallel_size}"
+    )
     unbroken = trainer(run, directory, save_every=2)
     expected = losses(unbroken.train(four_samples))
     run = relayout(**{name: getattr(run.layout, name) for name in (*TENSOR, *PIPELINE)})
@@ -331,5 +329,8 @@ def middle_and_outer_stages_read_what_they_need_alone(run: Run) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(ours.models[0]), "forward", forward)
         ours.train_step(four_samples)
-    more = {0: {"placement", "modality_inputs", "modality_targets"}, 3: {"placement", "labels", "loss_mask", "modality_targets"}}
+    more = {
+        0: {"placement", "modality_inputs", "modality_targets"},
+        3: {"placement", "labels", "loss_mask", "modality_targets"},
+    }
     assert seen == {"input_ids"} | more.get(run.pipeline_rank, set())

@@ -24,20 +24,20 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_mimo.compat.cuda_on_cpu import disable_cpu_backend, enable_cpu_backend
 from megatron_mimo.config import MimoModelConfig
-from megatron_mimo.cpu import disable_cpu_backend, enable_cpu_backend
+from megatron_mimo.data.order import microbatches_of
+from megatron_mimo.data.step import Counts
 from megatron_mimo.draws import STATE, seed_draws
 from megatron_mimo.launch import exit_on_error, initialize
+from megatron_mimo.layout import check_layout
 from megatron_mimo.model import MimoModel
-from megatron_mimo.training.arguments import add_mimo_args, control_from_args, layout_from_args, once_each
-from megatron_mimo.training.batches import Counts
-from megatron_mimo.training.checkpoints import Trained, check_trained
-from megatron_mimo.training.control import TrainingControl
-from megatron_mimo.training.flops import PartSize, part_sizes
+from megatron_mimo.training.checkpoints.saving import Trained, check_trained
 from megatron_mimo.training.forward import ForwardStep
-from megatron_mimo.training.layouts import check_layout
-from megatron_mimo.training.sampling import microbatches_of
-from megatron_mimo.training.throughput import Throughput, log_to_megatron, peak_of_all
+from megatron_mimo.training.parts.control import TrainingControl
+from megatron_mimo.training.pretraining.arguments import add_mimo_args, control_from_args, layout_from_args, once_each
+from megatron_mimo.training.speed.flops import PartSize, part_sizes
+from megatron_mimo.training.speed.throughput import Throughput, log_to_megatron, peak_of_all
 
 # Of Megatron's own datasets.
 DATA_ARGUMENTS = (

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from megatron_mimo.training import counts as names
-from megatron_mimo.training.batches import Counts
-from megatron_mimo.training.flops import PartSize, stated_peak, step_flops
+from megatron_mimo.data.step import Counts
+from megatron_mimo.training.speed import counts as names
+from megatron_mimo.training.speed.flops import PartSize, stated_peak, step_flops
 
 Rates = dict[str, float]
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from megatron_mimo.assemble import frames_to_waveforms, patch_grid, patches_to_images
 from megatron_mimo.build import build, constructor_parameters
-from megatron_mimo.checkpoint import sharded_state_dict
 from megatron_mimo.decoders.base import Decoder
 from megatron_mimo.decoders.inputs import GenerationInput
 from megatron_mimo.idle import stand_in, with_idle
 from megatron_mimo.losses import LossTerm
-from megatron_mimo.widths import input_width, output_width
+from megatron_mimo.modality.fit import input_width, output_width
+from megatron_mimo.sharded_state import sharded_state_dict
 
 Inputs = Mapping[str, Mapping[str, Tensor]]
 
@@ -254,9 +254,7 @@ class ModalitySubmodules(ABC, nn.Module):
         feed = self.generation_input
         return feed if feed is not None and feed.reads(name) else None
 
-    def generation_rows(
-        self, given: Mapping[str, Tensor] | None, num_rows: int, like: Tensor
-    ) -> Tensor:
+    def generation_rows(self, given: Mapping[str, Tensor] | None, num_rows: int, like: Tensor) -> Tensor:
         """Rows `[num_rows, H]` that the language model sees at the generation tokens.
 
         Args:
@@ -285,9 +283,7 @@ class ModalitySubmodules(ABC, nn.Module):
             )
         return count
 
-    def loss(
-        self, hidden: Tensor, targets: Inputs, share: tuple[int, int] = (0, 1)
-    ) -> dict[str, LossTerm]:
+    def loss(self, hidden: Tensor, targets: Inputs, share: tuple[int, int] = (0, 1)) -> dict[str, LossTerm]:
         """Loss term of every decoder, on every rank the same names; zero over zero without targets.
 
         Args:
@@ -386,9 +382,7 @@ class ModalitySubmodules(ABC, nn.Module):
         if decoder is None and len(self.decoders) == 1:
             decoder = next(iter(self.decoders))
         if decoder not in self.decoders:
-            raise ValueError(
-                f"decoder {decoder!r} is not one of {sorted(self.decoders)}; name one of them"
-            )
+            raise ValueError(f"decoder {decoder!r} is not one of {sorted(self.decoders)}; name one of them")
         return decoder
 
     def assemble(self, samples: Tensor) -> Tensor:
@@ -416,8 +410,7 @@ class ModalitySubmodules(ABC, nn.Module):
         for name in names:
             if name not in self.decoders:
                 raise ValueError(
-                    f"{where} names decoder {name!r}, but the modality's decoders are "
-                    f"{sorted(self.decoders)}"
+                    f"{where} names decoder {name!r}, but the modality's decoders are {sorted(self.decoders)}"
                 )
 
     def span_of(self, decoder: str) -> int:
@@ -463,13 +456,9 @@ class ModalitySubmodules(ABC, nn.Module):
         """
         readers = self.input_projections or list(self.encoders.values())
         for index, module in enumerate(readers):
-            self._check_width(
-                modality, "input_projections", index, "output", output_width(module), hidden_size
-            )
+            self._check_width(modality, "input_projections", index, "output", output_width(module), hidden_size)
         for index, module in enumerate(self.output_projections):
-            self._check_width(
-                modality, "output_projections", index, "input", input_width(module), hidden_size
-            )
+            self._check_width(modality, "output_projections", index, "input", input_width(module), hidden_size)
         if not self.output_projections:
             for name, decoder in self.decoders.items():
                 if decoder.width != hidden_size:
@@ -496,14 +485,18 @@ class ModalitySubmodules(ABC, nn.Module):
         inputs = self._per_module(self.input_projections, self.encoders)
         for name, projection in inputs.items():
             _check_fit(
-                f"encoder {name!r}", output_width(self.encoders[name]),
-                "its input projection", input_width(projection),
+                f"encoder {name!r}",
+                output_width(self.encoders[name]),
+                "its input projection",
+                input_width(projection),
             )
         outputs = self._per_module(self.output_projections, self.decoders)
         for name, projection in outputs.items():
             _check_fit(
-                "the output projection", output_width(projection),
-                f"decoder {name!r}", self.decoders[name].width,
+                "the output projection",
+                output_width(projection),
+                f"decoder {name!r}",
+                self.decoders[name].width,
             )
         for key in ("input_projections", "output_projections"):
             for index, module in enumerate(getattr(self, key)):
@@ -521,9 +514,7 @@ class ModalitySubmodules(ABC, nn.Module):
             self.generation_input.check_rule(self.position_rule)
             name = _only(self.decoders, self.generation_input.decoder)
             if name is not None:
-                self.generation_input.check_agreement(
-                    vars(self.generation_input), name, vars(self.decoders[name])
-                )
+                self.generation_input.check_agreement(vars(self.generation_input), name, vars(self.decoders[name]))
 
     @property
     def encode_is_overridden(self) -> bool:
@@ -548,10 +539,7 @@ class ModalitySubmodules(ABC, nn.Module):
         accepted = self._accepted[encoder]
         if accepted is None:
             return dict(keywords)
-        return {
-            key if key in accepted else self.input_aliases.get(key, key): value
-            for key, value in keywords.items()
-        }
+        return {key if key in accepted else self.input_aliases.get(key, key): value for key, value in keywords.items()}
 
     def _run_encoder(self, name: str, keywords: Mapping[str, Tensor]) -> Tensor:
         """An encoder's rows; floating-point inputs are cast to what it computes in.
@@ -663,9 +651,7 @@ def _rows(encoder: str, output: object) -> Tensor:
             "or mapping whose first element is one"
         )
     if rows.dim() not in (2, 3):
-        raise ValueError(
-            f"encoder {encoder!r} returned shape {list(rows.shape)}; expected [B, s, h] or [n, h]"
-        )
+        raise ValueError(f"encoder {encoder!r} returned shape {list(rows.shape)}; expected [B, s, h] or [n, h]")
     return rows
 
 

@@ -28,8 +28,8 @@ from torch import nn
 
 from megatron_mimo.config import SUBMODULE_KEYS, MimoModelConfig
 from megatron_mimo.model import MimoModel
-from megatron_mimo.training.compiled import CompiledForward
-from megatron_mimo.training.graphed import GraphedForward
+from megatron_mimo.training.parts.compiled import CompiledForward
+from megatron_mimo.training.parts.graphed import GraphedForward
 
 LANGUAGE_MODEL = "language_model"
 
@@ -73,8 +73,7 @@ class TrainingControl:
                 parameter_prefixes(part, config, option)
                 if option in ("compiled", "graphed") and "encoders" not in part.split("/"):
                     raise ValueError(
-                        f"{option}: {part!r} is no encoder. Name encoders, such as 'encoders' or "
-                        "'images/encoders'."
+                        f"{option}: {part!r} is no encoder. Name encoders, such as 'encoders' or 'images/encoders'."
                     )
         for option in ("learning_rate", "weight_decay"):
             for part, factor in getattr(self, option).items():
@@ -84,7 +83,7 @@ class TrainingControl:
             _check_apart(option, getattr(self, option), config)
         vocabulary = config.language_model.params.get("vocab_size")
         for row in self.embedding_rows:
-            if row < 0 or vocabulary is not None and row >= vocabulary:
+            if row < 0 or (vocabulary is not None and row >= vocabulary):
                 raise ValueError(
                     f"embedding_rows: {row} is outside the vocabulary [0, {vocabulary}): it has no row. "
                     "Give ids inside it, or enlarge the language model's vocab_size."
@@ -146,9 +145,7 @@ class TrainingControl:
             return finalize_model_grads
         return partial(_finalize_with_rows, rows=frozenset(self.embedding_rows))
 
-    def overrides(
-        self, optimizer: OptimizerConfig, config: MimoModelConfig
-    ) -> dict[ParamKey, ParamGroupOverride]:
+    def overrides(self, optimizer: OptimizerConfig, config: MimoModelConfig) -> dict[ParamKey, ParamGroupOverride]:
         """Megatron's parameter-group overrides, its standard ones included.
 
         Args:
@@ -172,14 +169,10 @@ class TrainingControl:
             overrides[key] = {"wd_mult": float(factor)}
         if self.embedding_rows:
             # Adam's decoupled decay would shrink the rows that have no gradient.
-            overrides[_key("embedding_rows", lambda p, name: _is_embedding_weight(p, name))] = {
-                "wd_mult": 0.0
-            }
+            overrides[_key("embedding_rows", lambda p, name: _is_embedding_weight(p, name))] = {"wd_mult": 0.0}
         return overrides
 
-    def _key(
-        self, option: str, part: str, config: MimoModelConfig, excluded: tuple[ParamKey, ...] = ()
-    ) -> ParamKey:
+    def _key(self, option: str, part: str, config: MimoModelConfig, excluded: tuple[ParamKey, ...] = ()) -> ParamKey:
         prefixes = parameter_prefixes(part, config, option)
         rows = bool(self.embedding_rows) and option == "weight_decay"
 
@@ -283,9 +276,7 @@ def _is_embedding_weight(parameter: nn.Parameter, name: str) -> bool:
     if _unwrapped(name) == "language_model.embedding.word_embeddings.weight":
         return True
     # Megatron marks the copy of a tied embedding on the last pipeline stage.
-    return _unwrapped(name) == "language_model.output_layer.weight" and getattr(
-        parameter, "shared_embedding", False
-    )
+    return _unwrapped(name) == "language_model.output_layer.weight" and getattr(parameter, "shared_embedding", False)
 
 
 def _embedding_weights(model: MimoModel) -> Iterator[nn.Parameter]:

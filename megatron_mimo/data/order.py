@@ -28,9 +28,7 @@ class ShuffledMicrobatches(Sampler[list[int]]):
         [0, 1, 2, 3]
     """
 
-    def __init__(
-        self, length: int, *, start: int, micro_batch_size: int, rank: int, size: int, seed: int = 0
-    ) -> None:
+    def __init__(self, length: int, *, start: int, micro_batch_size: int, rank: int, size: int, seed: int = 0) -> None:
         if length < 1:
             raise ValueError("ShuffledMicrobatches: the dataset is empty; give one with samples")
         self._length, self._start, self._seed = length, start, seed
@@ -75,9 +73,7 @@ def microbatches_of(
         start, micro_batch_size, rank, size: see `ShuffledMicrobatches`.
         workers: processes that read ahead.
     """
-    order = ShuffledMicrobatches(
-        len(dataset), start=start, micro_batch_size=micro_batch_size, rank=rank, size=size
-    )
+    order = ShuffledMicrobatches(len(dataset), start=start, micro_batch_size=micro_batch_size, rank=rank, size=size)
     loader = DataLoader(
         dataset,
         batch_sampler=order,

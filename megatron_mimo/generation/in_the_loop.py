@@ -172,9 +172,7 @@ class _Writer:
     token: int
 
     @classmethod
-    def of(
-        cls, model: nn.Module, input_ids: Tensor, modality: str, decoder: str | None, inputs: Mapping
-    ) -> _Writer:
+    def of(cls, model: nn.Module, input_ids: Tensor, modality: str, decoder: str | None, inputs: Mapping) -> _Writer:
         mimo = unwrap_model(model)
         if not (mimo.pre_process and mimo.post_process):
             raise ValueError(

@@ -13,12 +13,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from megatron_mimo.data.step import Batch
+from megatron_mimo.layout import check_layout
 from megatron_mimo.model import MimoModel
-from megatron_mimo.training.arguments import control_from_args, layout_from_args
-from megatron_mimo.training.batches import Batch
 from megatron_mimo.training.forward import ForwardStep
-from megatron_mimo.training.layouts import check_layout
-from megatron_mimo.training.pretraining import (
+from megatron_mimo.training.pretraining.arguments import control_from_args, layout_from_args
+from megatron_mimo.training.pretraining.loop import (
     ModelConfig,
     PartOverrides,
     build_stage,
@@ -73,8 +73,9 @@ def forward_step(data_iterator: Iterator[Batch] | None, model: nn.Module):
     global _running
     args = get_args()
     if _running is None or _running[0] is not args:
-        _running = args, ForwardStep(
-            microbatches=get_num_microbatches, step=lambda: args.curr_iteration, seed=args.seed
+        _running = (
+            args,
+            ForwardStep(microbatches=get_num_microbatches, step=lambda: args.curr_iteration, seed=args.seed),
         )
     return _running[1](data_iterator, model)
 

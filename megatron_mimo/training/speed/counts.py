@@ -13,8 +13,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_mimo.batch import default_loss_mask
+from megatron_mimo.data.step import Batch, Counts
 from megatron_mimo.model import MimoModel
-from megatron_mimo.training.batches import Batch, Counts
 
 TOKENS = "tokens"  # positions that the language loss looks at
 POSITIONS = "positions"
@@ -92,14 +92,8 @@ def _sequences(ids: Tensor, packed: PackedSeqParams | None) -> int:
 def _traffic(ids: Tensor, inputs: Mapping[str, Mapping], model: MimoModel) -> Counts:
     """Rows that each modality reads and writes, and items through each encoder."""
     config = model.mimo_config
-    counts = {
-        rows_read(name): float((ids == token).sum())
-        for name, token in config.special_token_ids.items()
-    }
-    counts |= {
-        rows_written(name): float((ids == token).sum())
-        for name, token in config.generation_token_ids.items()
-    }
+    counts = {rows_read(name): float((ids == token).sum()) for name, token in config.special_token_ids.items()}
+    counts |= {rows_written(name): float((ids == token).sum()) for name, token in config.generation_token_ids.items()}
     for modality in config.modality_submodules:
         given = inputs.get(modality) or {}
         for encoder in config.submodule_specs(modality).get("encoders") or {}:

@@ -27,7 +27,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.launch import Run
 from megatron_mimo.model import MimoModel
-from megatron_mimo.training.control import TrainingControl
+from megatron_mimo.training.parts.control import TrainingControl
 
 logger = logging.getLogger(__name__)
 
@@ -149,9 +149,7 @@ def load(
         check_trained(path, Trained(**common["trained"]), trained, _WEIGHTS_ONLY)
     same_layout = common["layout"] == vars(run.layout)
     updated = common["updated"]
-    wanted = _state(
-        chunks, optimizer if updated else None, run, loading=True, random=same_layout
-    )
+    wanted = _state(chunks, optimizer if updated else None, run, loading=True, random=same_layout)
     state = dist_checkpointing.load(wanted, str(path))
     for index, chunk in enumerate(chunks):
         chunk.load_state_dict(state[f"model{index}"])
@@ -234,17 +232,12 @@ def _state(
 ) -> dict:
     """What is saved or wanted, as sharded tensors and objects."""
     metadata = _metadata(run)
-    state: dict = {
-        f"model{index}": chunk.sharded_state_dict(metadata=metadata)
-        for index, chunk in enumerate(chunks)
-    }
+    state: dict = {f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)}
     if optimizer is not None:
         for each in getattr(optimizer, "chained_optimizers", [optimizer]):
             if each.init_state_fn is None:
                 each.init_state_fn = _momentum_of_nothing
-        state["optimizer"] = optimizer.sharded_state_dict(
-            dict(state), is_loading=loading, metadata=metadata
-        )
+        state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=metadata)
     if random:
         state["random"] = ShardedObject("random", _random_state(), (run.world_size,), (run.rank,))
     return state

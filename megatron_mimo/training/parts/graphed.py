@@ -30,7 +30,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from megatron_mimo.idle import gather_parameters
-from megatron_mimo.training.compiled import CompiledForward
+from megatron_mimo.training.parts.compiled import CompiledForward
 
 logger = logging.getLogger(__name__)
 
@@ -151,9 +151,7 @@ class _Call(nn.Module):
 class _Capture:
     """Graphs of one shape and the memory that they work on."""
 
-    def __init__(
-        self, key: tuple, call: _Call, inputs: Sequence[Tensor], parameters: tuple[nn.Parameter, ...]
-    ) -> None:
+    def __init__(self, key: tuple, call: _Call, inputs: Sequence[Tensor], parameters: tuple[nn.Parameter, ...]) -> None:
         self.key, self.busy = key, False
         # The parameters' memory under other names: autograd hangs a node on each leaf that remembers
         # the stream of its first use, and one of an earlier, ordinary pass would break the capture.
@@ -179,9 +177,7 @@ class _Capture:
             if self._trained:
                 self._gradient = torch.empty_like(output)
                 with torch.cuda.graph(self._backward, pool, capture_error_mode="thread_local"):
-                    self._gradients = torch.autograd.grad(
-                        output, self._trained, self._gradient, allow_unused=True
-                    )
+                    self._gradients = torch.autograd.grad(output, self._trained, self._gradient, allow_unused=True)
 
     def replay(self, inputs: Sequence[Tensor]) -> Tensor:
         """The output for `inputs`, in memory that the next replay writes over."""
@@ -209,9 +205,7 @@ class _Capture:
                 output = forward(tuple(self._inputs))
                 kept = torch.cuda.memory_allocated() - before
                 if self._trained:
-                    torch.autograd.grad(
-                        output, self._trained, torch.zeros_like(output), allow_unused=True
-                    )
+                    torch.autograd.grad(output, self._trained, torch.zeros_like(output), allow_unused=True)
         torch.cuda.synchronize()
         # What cuBLAS works with on that stream, which nothing runs on any more.
         torch._C._cuda_clearCublasWorkspaces()
@@ -258,8 +252,7 @@ def _check(encoder: nn.Module) -> None:
     name = type(encoder).__name__
     if not torch.cuda.is_available():
         raise ValueError(
-            f"{name}: CUDA graphs need a GPU, found none. Leave the encoder out of `graphed` "
-            "(--graph-encoders)."
+            f"{name}: CUDA graphs need a GPU, found none. Leave the encoder out of `graphed` (--graph-encoders)."
         )
     for module in encoder.modules():
         if any(kind.__module__.startswith("transformer_engine") for kind in type(module).__mro__):

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_mimo.training.transfer import Layout, pack, unpack
+from megatron_mimo.data.transfer import Layout, pack, unpack
 
 Batch = Mapping[str, object]
 Counts = dict[str, float]
@@ -134,9 +134,7 @@ def _next_batch(iterator: Iterator[Batch] | None, index: int, microbatches: int)
         ) from None
 
 
-def _sum_over(
-    counts: list[Counts], group: dist.ProcessGroup | None, device: torch.device
-) -> Counts:
+def _sum_over(counts: list[Counts], group: dist.ProcessGroup | None, device: torch.device) -> Counts:
     """Each name's sum over microbatches and `group`. float64: counts of tokens pass 2 ** 24."""
     names = list(counts[0])
     summed = [sum(each[name] for each in counts) for name in names]

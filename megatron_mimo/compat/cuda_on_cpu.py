@@ -428,7 +428,7 @@ def enable_cpu_backend(force: bool = False) -> None:
         RuntimeError: a GPU is available and `force` is false.
 
     Example:
-        >>> from megatron_mimo.cpu import disable_cpu_backend, enable_cpu_backend
+        >>> from megatron_mimo.compat.cuda_on_cpu import disable_cpu_backend, enable_cpu_backend
         >>> enable_cpu_backend(force=True)
         >>> torch.zeros(2, device="cuda").device
         device(type='cpu')

@@ -74,8 +74,7 @@ def _check_sizes(layout: Layout, language: TransformerConfig) -> None:
         ours, theirs = getattr(layout, name), getattr(language, name)
         if ours != theirs:
             raise ValueError(
-                f"{name}: the run has {ours}, the language model's TransformerConfig {theirs}. Give both "
-                "the same."
+                f"{name}: the run has {ours}, the language model's TransformerConfig {theirs}. Give both the same."
             )
 
 

@@ -6,13 +6,13 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 
 from megatron_mimo.launch import Layout
-from megatron_mimo.training.control import LANGUAGE_MODEL, TrainingControl
+from megatron_mimo.training.parts.control import LANGUAGE_MODEL, TrainingControl
 
 
 def add_mimo_args(parser: ArgumentParser) -> ArgumentParser:
     """`parser` with the arguments of multimodal training; `extra_args_provider` of Megatron's parser.
 
-    Parts are named as in `megatron_mimo.training.control`: `language_model`, `encoders`,
+    Parts are named as in `megatron_mimo.training.parts.control`: `language_model`, `encoders`,
     `images/encoders`, `images/decoders/pixels`, ...
 
     Example:

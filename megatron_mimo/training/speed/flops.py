@@ -25,10 +25,10 @@ from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import nn
 
+from megatron_mimo.data.step import Counts
 from megatron_mimo.decoders.rectified_flow import RectifiedFlowDecoder
 from megatron_mimo.model import MimoModel
-from megatron_mimo.training import counts as names
-from megatron_mimo.training.batches import Counts
+from megatron_mimo.training.speed import counts as names
 
 LANGUAGE = "language_model"
 
@@ -95,9 +95,7 @@ def part_sizes(chunks: Sequence[MimoModel]) -> dict[str, PartSize]:
         return parts
     # Before training a model may still lie on the host; its groups' collectives run where it will be.
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    packed = torch.tensor(
-        [list(vars(part).values()) for part in parts.values()], dtype=torch.float64, device=device
-    )
+    packed = torch.tensor([list(vars(part).values()) for part in parts.values()], dtype=torch.float64, device=device)
     dist.all_reduce(packed, group=group)
     return {name: PartSize(*values) for name, values in zip(parts, packed.tolist())}
 
@@ -107,7 +105,7 @@ def step_flops(sizes: Mapping[str, PartSize], counts: Counts, *, training: bool 
 
     Args:
         sizes: from `part_sizes`.
-        counts: of the step, from `megatron_mimo.training.counts`.
+        counts: of the step, from `megatron_mimo.training.speed.counts`.
         training: count the backward pass too.
 
     Example:

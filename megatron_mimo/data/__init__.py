@@ -1,0 +1,1 @@
+"""Batches on the host: their order, their way to the ranks."""

@@ -1,0 +1,1 @@
+"""Sampling with the language model in the loop."""

@@ -1,0 +1,1 @@
+"""One modality's modules: reading, writing, and how they are built."""

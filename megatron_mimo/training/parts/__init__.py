@@ -1,0 +1,1 @@
+"""Which parts train, and how their forward passes run."""

@@ -1,0 +1,1 @@
+"""Megatron's own pretrain loop around a MimoModel."""
