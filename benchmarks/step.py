@@ -331,9 +331,11 @@ def main() -> None:
         "both": lambda: GraphedForward(encoder, compiled=True),
     }
     variants = [Variant("upstream", partial(loss_of_theirs, theirs, device_batch), forwards["ours"])]
-    for name in options.variants:
-        if on_gpu or name not in ON_GPU:
-            variants.append(Variant(name, partial(loss_of_ours, ours, placed), forwards[name]))
+    variants += [
+        Variant(name, partial(loss_of_ours, ours, placed), forwards[name])
+        for name in options.variants
+        if on_gpu or name not in ON_GPU
+    ]
     steps = Steps(ours, encoder, on_gpu)
     results = measure(variants, steps, Marks(ours, "images", "clip"), options.rounds, options.warmup, on_gpu)
 

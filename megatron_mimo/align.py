@@ -16,6 +16,7 @@ Modality rows are the same on every tensor-parallel rank and are placed after th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -399,4 +400,4 @@ def _reduced_columns(out_LBH: Tensor, weight_VH: Tensor, columns: slice, plan: t
 def _slices(width: int, count: int) -> list[slice]:
     """`width` cut in at most `count` slices that differ by at most one."""
     edges = [width * i // count for i in range(count + 1)]
-    return [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True) if b > a]
+    return [slice(a, b) for a, b in pairwise(edges) if b > a]

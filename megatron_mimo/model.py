@@ -612,9 +612,8 @@ class MimoModel(MegatronModule):
             if count is not None:
                 placement.check_generation(modality, count)
                 known = count
-        elif self.training:
-            if submodule.decoders and not reads:
-                placement.check_generation(modality, 0)
+        elif self.training and submodule.decoders and not reads:
+            placement.check_generation(modality, 0)
         if known is None and not self.training:
             known = int(placement.generation_total(modality))  # inference waits for the device here
         if known is not None and not reads and submodule.rows_shown_together > 1:

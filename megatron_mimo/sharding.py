@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -210,7 +211,7 @@ def _check_boundaries(cu_seqlens: Tensor, sequence_length: int, chunks: int) -> 
                 f"cu_seqlens runs from {bounds[0]} to {bounds[-1]}: expected 0 to the sequence length "
                 f"{sequence_length}. Pass the padded boundaries (cu_seqlens_q_padded)."
             )
-        for i, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        for i, (start, stop) in enumerate(pairwise(bounds)):
             if stop < start or (stop - start) % chunks:
                 raise ValueError(
                     f"packed sequence {i} runs from {start} to {stop}: its length {stop - start} should be a "

@@ -99,7 +99,7 @@ class PackedAttention(nn.Module):
     def forward(
         self, query, key, value, attention_mask=None, attn_mask_type=None, attention_bias=None, packed_seq_params=None
     ) -> Tensor:
-        """`[S, B, heads, d]`, or packed `[S, heads, d]`, rank-local heads, to `[S, B, heads * d]` or `[S, heads, d]`."""
+        """Rank-local `[S, B, heads, d]`, or packed `[S, heads, d]`, to `[S, B, heads * d]` or `[S, heads, d]`."""
         length = query.shape[0]
         sees = torch.ones(length, length).tril().bool()
         if packed_seq_params is None:

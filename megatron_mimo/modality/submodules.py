@@ -567,7 +567,7 @@ class VisionModalitySubmodules(ModalitySubmodules):
             come back as `[n, channels, height, width]`. Samples that are images pass unchanged.
     """
 
-    input_aliases = {"pixel_values": "x", "images": "x"}
+    input_aliases: ClassVar[Mapping[str, str]] = {"pixel_values": "x", "images": "x"}
 
     def __init__(self, *args, image_shape: tuple[int, int, int] | None = None, **named) -> None:
         super().__init__(*args, **named)
@@ -596,7 +596,7 @@ class AudioModalitySubmodules(ModalitySubmodules):
             back as `[n, frames_per_clip * D]`. Other samples pass unchanged.
     """
 
-    input_aliases = {"input_features": "x", "waveforms": "x"}
+    input_aliases: ClassVar[Mapping[str, str]] = {"input_features": "x", "waveforms": "x"}
 
     def __init__(self, *args, frames_per_clip: int | None = None, **named) -> None:
         super().__init__(*args, **named)

@@ -335,12 +335,12 @@ class Trainer:
         if not shapes:
             raise ValueError("a step has no microbatch: the data must give at least one for every step")
         config = self.models[0].config
-        if self.run.layout.pipeline_model_parallel_size > 1 and not config.variable_seq_lengths:
-            if len(set(shapes)) > 1:
-                raise ValueError(
-                    f"microbatches of shapes {sorted(set(shapes))}: pipeline stages exchange hidden "
-                    "states of one shape. Pad them alike, or set TransformerConfig.variable_seq_lengths."
-                )
+        one_shape = self.run.layout.pipeline_model_parallel_size > 1 and not config.variable_seq_lengths
+        if one_shape and len(set(shapes)) > 1:
+            raise ValueError(
+                f"microbatches of shapes {sorted(set(shapes))}: pipeline stages exchange hidden "
+                "states of one shape. Pad them alike, or set TransformerConfig.variable_seq_lengths."
+            )
         for _, length in set(shapes):
             check_sequence_length(length, self.run.layout, config)
 

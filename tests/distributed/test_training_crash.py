@@ -56,7 +56,8 @@ class Recipe:
             raises(1)
         return any_to_any_small.collate(samples)
 
-sys.argv[1:] = [*SIZES, *TRAINING, "--train-iters", "3", "--global-batch-size", "2", "--distributed-timeout-minutes", "10"]
+sys.argv[1:] = [*SIZES, *TRAINING, "--train-iters", "3", "--global-batch-size", "2"]
+sys.argv += ["--distributed-timeout-minutes", "10"]
 pretrain(Recipe())
 print("trained to the end")
 """

@@ -20,7 +20,7 @@ LONGEST = max(LENGTHS)
 
 
 def samples() -> list[dict]:
-    """Three batches of one: the first reads and writes images, the second hears and writes, the third has text alone."""
+    """Three batches of one: the first reads and writes images, the second hears and writes, the third is text."""
     draw = torch.Generator().manual_seed(3)
 
     def normal(*shape: int) -> Tensor:

@@ -40,7 +40,7 @@ def test_every_public_name_has_its_home():
         assert getattr(megatron_mimo, name).__module__.startswith("megatron_mimo.")
     assert set(megatron_mimo.__all__) <= set(dir(megatron_mimo))
     with pytest.raises(AttributeError, match="no attribute 'Mimo'"):
-        megatron_mimo.Mimo
+        _ = megatron_mimo.Mimo
 
 
 def test_readme_example(single_process):

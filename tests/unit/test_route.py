@@ -27,7 +27,7 @@ def test_no_rows():
 def test_rows_of_other_ranks_have_no_gradient_here():
     shard = sequence_shard(8, cp_rank=0, cp_size=2)  # positions 0, 1, 6, 7
     hidden = torch.randn(4, 1, 2, requires_grad=True)
-    index, owned = shard.local_index(torch.tensor([0, 3, 7]), 1)
+    _, owned = shard.local_index(torch.tensor([0, 3, 7]), 1)
     assert owned.tolist() == [True, False, True]
     route(hidden, torch.tensor([0, 3, 7]), shard).sum().backward()
     assert hidden.grad[:, 0, 0].tolist() == [1, 0, 0, 1]

@@ -182,7 +182,8 @@ def test_rates_are_sums_over_the_steps_since_the_last_report_divided_by_their_se
     language, encoder = 6 * 100 * 350 / 3.5, 2 * 10 * 140 / 3.5
     assert found == pytest.approx({
         "tokens/s": 100.0, "samples/s": 10.0, "images tokens read/s": 40.0, "tones tokens written/s": 8.0,
-        "images/vit items/s": 4.0, "language_model TFLOP/s": language / 1e12, "images/encoders/vit TFLOP/s": encoder / 1e12,
+        "images/vit items/s": 4.0, "language_model TFLOP/s": language / 1e12,
+        "images/encoders/vit TFLOP/s": encoder / 1e12,
         "TFLOP/s": (language + encoder) / 1e12, "MFU": (language + encoder) / 1e6,
     })  # fmt: skip
 

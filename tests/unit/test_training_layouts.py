@@ -88,7 +88,8 @@ def test_sequence_lengths_that_cannot_be_shared_out_are_refused(layout, config, 
     from tests.distributed.cases.layouts import token_local_layers
 
     language = dict(transformer_layer_spec=token_local_layers(2), position_embedding_type="none")
-    message = f"sequence length {length} is not divisible by {parts}.*context_parallel_size.*tensor_model_parallel_size.*seq_length"
+    sizes = "context_parallel_size.*tensor_model_parallel_size.*seq_length"
+    message = f"sequence length {length} is not divisible by {parts}.*{sizes}"
     refused(message, layout, length, language=language, **config)
     refused("", layout, 4 * parts, language=language, **config)
 

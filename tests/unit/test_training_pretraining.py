@@ -100,8 +100,9 @@ def write_checkpoint(directory: Path, args: Namespace | None) -> None:
 def loading(directory: Path | None, **changes) -> Namespace:
     """Megatron's arguments that say what is loaded."""
     said = dict(
-        load=directory and str(directory), finetune=False, no_load_optim=None, pretrained_checkpoint=None, ckpt_step=None,
-        non_persistent_ckpt_type=None, non_persistent_global_ckpt_dir=None, exit_on_missing_checkpoint=False,
+        load=directory and str(directory), finetune=False, no_load_optim=None, pretrained_checkpoint=None,
+        ckpt_step=None, non_persistent_ckpt_type=None, non_persistent_global_ckpt_dir=None,
+        exit_on_missing_checkpoint=False,
     )  # fmt: skip
     return Namespace(**said | changes)
 

@@ -42,17 +42,21 @@ SIZES = [
     "--no-rope-fusion", "--micro-batch-size", "1", "--global-batch-size", "4",
 ]  # fmt: skip
 TRAINING = [
-    "--lr", "1e-3", "--min-lr", "1e-4", "--lr-decay-style", "cosine", "--lr-decay-iters", str(STEPS), "--lr-warmup-iters", "1",
+    "--lr", "1e-3", "--min-lr", "1e-4", "--lr-decay-style", "cosine", "--lr-decay-iters", str(STEPS),
+    "--lr-warmup-iters", "1",
     # Adam's epsilon far above rounding: with 1e-8 its first step is the gradient's sign.
-    "--adam-eps", "1e-3", "--weight-decay", "0.01", "--log-interval", "1", "--eval-iters", "0", "--eval-interval", "100",
-    "--num-workers", "0", "--ckpt-format", "torch_dist", "--distributed-timeout-minutes", "1",
+    "--adam-eps", "1e-3", "--weight-decay", "0.01", "--log-interval", "1", "--eval-iters", "0",
+    "--eval-interval", "100", "--num-workers", "0", "--ckpt-format", "torch_dist", "--distributed-timeout-minutes", "1",
 ]  # fmt: skip
 
 Curves = dict[str, dict[int, float]]
 
 
 def run_recipe(where: Path, *arguments: str, steps: int = STEPS, recipe=any_to_any_small, train=pretrain) -> Curves:
-    """Trains a recipe (by `train`) and gives what TensorBoard holds of it: tag -> step -> value. Empty but on the last rank."""
+    """Trains a recipe (by `train`) and gives what TensorBoard holds of it: tag -> step -> value.
+
+    Empty but on the last rank.
+    """
     given = [
         *SIZES,
         *TRAINING,
@@ -244,10 +248,11 @@ def vlm_clip_1b_takes_a_step_of_its_four_images_with_everything_but_its_sizes(ru
     shutdown()
     length = 4 * (vlm_clip_1b.IMAGE_ROWS + 1)
     arguments = [
-        "--seq-length", str(length), "--max-position-embeddings", str(length), "--num-layers", "1", "--global-batch-size", "2",
-        "--swiglu", "--normalization", "RMSNorm", "--disable-bias-linear", "--use-distributed-optimizer", "--bf16",
-        "--calculate-per-token-loss", "--freeze", "images/encoders", "--lr-factor", "input_projections=10",
-        "--train-embedding-rows", "3", "--compile-encoders", "images/encoders", "--device-peak-tflops", "0.001",
+        "--seq-length", str(length), "--max-position-embeddings", str(length), "--num-layers", "1",
+        "--global-batch-size", "2", "--swiglu", "--normalization", "RMSNorm", "--disable-bias-linear",
+        "--use-distributed-optimizer", "--bf16", "--calculate-per-token-loss", "--freeze", "images/encoders",
+        "--lr-factor", "input_projections=10", "--train-embedding-rows", "3",
+        "--compile-encoders", "images/encoders", "--device-peak-tflops", "0.001",
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -318,8 +323,8 @@ def script_of_ones_own(recipe) -> None:
 def a_script_of_ones_own_trains_like_our_pretrain_and_follows_the_same_arguments(run: Run) -> None:
     where = shared_directory() / "pretrain-script"
     arguments = [
-        "--lr-factor", "language_model=0.1", "decoders=10", "--weight-decay-factor", "decoders=0", "--freeze", "images/encoders",
-        "--modality-loss-weight", "images=3", "--tensor-model-parallel-size", "2",
+        "--lr-factor", "language_model=0.1", "decoders=10", "--weight-decay-factor", "decoders=0",
+        "--freeze", "images/encoders", "--modality-loss-weight", "images=3", "--tensor-model-parallel-size", "2",
     ]  # fmt: skip
     shutdown()
     ours = run_recipe(where / "ours", *arguments)

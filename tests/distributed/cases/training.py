@@ -2,6 +2,7 @@
 
 import os
 import signal
+from itertools import pairwise
 
 import pytest
 import torch
@@ -261,7 +262,7 @@ def the_batch_of_a_step_is_read_once_and_sent_in_one_broadcast_a_microbatch(run:
             ours.train_step(read)
             numbers.append(len(sent))
     # One more for each microbatch more; beside them a step's shapes, counts and layouts.
-    assert [b - a for a, b in zip(numbers, numbers[1:])] == [1, 1]
+    assert [b - a for a, b in pairwise(numbers)] == [1, 1]
     assert reads == ([0, 1, 2, 3] if run.tensor_rank == 0 else [])
 
 
@@ -282,11 +283,11 @@ def operations_are_counted_alike_on_every_layout(run: Run) -> None:
 def assert_equals(first: Trainer, layouts: tuple, build) -> None:
     """The losses of `first` and of what `build(run)` gives on each layout, from the same weights."""
     start = first.save()
-    expected = losses(first.train(four_samples)) + [first.evaluate(four_samples)]
+    expected = [*losses(first.train(four_samples)), first.evaluate(four_samples)]
     for layout in layouts:
         other = build(relayout(**layout))
         other.load(start)
-        assert_close(losses(other.train(four_samples)) + [other.evaluate(four_samples)], expected)
+        assert_close([*losses(other.train(four_samples)), other.evaluate(four_samples)], expected)
 
 
 @case(ranks=2, timeout_s=120)
