@@ -32,6 +32,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,19 +106,33 @@ def shared_directory() -> Path:
     return Path(os.environ["MIMO_CASES_DIRECTORY"])
 
 
-def run_cases(cases: Sequence[Case]) -> dict[str, str | None]:
-    """Runs `cases`, all of one world size, and gives for each id None or the report of its failure."""
-    reports: dict[str, str | None] = {}
+@dataclass(frozen=True)
+class Outcome:
+    """How one case went.
+
+    Args:
+        report: what the ranks say of its failure, None where it passed.
+        seconds: how long its slowest rank took; the first case of a job bears the start of the ranks.
+    """
+
+    report: str | None
+    seconds: float
+
+
+def run_cases(cases: Sequence[Case]) -> dict[str, Outcome]:
+    """Runs `cases`, all of one world size, and gives the outcome of each by id."""
+    outcomes: dict[str, Outcome] = {}
     pending = list(cases)
     while pending:
         reached = _run_job(pending)
-        reports |= reached
+        outcomes |= reached
         pending = [case for case in pending if case.id not in reached]
-    return reports
+    return outcomes
 
 
-def _run_job(cases: Sequence[Case]) -> dict[str, str | None]:
-    """Starts one torchrun and gives the reports of the cases that it got to, the first at least."""
+def _run_job(cases: Sequence[Case]) -> dict[str, Outcome]:
+    """Starts one torchrun and gives the outcomes of the cases that it got to, the first at least."""
+    began = time.perf_counter()
     ranks = cases[0].ranks
     with tempfile.TemporaryDirectory(prefix="mimo-cases-") as directory:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
@@ -134,26 +149,39 @@ def _run_job(cases: Sequence[Case]) -> dict[str, str | None]:
                 job.wait()
             output.seek(0)
             printed = output.read()
-        outcomes = [_outcomes(Path(directory), rank) for rank in range(ranks)]
-
-    reports: dict[str, str | None] = {}
+        of_ranks = [_lines(Path(directory), rank) for rank in range(ranks)]
+    start = time.perf_counter() - began - sum(_slowest(of_ranks, case) for case in cases)
+    outcomes: dict[str, Outcome] = {}
     for case in cases:
-        of_ranks = [outcome.get(case.id) for outcome in outcomes]
-        if all(text == "" for text in of_ranks):
-            reports[case.id] = None
-            continue
-        told = [f"rank {rank} of {ranks}:\n{text}" for rank, text in enumerate(of_ranks) if text]
-        silent = [rank for rank, text in enumerate(of_ranks) if text is None]
-        if not told:
-            told = [f"the job died; last output:\n{printed[-6000:]}"]
-        reports[case.id] = "\n".join([*told, f"ranks that did not finish: {silent}"])
-        break
-    return reports
+        report = _report([of_rank.get(case.id) for of_rank in of_ranks], printed)
+        outcomes[case.id] = Outcome(report, _slowest(of_ranks, case) + (0.0 if outcomes else start))
+        if report is not None:
+            break
+    return outcomes
 
 
-def _outcomes(directory: Path, rank: int) -> dict[str, str]:
-    """What `rank` wrote: for each case that it finished, an empty string or a traceback."""
+#: What a rank wrote of a case: a traceback or an empty string, and how many seconds the case took.
+Line = tuple[str, float]
+
+
+def _report(of_ranks: Sequence[Line | None], printed: str) -> str | None:
+    """What the ranks say of a case, None where all of them passed it."""
+    if all(line is not None and line[0] == "" for line in of_ranks):
+        return None
+    told = [f"rank {rank} of {len(of_ranks)}:\n{line[0]}" for rank, line in enumerate(of_ranks) if line and line[0]]
+    silent = [rank for rank, line in enumerate(of_ranks) if line is None]
+    if not told:
+        told = [f"the job died; last output:\n{printed[-6000:]}"]
+    return "\n".join([*told, f"ranks that did not finish: {silent}"])
+
+
+def _slowest(of_ranks: Sequence[dict[str, Line]], case: Case) -> float:
+    return max(of_rank.get(case.id, ("", 0.0))[1] for of_rank in of_ranks)
+
+
+def _lines(directory: Path, rank: int) -> dict[str, Line]:
+    """What `rank` wrote, by case."""
     path = directory / f"rank{rank}.jsonl"
     if not path.exists():
         return {}
-    return dict(json.loads(line) for line in path.read_text().splitlines())
+    return {id: (report, seconds) for id, report, seconds in map(json.loads, path.read_text().splitlines())}
