@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-_DDP = "megatron.core.distributed.distributed_data_parallel"
+from megatron_mimo.compat.megatron import gather_hooks, without_gather_hooks
 
 
 def stand_in(modules: Iterable[nn.Module], like: Tensor | None = None) -> Tensor:
@@ -73,32 +73,15 @@ def gather_parameters(parts: Iterable[nn.Module]) -> None:
     DDP hangs that on each part's forward pass (`overlap_param_gather`); call it where the parts do not run.
     """
     for part in parts:
-        for hook in part._forward_pre_hooks.values():
-            if hook.__module__ == _DDP:
-                hook(part, ())
+        for hook in gather_hooks(part):
+            hook(part, ())
 
 
 @contextmanager
 def without_gathering(parts: Iterable[nn.Module]) -> Iterator[None]:
     """Within it, forward passes of a module's parts ask nothing of DDP; `gather_parameters` has asked before."""
-    taken = []
-    for part in parts:
-        hooks = part._forward_pre_hooks
-        others = {key: hook for key, hook in hooks.items() if hook.__module__ != _DDP}
-        if len(others) < len(hooks):
-            taken.append((hooks, dict(hooks)))
-            _set(hooks, others)
-    try:
+    with without_gather_hooks(tuple(parts)):
         yield
-    finally:
-        for hooks, before in taken:
-            _set(hooks, before)
-
-
-def _set(hooks: dict, content: dict) -> None:
-    """In place: handles of hooks refer to the dict."""
-    hooks.clear()
-    hooks.update(content)
 
 
 class _ZeroGradient(torch.autograd.Function):

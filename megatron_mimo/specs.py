@@ -18,9 +18,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_mimo.compat.megatron import norms_chosen_at_import
 
 __all__ = [
     "Backend",
@@ -291,7 +292,7 @@ def clip_vit_spec(
 
 def _with_norm(node: Any, chosen: type) -> Any:
     """`node`, a tree of specs, with `chosen` wherever Megatron put the norm that it found at import."""
-    if node in (WrappedTorchNorm, vit_layer_specs.LNImpl):
+    if node in norms_chosen_at_import():
         return chosen
     if isinstance(node, list):
         return [_with_norm(item, chosen) for item in node]

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "megatron_mimo"
 
 # A room imports only rooms above it in this list.
 ROOMS = [
+    "compat",
     "config",
     "losses",
     "deferred",
@@ -22,7 +23,6 @@ ROOMS = [
     "idle",
     "assemble",
     "batch",
-    "compat",
     "specs",
     "build",
     "sharded_state",

@@ -6,6 +6,7 @@ from megatron.core.tensor_parallel import random as tracking
 from torch import nn
 
 from megatron_mimo import specs
+from megatron_mimo.compat.megatron import tracker_without_forks
 from megatron_mimo.training.parts import graphed
 from megatron_mimo.training.parts.graphed import GraphedForward
 from tests import tiny
@@ -87,7 +88,7 @@ def test_within_a_capture_layers_switch_no_random_number_generator(single_proces
     monkeypatch.setattr(
         tracking, "_set_cuda_rng_state", lambda *args, **options: switches.append(switch(*args, **options))
     )
-    with graphed._no_forks():
+    with tracker_without_forks():
         encoder(x=images)
     assert not switches
     encoder(x=images)

@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from examples.recipes import parts
 from megatron_mimo import training
+from megatron_mimo.compat.megatron_training import with_printable_help
 from megatron_mimo.training import TrainingControl
 from megatron_mimo.training.pretraining.arguments import add_mimo_args, control_from_args
 from megatron_mimo.training.pretraining.loop import (
@@ -24,7 +25,6 @@ from megatron_mimo.training.pretraining.loop import (
     check_resumed,
     check_used,
     with_loss_weights,
-    with_printable_help,
 )
 from megatron_mimo.training.pretraining.script import check_in_effect
 from tests import tiny

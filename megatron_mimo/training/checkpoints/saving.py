@@ -8,10 +8,8 @@ are those of the same layout only, and start anew in another.
 from __future__ import annotations
 
 import logging
-import queue
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +17,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from megatron_mimo.compat.megatron import describe_momentum, writers_report_here
 from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.launch import Run
 from megatron_mimo.model import MimoModel
@@ -91,7 +89,7 @@ def save(
         "schedule": schedule.state_dict(),
         "trained": vars(trained),
     }
-    with _without_queue_process():
+    with writers_report_here():
         dist_checkpointing.save(state, str(written), content_metadata=_saved(_metadata(run)))
     dist.barrier()
     if run.rank == 0:
@@ -100,20 +98,6 @@ def save(
         logger.info("saved step %d to %s", step, path)
     dist.barrier()  # from here on every rank finds it
     return path
-
-
-@contextmanager
-def _without_queue_process() -> Iterator[None]:
-    """Within it, Megatron's writing threads report through a queue of this process.
-
-    Its own queue lives in a process spawned for it, so that writers in another process could use it. Spawned,
-    that process imports the main script anew, which is a second run unless the script guards against it.
-    """
-    before, filesystem_async._results_queue = filesystem_async._results_queue, queue.Queue()
-    try:
-        yield
-    finally:
-        filesystem_async._results_queue = before
 
 
 def _replace(path: Path, written: Path) -> None:
@@ -234,25 +218,11 @@ def _state(
     metadata = _metadata(run)
     state: dict = {f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)}
     if optimizer is not None:
-        for each in getattr(optimizer, "chained_optimizers", [optimizer]):
-            if each.init_state_fn is None:
-                each.init_state_fn = _momentum_of_nothing
+        describe_momentum(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=metadata)
     if random:
         state["random"] = ShardedObject("random", _random_state(), (run.world_size,), (run.rank,))
     return state
-
-
-def _momentum_of_nothing(optimizer: torch.optim.Optimizer, config: OptimizerConfig | None = None) -> None:
-    """The state of an SGD that has not taken a step, which Megatron, unlike Adam's, does not describe.
-
-    Loading a checkpoint begins with that description.
-    """
-    for group in optimizer.param_groups:
-        if not group.get("momentum"):
-            continue
-        for parameter in group["params"]:
-            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
 
 def _metadata(run: Run) -> dict:

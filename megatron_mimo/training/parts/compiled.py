@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from megatron.core import utils
 from torch import nn
 
+from megatron_mimo.compat.megatron import trace_through_linear_layers
 from megatron_mimo.idle import gather_parameters, without_gathering
 
 
@@ -22,7 +22,7 @@ class CompiledForward:
     """
 
     def __init__(self, encoder: nn.Module, dynamic: bool | None = None) -> None:
-        _trace_through_linear_layers()
+        trace_through_linear_layers()
         self._parts = tuple(encoder.modules())
         self._forward = torch.compile(encoder.forward, dynamic=dynamic)
 
@@ -31,13 +31,3 @@ class CompiledForward:
         gather_parameters(self._parts)
         with without_gathering(self._parts):
             return self._forward(*args, **keywords)
-
-
-def _trace_through_linear_layers() -> None:
-    """Keeps a compiled layer in one piece.
-
-    Megatron's row-parallel layers give no process group to the function that looks it up, which then warns
-    on rank 0, and `torch.compile` breaks the graph at a warning. The group of a run does not change, so the
-    function is called once, when the layer is compiled.
-    """
-    torch.compiler.assume_constant_result(utils.get_tensor_model_parallel_group_if_none)

@@ -26,6 +26,7 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.utils import unwrap_model
 from torch import nn
 
+from megatron_mimo.compat.megatron import is_tied_copy, key_without_decay
 from megatron_mimo.config import SUBMODULE_KEYS, MimoModelConfig
 from megatron_mimo.model import MimoModel
 from megatron_mimo.training.parts.compiled import CompiledForward
@@ -158,7 +159,7 @@ class TrainingControl:
                 "Give it."
             )
         overrides = dict(get_standard_config_overrides(optimizer))
-        without_decay = tuple(overrides)[:1]  # the standard key of biases and norms
+        without_decay = key_without_decay(overrides)
         for part, factor in self.learning_rate.items():
             override: ParamGroupOverride = {"max_lr": optimizer.lr * factor}
             if optimizer.min_lr is not None:
@@ -276,7 +277,7 @@ def _is_embedding_weight(parameter: nn.Parameter, name: str) -> bool:
     if _unwrapped(name) == "language_model.embedding.word_embeddings.weight":
         return True
     # Megatron marks the copy of a tied embedding on the last pipeline stage.
-    return _unwrapped(name) == "language_model.output_layer.weight" and getattr(parameter, "shared_embedding", False)
+    return _unwrapped(name) == "language_model.output_layer.weight" and is_tied_copy(parameter)
 
 
 def _embedding_weights(model: MimoModel) -> Iterator[nn.Parameter]:

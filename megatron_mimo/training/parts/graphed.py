@@ -18,17 +18,16 @@ beyond them for its backward pass is the price in memory.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from megatron_mimo.compat.megatron import tracker_without_forks
+from megatron_mimo.compat.torch import clear_cublas_workspaces, flatten, unflatten
 from megatron_mimo.idle import gather_parameters
 from megatron_mimo.training.parts.compiled import CompiledForward
 
@@ -79,7 +78,7 @@ class GraphedForward:
         if capture is None:
             if not any(capture.key == key for capture in self._captures):
                 return self._forward(*args, **keywords)
-            with _no_forks():
+            with tracker_without_forks():
                 return self._captured_forward(*args, **keywords)
         if not trains:
             return capture.replay(inputs.tensors).clone()
@@ -104,7 +103,7 @@ class _Inputs:
     """What an encoder is called with, taken apart: tensors, however nested, which may change, and the rest."""
 
     def __init__(self, args: tuple, keywords: dict[str, object]) -> None:
-        leaves, self._form = tree_flatten((args, keywords))
+        leaves, self._form = flatten((args, keywords))
         self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         self._rest = [_HERE if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
@@ -129,7 +128,7 @@ class _Inputs:
         """Arguments and keyword arguments with `tensors` in place of their own."""
         values = iter(tensors)
         leaves = [next(values) if leaf is _HERE else leaf for leaf in self._rest]
-        return tree_unflatten(leaves, self._form)
+        return unflatten(leaves, self._form)
 
 
 class _Call(nn.Module):
@@ -165,7 +164,7 @@ class _Capture:
         self._inputs = [tensor.clone() for tensor in inputs]
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         pool = torch.cuda.graph_pool_handle()
-        with _no_forks(), torch.set_grad_enabled(bool(self._trained)):
+        with tracker_without_forks(), torch.set_grad_enabled(bool(self._trained)):
             forward = partial(functional_call, call, aliases)
             kept = self._warm_up(forward)
             with torch.cuda.graph(self._forward, pool, capture_error_mode="thread_local"):
@@ -208,7 +207,7 @@ class _Capture:
                     torch.autograd.grad(output, self._trained, torch.zeros_like(output), allow_unused=True)
         torch.cuda.synchronize()
         # What cuBLAS works with on that stream, which nothing runs on any more.
-        torch._C._cuda_clearCublasWorkspaces()
+        clear_cublas_workspaces()
         return kept
 
 
@@ -228,24 +227,6 @@ class _Replay(torch.autograd.Function):
         gradients = ctx.capture.replay_backward(gradient)
         ctx.capture.busy = False
         return None, None, *([None] * ctx.inputs), *gradients
-
-
-@contextmanager
-def _no_forks() -> Iterator[None]:
-    """Within it, Megatron's RNG tracker stays where it is: its switches between generators cannot be captured.
-
-    Nor can they be compiled. Nothing is drawn meanwhile: the encoder has no dropout.
-    """
-    tracker = get_cuda_rng_tracker()
-    tracker.fork = _stay
-    try:
-        yield
-    finally:
-        del tracker.fork
-
-
-def _stay(*args, **options) -> AbstractContextManager:
-    return nullcontext()
 
 
 def _check(encoder: nn.Module) -> None:

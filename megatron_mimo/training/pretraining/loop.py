@@ -7,14 +7,12 @@ call Megatron's `pretrain` themselves.
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.util import find_spec
 from time import perf_counter
-from types import ModuleType
 from typing import Protocol
 
 import torch
@@ -25,6 +23,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mimo.compat.cuda_on_cpu import disable_cpu_backend, enable_cpu_backend
+from megatron_mimo.compat.megatron_training import (
+    arguments_of_checkpoint,
+    compiled_dataset_helpers,
+    initialized_on_the_cpu,
+    optimizer_config_by,
+    train_step_by,
+    with_printable_help,
+)
 from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.data.order import microbatches_of
 from megatron_mimo.data.step import Counts
@@ -43,9 +49,6 @@ from megatron_mimo.training.speed.throughput import Throughput, log_to_megatron,
 DATA_ARGUMENTS = (
     "data_path", "data_args_path", "per_split_data_args_path", "train_data_path", "valid_data_path", "test_data_path",
 )  # fmt: skip
-
-#: A module, a name in it, and what stands there meanwhile.
-Replacement = tuple[ModuleType, str, Callable]
 
 #: `(args) -> configuration`, as a recipe's.
 ModelConfig = Callable[[Namespace], MimoModelConfig]
@@ -230,7 +233,6 @@ def pretrain(recipe: Recipe, defaults: dict[str, object] | None = None) -> None:
     with adapt_megatron(recipe.model_config), ExitStack() as until_trained:
         # Importing these configures logging; importing megatron_mimo does not.
         from megatron.training import pretrain as megatron_pretrain
-        from megatron.training import training
         from megatron.training.argument_utils import pretrain_cfg_container_from_args
         from megatron.training.arguments import parse_and_validate_args
 
@@ -247,8 +249,7 @@ def pretrain(recipe: Recipe, defaults: dict[str, object] | None = None) -> None:
         check_resumed(args, control, config)
         datasets = dataset_provider(recipe, args)
         provider, counts = ModelProvider(config, args, control), {}
-        timed = _timed(args, provider, counts)(training.train_step)
-        until_trained.enter_context(_replaced([(training, "train_step", timed)]))
+        until_trained.enter_context(train_step_by(_timed(args, provider, counts)))
         megatron_pretrain(
             pretrain_cfg_container_from_args(args),
             datasets,
@@ -283,8 +284,9 @@ def adapt_megatron(model_config: ModelConfig) -> Iterator[None]:
         if not torch.cuda.is_available():
             enable_cpu_backend()
             until_trained.callback(disable_cpu_backend)
-            until_trained.enter_context(_replaced(_for_the_cpu()))
-        until_trained.enter_context(_replaced(_for_the_wheel(model_config)))
+            until_trained.enter_context(initialized_on_the_cpu(_initialize_cpu))
+        until_trained.enter_context(optimizer_config_by(lambda ask: PartOverrides(ask, model_config)))
+        until_trained.enter_context(compiled_dataset_helpers())
         yield
 
 
@@ -383,27 +385,13 @@ def check_resumed(args: Namespace, control: TrainingControl, config: MimoModelCo
 
 def _written_with(args: Namespace) -> tuple[str, Namespace | None]:
     """The checkpoint whose optimizer state Megatron will load, and the arguments that it holds; None without."""
-    from megatron.training.checkpointing import _load_base_checkpoint, checkpoint_exists
+    from megatron.training.checkpointing import checkpoint_exists
 
     if args.load is None or args.finetune or args.no_load_optim:
         return "", None
     if args.pretrained_checkpoint is not None and not checkpoint_exists(args.load):
         return "", None  # Megatron takes the weights of that one alone
-    # What reads a local checkpoint is built with the process groups; the one that it follows has the same arguments.
-    kind = None if args.non_persistent_ckpt_type == "local" else args.non_persistent_ckpt_type
-    found = Namespace(**vars(args) | {"non_persistent_ckpt_type": kind})
-    state, path, release, _ = _load_base_checkpoint(args.load, found, rank0=True)
-    return path, None if state is None or release else state.get("args")
-
-
-def with_printable_help(parser: ArgumentParser) -> ArgumentParser:
-    """`parser`, in whose help texts a percent sign that names no value is a percent sign."""
-    for action in parser._actions:
-        try:
-            (action.help or "") % {**vars(action), "prog": parser.prog}
-        except (ValueError, TypeError, KeyError):
-            action.help = action.help.replace("%", "%%")
-    return parser
+    return arguments_of_checkpoint(args)
 
 
 def _timed(args: Namespace, provider: ModelProvider, counts: Counts) -> Callable[[Callable], Callable]:
@@ -446,49 +434,3 @@ def _initialize_cpu(args: Namespace) -> None:
         backend="gloo",
         timeout_s=60.0 * args.distributed_timeout_minutes,
     )
-
-
-def _for_the_wheel(model_config: ModelConfig) -> list[Replacement]:
-    """What `megatron.training` leaves no argument for.
-
-    It asks a function of its own for the parameter groups' overrides. And it compiles its dataset helpers
-    by a Makefile, which the wheel lacks because it brings them compiled.
-    """
-    from megatron.core.datasets import utils
-    from megatron.training import training
-
-    overrides = PartOverrides(training.get_megatron_optimizer_config, model_config)
-    replacements: list[Replacement] = [(training, "get_megatron_optimizer_config", overrides)]
-    if find_spec("megatron.core.datasets.helpers_cpp") is not None:
-        replacements.append((utils, "compile_helpers", lambda: None))
-    return replacements
-
-
-def _for_the_cpu() -> list[Replacement]:
-    """What `megatron.training` takes from a GPU before it computes anything."""
-    from megatron.training import arguments, get_args, training
-
-    begin = training.initialize_megatron
-
-    def initialize_megatron(**options):
-        _initialize_cpu(get_args())
-        return begin(allow_no_cuda=True, **options)
-
-    return [
-        (training, "initialize_megatron", initialize_megatron),
-        # From this generation on nothing is asked of CUDA_DEVICE_MAX_CONNECTIONS.
-        (arguments, "get_device_arch_version", lambda: 10),
-    ]
-
-
-@contextmanager
-def _replaced(replacements: Sequence[Replacement]) -> Iterator[None]:
-    """Within it, modules' functions are the given ones."""
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]
-    for owner, name, replacement in replacements:
-        setattr(owner, name, replacement)
-    try:
-        yield
-    finally:
-        for owner, name, original in before:
-            setattr(owner, name, original)

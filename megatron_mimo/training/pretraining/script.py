@@ -13,6 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from megatron_mimo.compat.megatron_training import optimizer_config_function
 from megatron_mimo.data.step import Batch
 from megatron_mimo.layout import check_layout
 from megatron_mimo.model import MimoModel
@@ -90,15 +91,13 @@ def check_in_effect(args: Namespace) -> None:
     Raises:
         ValueError: naming the arguments and what to call.
     """
-    from megatron.training import training
-
     if "freeze" not in vars(args):
         raise ValueError(
             "model_provider: Megatron's parser lacks the arguments of multimodal training. Call "
             "parse_and_validate_args(add_mimo_args), or call add_mimo_args in the script's own extra_args_provider."
         )
     factors = [name for name in ("lr_factor", "weight_decay_factor", "train_embedding_rows") if getattr(args, name)]
-    if factors and not isinstance(training.get_megatron_optimizer_config, PartOverrides):
+    if factors and not isinstance(optimizer_config_function(), PartOverrides):
         raise ValueError(
             f"{', '.join(map(_option, factors))}: Megatron makes its parameter groups without them. Parse the "
             "arguments and call pretrain() within `with megatron_mimo.training.adapt_megatron(model_config):`, or "

@@ -1,0 +1,203 @@
+"""Private and undocumented names of `megatron.core`, one function each: version, reason, what to do when it goes.
+
+Checked by `tests/unit/test_compat.py` on the installed version; last read in Megatron-Core 0.19.2. Nothing is
+imported from Megatron until a function is called.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from megatron_mimo.compat.torch import forward_pre_hooks
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer, ParamKey
+
+_DDP = "megatron.core.distributed.distributed_data_parallel"
+
+
+# Data parallelism ------------------------------------------------------------------------------------------------
+
+
+def gathers_parameters(hook: Callable[..., Any]) -> bool:
+    """Whether a forward pre-hook is the one that DDP gathers a module's parameters with (`overlap_param_gather`).
+
+    Private: the hook is the inner function of `DistributedDataParallel._make_forward_pre_hook`; it is known by the
+    module that it was defined in.
+    Reason: a rank whose batch lacks a modality has to gather where the others do; Megatron does it in hooks alone.
+    When it goes: Megatron would need a public `gather(module)`; look at what `enable_forward_pre_hook` registers.
+    """
+    return hook.__module__ == _DDP
+
+
+def gather_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """DDP's hooks on a module, called as ``hook(module, ())``; empty without `overlap_param_gather`.
+
+    Private, reason, when it goes: see `gathers_parameters`.
+    """
+    return [hook for hook in forward_pre_hooks(module).values() if gathers_parameters(hook)]
+
+
+@contextmanager
+def without_gather_hooks(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Within it, forward passes of `modules` ask nothing of DDP.
+
+    Private, reason, when it goes: see `gathers_parameters`. Handles of hooks refer to the dict, so it is changed in
+    place.
+    """
+    taken = []
+    for module in modules:
+        hooks = forward_pre_hooks(module)
+        others = {key: hook for key, hook in hooks.items() if not gathers_parameters(hook)}
+        if len(others) < len(hooks):
+            taken.append((hooks, dict(hooks)))
+            _fill(hooks, others)
+    try:
+        yield
+    finally:
+        for hooks, before in taken:
+            _fill(hooks, before)
+
+
+def _fill(hooks: dict[int, Callable[..., Any]], content: Mapping[int, Callable[..., Any]]) -> None:
+    hooks.clear()
+    hooks.update(content)
+
+
+def is_tied_copy(parameter: nn.Parameter) -> bool:
+    """Whether an output weight is the last stage's copy of a tied embedding.
+
+    Undocumented: `LanguageModule.setup_embeddings_and_output_layer` sets `shared_embedding` on it.
+    Reason: rows of the embedding that train have to train in the copy too.
+    When it goes: compare `share_embeddings_and_output_weights` of the language model instead.
+    """
+    return bool(getattr(parameter, "shared_embedding", False))
+
+
+# Random numbers and compiled encoders ----------------------------------------------------------------------------
+
+
+@contextmanager
+def tracker_without_forks() -> Iterator[None]:
+    """Within it, Megatron's RNG tracker stays where it is, whatever asks it for another generator.
+
+    Undocumented: that layers ask the one tracker of `get_cuda_rng_tracker()` for `fork()` and that an attribute of the
+    object hides its method.
+    Reason: switches between generators can neither be captured in a CUDA graph nor compiled. What runs within it must
+    draw nothing.
+    When it goes: a tracker of Megatron's with `use_cudagraphable_rng` can be captured, though not compiled.
+    """
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    tracker = get_cuda_rng_tracker()
+    tracker.fork = _stay
+    try:
+        yield
+    finally:
+        del tracker.fork
+
+
+def _stay(*args: object, **options: object) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def trace_through_linear_layers() -> None:
+    """Keeps a compiled layer in one piece.
+
+    Undocumented: `megatron.core.utils.get_tensor_model_parallel_group_if_none`, which is marked to go.
+    Reason: Megatron's row-parallel layers give it no process group, it then warns on rank 0, and `torch.compile`
+    breaks the graph at a warning. The group of a run does not change, so it is called once, when a layer is compiled.
+    When it goes: the layers get their group from the caller, nothing warns; remove the call.
+    """
+    from megatron.core import utils
+
+    torch.compiler.assume_constant_result(utils.get_tensor_model_parallel_group_if_none)
+
+
+# Optimizers ------------------------------------------------------------------------------------------------------
+
+
+def key_without_decay(overrides: Mapping[ParamKey, Any]) -> tuple[ParamKey, ...]:
+    """The key of biases and norms, which have no weight decay; empty where there are no standard overrides.
+
+    Undocumented: it is the first of `get_standard_config_overrides`.
+    Reason: a part's factor on weight decay shall not reach parameters that have none.
+    When it goes: find it by its value, `{"wd_mult": 0.0}`.
+    """
+    return tuple(overrides)[:1]
+
+
+def single_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers that a chained one is made of; the optimizer itself where it is not chained.
+
+    Undocumented: `ChainedOptimizer.chained_optimizers`.
+    Reason: each has a description of its own state, see `describe_momentum`.
+    When it goes: look at what `ChainedOptimizer.step` goes through.
+    """
+    from megatron.core.optimizer import ChainedOptimizer
+
+    return list(optimizer.chained_optimizers) if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+
+
+def describe_momentum(optimizer: MegatronOptimizer) -> None:
+    """Gives Megatron a description of the state of an SGD that has not taken a step, where it lacks one.
+
+    Undocumented: `MegatronOptimizer.init_state_fn`, `(torch optimizer, config) -> None`.
+    Reason: loading a checkpoint begins with that description, and Megatron has Adam's alone.
+    When it goes: fill the state by a step with gradients of zero, as older versions of Megatron did.
+    """
+    for each in single_optimizers(optimizer):
+        if each.init_state_fn is None:
+            each.init_state_fn = _momentum_of_nothing
+
+
+def _momentum_of_nothing(optimizer: torch.optim.Optimizer, config: object = None) -> None:
+    for group in optimizer.param_groups:
+        if not group.get("momentum"):
+            continue
+        for parameter in group["params"]:
+            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+
+# Checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def writers_report_here() -> Iterator[None]:
+    """Within it, the writing threads of `dist_checkpointing` report through a queue of this process.
+
+    Private: `strategies.filesystem_async._results_queue`, taken by `get_write_results_queue` where it is not None.
+    Reason: Megatron's own queue lives in a process spawned for it, so that writers in another process could use it.
+    Spawned, that process imports the main script anew, which is a second run unless the script guards against it.
+    When it goes: leave the context out, and tell users to guard their scripts by ``if __name__ == "__main__"``.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    before, filesystem_async._results_queue = filesystem_async._results_queue, queue.Queue()
+    try:
+        yield
+    finally:
+        filesystem_async._results_queue = before
+
+
+# Layers ----------------------------------------------------------------------------------------------------------
+
+
+def norms_chosen_at_import() -> tuple[type, ...]:
+    """The norms that Megatron's own layer specs hold where TransformerEngine and Apex are absent.
+
+    Undocumented: `vit_layer_specs.LNImpl`, chosen when that module is imported, and `WrappedTorchNorm`, which
+    `get_gpt_decoder_block_spec` takes likewise.
+    Reason: they refuse sequence parallelism; `specs` puts the norm of the chosen backend in their places.
+    When it goes: build the specs from a `BackendSpecProvider` of one's own, whose `layer_norm` is ours.
+    """
+    from megatron.core.models.vision import vit_layer_specs
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    return (WrappedTorchNorm, vit_layer_specs.LNImpl)

@@ -1,0 +1,106 @@
+"""Private names of torch, one function each: version, reason, and what to do when the name goes.
+
+Checked by `tests/unit/test_compat.py` on the installed version; last read in torch 2.11.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def forward_pre_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
+    """What runs before a module's forward pass, by the key of its handle; the dict itself, to be changed in place.
+
+    Private: `torch.nn.Module._forward_pre_hooks`, there since torch 0.2.
+    Reason: Megatron's DDP hangs the gathering of parameters on it. Where a module does not run, or runs in compiled
+    code, we call those hooks ourselves, and torch offers no list of hooks.
+    When it goes: wrap `register_forward_pre_hook` before DDP is built, and keep the list there.
+
+    Example:
+        >>> forward_pre_hooks(nn.Linear(1, 1))
+        OrderedDict()
+    """
+    return module._forward_pre_hooks
+
+
+def clear_cublas_workspaces() -> None:
+    """Frees what cuBLAS keeps to work with on each stream that it ran on.
+
+    Private: `torch._C._cuda_clearCublasWorkspaces`, of builds with CUDA, since torch 1.11.
+    Reason: the stream of a capture's warm-up runs nothing afterwards, and its workspace would stay for good.
+    When it goes: leave the call out; a graphed encoder then keeps some megabytes more a capture.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+
+
+def flatten(tree: Any) -> tuple[list[Any], Any]:
+    """The leaves of nested lists, tuples, dicts and registered types, and the form to put them together again.
+
+    Private: `torch.utils._pytree.tree_flatten`, since torch 1.8; the form can be compared and hashed.
+    Reason: an encoder's inputs are nested as its author likes (Hugging Face's outputs are registered there).
+    When it goes: `torch.utils.pytree`, which later versions publish, has the same two functions.
+
+    Example:
+        >>> leaves, form = flatten({"x": [1, 2]})
+        >>> leaves, unflatten([3, 4], form)
+        ([1, 2], {'x': [3, 4]})
+    """
+    from torch.utils import _pytree
+
+    return _pytree.tree_flatten(tree)
+
+
+def unflatten(leaves: Sequence[Any], form: Any) -> Any:
+    """Nested again; see `flatten`.
+
+    Private: `torch.utils._pytree.tree_unflatten`; version, reason and successor are those of `flatten`.
+    """
+    from torch.utils import _pytree
+
+    return _pytree.tree_unflatten(leaves, form)
+
+
+def forget_compiled_names() -> None:
+    """Has `torch.compile` look up torch's functions anew.
+
+    Private: `torch._dynamo.trace_rules.clear_lru_cache`, since torch 2.2.
+    Reason: its table of torch's functions goes by identity, and may have been built while the CPU backend's
+    replacements stood in their places.
+    When it goes: call `torch.compiler.reset()`, which also throws away what was compiled.
+    """
+    from torch._dynamo.trace_rules import clear_lru_cache
+
+    clear_lru_cache()
+
+
+def build_table_of_factories() -> None:
+    """Has torch take note of its factories as they are now, for ``with torch.device(...)``.
+
+    Private: that the table (`torch.utils._device._device_constructors`) is built once, on first use, since torch 2.0.
+    Reason: built after the CPU backend's replacements it would hold our functions and miss those that they call.
+    When it goes: nothing to do if the table goes by name; otherwise call what builds it.
+    """
+    with torch.device("meta"):
+        torch.empty(0)
+
+
+def script_as(function: Callable[..., Any], original: Callable[..., Any]) -> Callable[[], None]:
+    """Has TorchScript take `function` for the operator that it takes `original` for; gives what undoes that.
+
+    Private: `torch.jit._builtins._get_builtin_table`, a dict from a function's id to an operator's name, since
+    torch 1.2.
+    Reason: `torch.jit.script` would try to compile the CPU backend's replacement of a factory, and refuse it.
+    When it goes: TorchScript, which torch has deprecated, has gone too; remove the calls.
+    """
+    from torch.jit import _builtins
+
+    table = _builtins._get_builtin_table()
+    operator = table.get(id(original))
+    if operator is None:
+        return lambda: None
+    table[id(function)] = operator
+    return lambda: table.pop(id(function), None)
