@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megatron_mimo import deferred
+from megatron_mimo.deferred import Arrival
 from megatron_mimo.kernels import kernels_for
 from megatron_mimo.placement import Placement, build_placement
 from megatron_mimo.sharding import SequenceShard, sequence_shard
+from megatron_mimo.tally import outside_vocabulary, verify_vocabulary
 
 
 def align(
@@ -41,8 +42,6 @@ def align(
     shard: SequenceShard,
     tp_group: ProcessGroup | None = None,
     sequence_parallel: bool = False,
-    *,
-    tokentype_ids: Tensor | None = None,
 ) -> Tensor:
     """This rank's rows of the language model's input.
 
@@ -57,7 +56,6 @@ def align(
         tp_group: the tensor-parallel group; None for one rank. Collectives over it: one all-reduce forward, or
             under sequence parallelism reduce-scatters forward and all-gathers backward.
         sequence_parallel: whether `shard` splits the sequence over `tp_group`.
-        tokentype_ids: int64 [B, S], global, for an embedding with token types.
 
     Returns:
         [S_local, B, H], rank-local, contiguous, dtype of the text rows. The gradient of `embeddings` is complete on
@@ -68,11 +66,23 @@ def align(
         ValueError: if embeddings and special tokens differ in number, or if the arguments do not fit together.
             On the device the count is checked without waiting, see `Placement.check_rows`.
     """
-    tables = _tables(embeddings, placement)
     _check_layout(input_ids, placement, shard, tp_group, sequence_parallel)
+    _check_rows(_tables(embeddings, placement), placement)
+    return align_checked(language_embedding, input_ids, position_ids, embeddings, placement, shard, tp_group)
+
+
+def align_checked(
+    language_embedding: nn.Module,
+    input_ids: Tensor,
+    position_ids: Tensor | None,
+    embeddings: Mapping[str, Tensor],
+    placement: Placement,
+    shard: SequenceShard,
+    tp_group: ProcessGroup | None,
+) -> Tensor:
+    """What `align` gives, for a placement, a shard and counts of rows that the caller has checked."""
+    tables = _tables(embeddings, placement)
     words = plain_lookup(language_embedding)
-    if words is None or tokentype_ids is not None:
-        _check_tokentypes(language_embedding, tokentype_ids)
     vocabulary = _vocabulary(language_embedding, placement) if words is None else words.num_embeddings
     _check_vocabulary(input_ids, placement, vocabulary)
     if words is not None:
@@ -81,7 +91,8 @@ def align(
         group = tp_group if tp_group is not None and tp_group.size() > 1 else None
         call = _Call(placement, shard, "lookup", words.vocab_start_index, group)
         return _Align.apply(call, input_ids, words.weight, *tables)
-    text = _embed(language_embedding, input_ids, position_ids, tokentype_ids, placement, shard, tp_group, vocabulary)
+    _check_token_types(language_embedding)
+    text = _embed(language_embedding, input_ids, position_ids, placement, shard, tp_group, vocabulary)
     return _Align.apply(_Call(placement, shard, "given", 0, tp_group), input_ids, text, *tables)
 
 
@@ -116,6 +127,7 @@ def align_by_token_positions(
     text_table = "text" if "text" in modality_embeddings else None
     placement = build_placement(input_ids, special_token_ids, text_table=text_table)
     tables = _tables(modality_embeddings, placement)
+    _check_rows(tables, placement)
     shard = sequence_shard(input_ids.shape[1], device=input_ids.device)
     reference = modality_embeddings.get("text", next(iter(modality_embeddings.values())))
     return _Align.apply(_Call(placement, shard, "zero", 0, None, reference.dtype), input_ids, None, *tables)
@@ -164,7 +176,7 @@ def _run_pre_hooks(
 
 
 def _tables(embeddings: Mapping[str, Tensor], placement: Placement) -> list[Tensor | None]:
-    """The tables in the placement's order, their counts checked; None for a table left out."""
+    """The tables in the placement's order; None for a table left out."""
     for name in embeddings:
         if name not in placement.reading:
             raise ValueError(
@@ -175,9 +187,14 @@ def _tables(embeddings: Mapping[str, Tensor], placement: Placement) -> list[Tens
         table = embeddings.get(name)
         if table is not None and table.dim() != 2:
             raise ValueError(f"{name}: expected embeddings [N, H], found shape {list(table.shape)}.")
-        placement.check_rows(name, 0 if table is None else table.shape[0])
         tables.append(table)
     return tables
+
+
+def _check_rows(tables: list[Tensor | None], placement: Placement) -> None:
+    """Raises `ValueError` where tables and special tokens differ in number."""
+    for name, table in zip(placement.names, tables, strict=True):
+        placement.check_rows(name, 0 if table is None else table.shape[0])
 
 
 def _check_layout(
@@ -206,15 +223,13 @@ def _check_layout(
         )
 
 
-def _check_tokentypes(language_embedding: nn.Module, tokentype_ids: Tensor | None) -> None:
-    """Raises `ValueError` where Megatron's embedding needs token types it is not given, or the other way round."""
-    if not isinstance(language_embedding, LanguageModelEmbedding):
-        return
-    has_types = language_embedding.tokentype_embeddings is not None
-    if has_types and tokentype_ids is None:
-        raise ValueError("the language model's embedding adds token types: pass tokentype_ids [B, S].")
-    if not has_types and tokentype_ids is not None:
-        raise ValueError("the language model's embedding has no token types: leave tokentype_ids out.")
+def _check_token_types(language_embedding: nn.Module) -> None:
+    """Raises `ValueError` where Megatron's embedding adds token types, which nothing here gives."""
+    if isinstance(language_embedding, LanguageModelEmbedding) and language_embedding.tokentype_embeddings is not None:
+        raise ValueError(
+            "the language model's embedding adds token types (num_tokentypes > 0), which MimoModel does not give. "
+            "Build it without."
+        )
 
 
 def _vocabulary(language_embedding: nn.Module, placement: Placement) -> int | None:
@@ -230,25 +245,19 @@ def _check_vocabulary(input_ids: Tensor, placement: Placement, num_embeddings: i
         return
     if placement.vocabulary_size is not None and placement.vocabulary_size <= num_embeddings:
         return
-    outside = (placement.source < 0) & ((input_ids < 0) | (input_ids >= num_embeddings))
+    outside = (placement.source < 0) & outside_vocabulary(input_ids, num_embeddings)
+    advice = "Declare those that are special tokens in special_token_ids, or mask them out of the batch."
 
     def verify(counts: Tensor) -> None:
-        for sample, count in enumerate(counts.tolist()):
-            if count:
-                raise ValueError(
-                    f"text: sample {sample} has {count} token ids outside the embedding table (0 to "
-                    f"{num_embeddings - 1}) that are no special token. Declare them in special_token_ids, or mask "
-                    "them out of the batch."
-                )
+        verify_vocabulary("token ids", counts.tolist(), num_embeddings, advice)
 
-    deferred.check(deferred.Arrival(outside.sum(1)), verify, "embedding table")
+    placement.checks.check(Arrival(outside.sum(1)), verify, "embedding table")
 
 
 def _embed(
     language_embedding: nn.Module,
     input_ids: Tensor,
     position_ids: Tensor | None,
-    tokentype_ids: Tensor | None,
     placement: Placement,
     shard: SequenceShard,
     tp_group: ProcessGroup | None,
@@ -264,9 +273,8 @@ def _embed(
     text_ids = torch.where(placement.source < 0, input_ids, 0)
     if vocabulary is not None:
         text_ids = text_ids.clamp(0, vocabulary - 1)
-    ids, positions, tokentypes = (None if x is None else shard.cut(x) for x in (text_ids, position_ids, tokentype_ids))
-    keywords = {} if tokentypes is None else {"tokentype_ids": tokentypes}
-    text = language_embedding(input_ids=ids, position_ids=positions, **keywords)
+    positions = None if position_ids is None else shard.cut(position_ids)
+    text = language_embedding(input_ids=shard.cut(text_ids), position_ids=positions)
     if text.shape[0] != shard.length:
         text = scatter_to_sequence_parallel_region(text, group=tp_group)
     return text

@@ -6,15 +6,20 @@ it. Here the value travels to pinned memory on its own, and the comparison happe
 it already is, otherwise when the next step begins, which is late enough for the device to have passed it.
 
 Nothing here is optional: a check that was handed over is compared when the next step begins. A step never waits
-for a check of its own.
+for a check of its own. Whoever hands checks over owns them (`Checks`): a model those of its batches, a placement made
+without a model its own.
 """
 
 from __future__ import annotations
 
+import logging
+import weakref
 from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 class Arrival:
@@ -48,42 +53,70 @@ class Arrival:
         return self._host
 
 
-_waiting: dict[Hashable, tuple[Arrival, Callable[[Tensor], None]]] = {}
+class Checks:
+    """The checks of one owner, a model or a placement, that wait for values of its own batches.
 
+    Two owners never meet: what one waits for is not reported by the other. Checks that nobody asked for until
+    their owner is gone (the last batch of a run) are looked at then and logged as errors; `report` raises them.
 
-def check(arrival: Arrival, verify: Callable[[Tensor], None], key: Hashable) -> None:
-    """Runs `verify(values)` now if the values are here, otherwise when the next step asks.
-
-    Args:
-        arrival: the values to look at.
-        verify: raises `ValueError` if they are wrong.
-        key: names the check; the same check handed over twice waits once.
-
-    Raises:
-        ValueError: from `verify`.
+    Example:
+        >>> def refuse(values):
+        ...     raise ValueError(f"refused {values.tolist()}")
+        >>> Checks().check(Arrival(torch.tensor([3])), refuse, "key")
+        Traceback (most recent call last):
+        ValueError: refused [3]
     """
-    if arrival.here():
-        verify(arrival.wait())
-    else:
-        _waiting[id(arrival), key] = (arrival, verify)
+
+    def __init__(self) -> None:
+        self._waiting: dict[Hashable, tuple[Arrival, Callable[[Tensor], None]]] = {}
+        weakref.finalize(self, _log_left_over, self._waiting)
+
+    def __reduce__(self) -> tuple[type[Checks], tuple[()]]:
+        """A copy, on another rank or in another process, waits for nothing: the values stay here."""
+        return Checks, ()
+
+    def check(self, arrival: Arrival, verify: Callable[[Tensor], None], key: Hashable) -> None:
+        """Runs `verify(values)` now if the values are here, otherwise when the next step asks.
+
+        Args:
+            arrival: the values to look at.
+            verify: raises `ValueError` if they are wrong.
+            key: names the check; the same check handed over twice waits once.
+
+        Raises:
+            ValueError: from `verify`.
+        """
+        if arrival.here():
+            verify(arrival.wait())
+        else:
+            self._waiting[id(arrival), key] = (arrival, verify)
+
+    def report(self, current: Arrival | None = None, only: Arrival | None = None) -> None:
+        """Finishes the checks that earlier steps left, waiting for their values if need be.
+
+        The wait is no stall: an earlier step's values left the device before that step's own work, so the device
+        still has that work to do when the host resumes.
+
+        Args:
+            current: leave this arrival's checks waiting; it belongs to the step that is being queued now.
+            only: look at no other arrival's checks.
+
+        Raises:
+            ValueError: for the first check that fails; the others stay and report at the next call.
+        """
+        for name in list(self._waiting):
+            arrival, verify = self._waiting[name]
+            if arrival is current or (only is not None and arrival is not only):
+                continue
+            del self._waiting[name]
+            verify(arrival.wait())
 
 
-def report(current: Arrival | None = None, only: Arrival | None = None) -> None:
-    """Finishes the checks that earlier steps left, waiting for their values if need be.
-
-    The wait is no stall: an earlier step's values left the device before that step's own work, so the device
-    still has that work to do when the host resumes.
-
-    Args:
-        current: leave this arrival's checks waiting; it belongs to the step that is being queued now.
-        only: look at no other arrival's checks.
-
-    Raises:
-        ValueError: for the first check that fails; the others stay and report at the next call.
-    """
-    for name in list(_waiting):
-        arrival, verify = _waiting[name]
-        if arrival is current or (only is not None and arrival is not only):
-            continue
-        del _waiting[name]
-        verify(arrival.wait())
+def _log_left_over(waiting: dict[Hashable, tuple[Arrival, Callable[[Tensor], None]]]) -> None:
+    """Looks at the checks of an owner that is gone, too late to raise."""
+    for arrival, verify in waiting.values():
+        try:
+            verify(arrival.wait())
+        except ValueError as error:
+            logger.error("a batch before the end was bad, and its results are too: %s", error)
+    waiting.clear()

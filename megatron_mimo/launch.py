@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from megatron_mimo import deferred
 from megatron_mimo.compat.cuda_on_cpu import cpu_backend_enabled, disable_cpu_backend, enable_cpu_backend
 from megatron_mimo.draws import seed_draws
 
@@ -243,19 +242,13 @@ def shutdown() -> None:
 
     Every rank calls it; afterwards `initialize` may build another layout in the same process. Without effect when no
     run is in progress.
-
-    Raises:
-        ValueError: a check of the last batches that still waited for the device fails; the run has ended all the same.
     """
     global _current
     if _current is None:
         return
     enabled_here = _current.enabled_cpu_backend
     _current = None
-    try:
-        deferred.report()
-    finally:
-        _tear_down(enabled_here)
+    _tear_down(enabled_here)
 
 
 @contextmanager

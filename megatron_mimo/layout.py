@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.language import check_interleaving
 from megatron_mimo.launch import Layout
+from megatron_mimo.sharding import sequence_multiple
 
 # Sizes that a layout and the language model's configuration must agree on.
 _SIZES = (
@@ -59,13 +60,13 @@ def check_sequence_length(length: int, layout: Layout, language: TransformerConf
         ValueError: naming the length and the sizes.
     """
     context, tensor = layout.context_parallel_size, layout.tensor_model_parallel_size
-    parts = (2 * context if context > 1 else 1) * (tensor if language.sequence_parallel else 1)
-    if length % parts:
+    slices = tensor if language.sequence_parallel else 1
+    multiple = sequence_multiple(context_parallel=context, sequence_parallel=slices)
+    if length % multiple:
         raise ValueError(
-            f"sequence length {length} is not divisible by {parts}: context_parallel_size {context} cuts "
-            f"it into {2 * context if context > 1 else 1} chunks, and with sequence_parallel="
-            f"{language.sequence_parallel} tensor_model_parallel_size {tensor} shares out each. Pad the "
-            "sequences (seq_length), or lower one of the two sizes."
+            f"expected a sequence length that is a multiple of {multiple} (context_parallel_size {context}, "
+            f"tensor_model_parallel_size {tensor}, sequence_parallel={language.sequence_parallel}), found {length}. "
+            "Pad the sequences (seq_length), or lower one of the two sizes."
         )
 
 

@@ -1,4 +1,4 @@
-"""MimoModel: batch -> place -> encode -> exchange -> align -> language model -> route -> decode."""
+"""MimoModel: batch -> check -> plan -> encode -> exchange -> align -> language model -> route -> decode."""
 
 from __future__ import annotations
 
@@ -6,37 +6,28 @@ import inspect
 import logging
 from collections.abc import Mapping
 
-import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec, get_module
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
-from megatron_mimo import deferred
-from megatron_mimo.align import align, align_by_token_positions
-from megatron_mimo.batch import (
-    check_labels,
-    check_modalities,
-    check_token_tensors,
-    default_loss_mask,
-    default_positions,
-    packed_padding,
-)
+from megatron_mimo.align import align_by_token_positions, align_checked
+from megatron_mimo.check import BatchCheck, Media, Nested, Shown, check_modalities
 from megatron_mimo.config import MimoModelConfig, generation_table
+from megatron_mimo.deferred import Checks
+from megatron_mimo.exchange import exchange
 from megatron_mimo.idle import with_idle
 from megatron_mimo.language import HiddenStates, build_language_model
-from megatron_mimo.modality.submodules import ModalitySubmodules
+from megatron_mimo.modality.submodules import build_submodules
 from megatron_mimo.output import MimoOutput, ModalityOutput
-from megatron_mimo.placement import Placement, build_placement
+from megatron_mimo.placement import Placement
+from megatron_mimo.plan import Plan, Planner, default_loss_mask
 from megatron_mimo.route import route
 from megatron_mimo.sharded_state import sharded_state_dict
-from megatron_mimo.sharding import SequenceShard, sequence_shard
+from megatron_mimo.sharding import SequenceShard
 
 logger = logging.getLogger(__name__)
-
-Nested = Mapping[str, Mapping[str, Mapping[str, Tensor]]]
-Shown = Mapping[str, Mapping[str, Tensor]]
 
 
 class MimoModel(MegatronModule):
@@ -84,14 +75,24 @@ class MimoModel(MegatronModule):
         # Registered in the order in which they run: DDP gathers parameters in that order.
         self.modality_submodules = nn.ModuleDict(
             {
-                modality: self._build_submodules(modality, spec, pg_collection)
+                modality: build_submodules(
+                    modality,
+                    spec,
+                    hidden_size=self.config.hidden_size,
+                    pre_process=pre_process,
+                    post_process=post_process,
+                    pg_collection=pg_collection,
+                )
                 for modality, spec in config.modality_submodules.items()
             }
         )
         self.language_model = language_model
-        self._vocabulary_size = config.language_model.params.get("vocab_size")
         self._generates = post_process and bool(config.generation_token_ids)
         self._language_keywords = inspect.signature(self.language_model.forward).parameters.keys()
+        self._checks = Checks()
+        stage = (config, self.modality_submodules, pre_process, post_process)
+        self._check = BatchCheck(*stage, self.pg_collection.cp.size(), self._checks)
+        self._planner = Planner(*stage, self.config.sequence_parallel, self.pg_collection, self._check, self._checks)
         logger.info("MimoModel: %s", self.extra_repr())
 
     def forward(
@@ -131,7 +132,7 @@ class MimoModel(MegatronModule):
         Returns:
             `(outputs, loss_mask)`. `outputs` is what the language model returns if the
             configuration has no generation tokens or this is not the last pipeline stage,
-            a `MimoOutput` otherwise.
+            a `MimoOutput` otherwise: which of the two is fixed when the model is built.
 
         Raises:
             TypeError, ValueError: a bad batch, on every rank that sees it, before its first
@@ -139,91 +140,26 @@ class MimoModel(MegatronModule):
                 a mismatch is raised at the latest one step later.
         """
         # The one place that waits for checks, those of earlier steps: this step's own would stall the device.
-        deferred.report(current=None if placement is None else placement.arrival)
-        check_token_tensors(input_ids, position_ids, attention_mask, labels, loss_mask)
-        modality_inputs, modality_targets = self._check_batch(modality_inputs, modality_targets)
-        generation_inputs = self._check_generation_inputs(generation_inputs, modality_targets)
-        self._check_context_parallel(attention_mask, inference_context)
-        placement = self._placement(input_ids, packed_seq_params, placement)
-        shard = self.shard(input_ids, packed_seq_params)
-        padding = self.padding(input_ids, packed_seq_params)
-        if position_ids is None:
-            position_ids = default_positions(input_ids, _boundaries(packed_seq_params))
+        self._checks.report(current=None if placement is None else placement.arrival)
+        self._check.tokens(input_ids, position_ids, attention_mask, labels, loss_mask, inference_context)
+        media = self._check.media(modality_inputs, modality_targets, generation_inputs)
+        targets = self.prepare(media.targets)
+        plan = self._planner.plan(input_ids, position_ids, packed_seq_params, placement, media, targets, self.training)
 
-        counts = self._count_generation(modality_inputs, modality_targets, generation_inputs, placement)
-        self._check_missing_inputs(modality_inputs, counts, placement)
-
-        targets = self.prepare(modality_targets)
-        decoder_input = None
-        if self.pre_process:
-            shown = self.shown(targets, generation_inputs)
-            rows = self.encode(modality_inputs, shown, counts, placement)
-            rows = self.exchange(rows)
-            decoder_input = self.align(input_ids, position_ids, rows, placement, shard)
-        if labels is not None and loss_mask is None:
-            loss_mask = default_loss_mask(labels, padding)
-        if labels is not None and self.post_process and self._vocabulary_size is not None:
-            check_labels(labels, loss_mask, self._vocabulary_size)
-        labels, loss_mask = _cut(shard, labels), _cut(shard, loss_mask)
+        rows = self.encode(media, targets, plan) if self.pre_process else {}
+        rows = exchange(rows)
+        decoder_input = self.align(input_ids, rows, plan) if self.pre_process else None
+        labels, loss_mask = self.learned(labels, loss_mask, plan)
         language, states = self.run_language_model(
-            decoder_input,
-            position_ids,
-            attention_mask,
-            labels,
-            loss_mask,
-            packed_seq_params,
-            inference_context,
+            decoder_input, plan.positions, attention_mask, labels, loss_mask, packed_seq_params, inference_context
         )
-        outputs = language
-        if self._generates:
-            hidden = self.route(states, counts, placement, shard)
-            outputs = MimoOutput(language, self.decode_losses(states, hidden, targets), placement)
+        hidden = self.route(states, plan)
+        outputs = self.decode_losses(language, states, hidden, targets, plan) if self._generates else language
         if not self.training:
-            deferred.report()  # no next step will
+            self._checks.report()  # no next step will
         return outputs, loss_mask
 
     # The stages, in the order of the flow --------------------------------------------------
-
-    def place(self, input_ids: Tensor, packed_seq_params: PackedSeqParams | None = None) -> Placement:
-        """Which row fills each position of `input_ids` `[B, S]`, and which positions generate."""
-        return build_placement(
-            input_ids,
-            self.mimo_config.reading_tables,
-            self.mimo_config.generation_token_ids,
-            cu_seqlens=_boundaries(packed_seq_params),
-            vocabulary_size=self._vocabulary_size,
-        )
-
-    def shard(self, input_ids: Tensor, packed_seq_params: PackedSeqParams | None = None) -> SequenceShard:
-        """Which positions of the sequence are this rank's."""
-        groups = self.pg_collection
-        splits = self.config.sequence_parallel
-        return sequence_shard(
-            input_ids.shape[1],
-            cp_rank=groups.cp.rank(),
-            cp_size=groups.cp.size(),
-            tp_rank=groups.tp.rank() if splits else 0,
-            tp_size=groups.tp.size() if splits else 1,
-            cu_seqlens=_boundaries(packed_seq_params),
-            device=input_ids.device,
-        )
-
-    def padding(self, input_ids: Tensor, packed_seq_params: PackedSeqParams | None) -> Tensor | None:
-        """Padding between packed sequences, bool `[1, S]`, or None where there is none.
-
-        Raises:
-            ValueError: a special or generation token in it: nothing is read or written there.
-        """
-        padded = _boundaries(packed_seq_params)
-        own = None if padded is None else packed_seq_params.cu_seqlens_q
-        if own is None or own is padded:
-            return None
-        config = self.mimo_config
-        tokens = {
-            **{f"{name}: its special token": id for name, id in config.special_token_ids.items()},
-            **{f"{name}: its generation token": id for name, id in config.generation_token_ids.items()},
-        }
-        return packed_padding(input_ids, own, padded, tokens)
 
     def prepare(self, targets: Nested) -> Nested:
         """Targets completed with this microbatch's random draws."""
@@ -232,23 +168,11 @@ class MimoModel(MegatronModule):
             for modality, target in targets.items()
         }
 
-    def shown(self, targets: Nested, generation_inputs: Shown) -> Shown:
-        """What each modality's generation input reads: its decoder's prepared targets, or what the
-        caller gave."""
-        read = {}
-        for modality, target in targets.items():
-            feed = self.modality_submodules[modality].generation_input
-            if feed is not None:
-                read[modality] = feed.pick(target)
-        return {**read, **generation_inputs}
+    def place(self, input_ids: Tensor, packed_seq_params: PackedSeqParams | None = None) -> Placement:
+        """Which row fills each position of `input_ids` `[B, S]`, and which positions generate."""
+        return self._planner.place(input_ids, packed_seq_params)
 
-    def encode(
-        self,
-        inputs: Nested,
-        shown: Shown,
-        counts: Mapping[str, int | None],
-        placement: Placement,
-    ) -> dict[str, Tensor]:
+    def encode(self, media: Media, targets: Nested, plan: Plan) -> dict[str, Tensor]:
         """Rows `[N, H]` by table: encoded inputs, and what decoders feed their generation tokens.
 
         Modalities come in one order on every rank, with or without inputs: what stands in for an
@@ -256,15 +180,17 @@ class MimoModel(MegatronModule):
         """
         rows = {}
         for modality, submodule in self.modality_submodules.items():
-            given, count = inputs.get(modality), counts.get(modality) or 0
             if modality in self.mimo_config.special_token_ids:
-                rows[modality] = self._encode_modality(modality, given, placement)
+                rows[modality] = self._encode_modality(modality, media.inputs.get(modality), plan)
             if submodule.generation_input is None:
                 continue
-            shares_token = generation_table(modality) not in placement.names
-            if shares_token and given is not None:
-                count = 0  # its positions read
-            fed = submodule.generation_rows(shown.get(modality), count, self._rows_like)
+            shares_token = generation_table(modality) not in plan.placement.names
+            reads = shares_token and modality in media.inputs  # its positions read
+            count = 0 if reads else plan.counts.get(modality) or 0
+            shown = media.shown.get(modality)
+            if modality in targets:
+                shown = submodule.generation_input.pick(targets[modality])
+            fed = submodule.generation_rows(shown, count, self._rows_like)
             if not shares_token:
                 rows[generation_table(modality)] = fed
             elif count:
@@ -273,49 +199,23 @@ class MimoModel(MegatronModule):
                 rows[modality] = with_idle(rows[modality], [fed])
         return rows
 
-    def _encode_modality(self, modality: str, given: Mapping | None, placement: Placement) -> Tensor:
-        submodule = self.modality_submodules[modality]
-        if given is None:
-            return submodule.encode_nothing(self._rows_like)
-        rows, rows_per_item = submodule.encode_items(given)
-        if rows_per_item is not None and len(rows_per_item) == 1:
-            rows_per_item = None  # one item may hold the rows of several samples, packed
-        placement.check_rows(modality, rows.shape[0], rows_per_item)
-        if submodule.encode_is_overridden:  # it may leave out modules that other ranks use
-            return with_idle(rows, [submodule.encode_nothing(self._rows_like)])
-        return rows
-
-    @property
-    def _rows_like(self) -> Tensor:
-        """A tensor with the width, dtype and device of embedded rows."""
-        return self.language_model.embedding.word_embeddings.weight
-
-    def exchange(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The rows that this rank's part of the language model needs.
-
-        Identity: encoders and language model are laid out alike. Layouts that differ move rows here.
-        """
-        return rows
-
-    def align(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        rows: Mapping[str, Tensor],
-        placement: Placement,
-        shard: SequenceShard,
-    ) -> Tensor:
+    def align(self, input_ids: Tensor, rows: Mapping[str, Tensor], plan: Plan) -> Tensor:
         """Text and modality rows at their positions, `[S_local, B, H]`, this rank's only."""
-        return align(
-            self.language_model.embedding,
-            input_ids,
-            position_ids,
-            rows,
-            placement,
-            shard,
-            tp_group=self.pg_collection.tp,
-            sequence_parallel=self.config.sequence_parallel,
-        )
+        embedding, group = self.language_model.embedding, self.pg_collection.tp
+        return align_checked(embedding, input_ids, plan.positions, rows, plan.placement, plan.shard, group)
+
+    def learned(
+        self, labels: Tensor | None, loss_mask: Tensor | None, plan: Plan
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Labels and loss mask `[B, S / CP]` of this rank; without a mask every label that can be learned counts.
+
+        Raises:
+            ValueError: labels outside the vocabulary that count.
+        """
+        if labels is not None:
+            loss_mask = default_loss_mask(labels, plan.padding) if loss_mask is None else loss_mask
+            self._check.labels(labels, loss_mask)
+        return _cut(plan.shard, labels), _cut(plan.shard, loss_mask)
 
     def run_language_model(
         self,
@@ -346,30 +246,28 @@ class MimoModel(MegatronModule):
             )
         return output, states.last
 
-    def route(
-        self,
-        hidden: Tensor,
-        counts: Mapping[str, int | None],
-        placement: Placement,
-        shard: SequenceShard,
-    ) -> dict[str, Tensor]:
+    def route(self, hidden: Tensor, plan: Plan) -> dict[str, Tensor]:
         """Hidden states `[N, H]` at every modality's generation tokens, where their count is known."""
         groups, context_group = self._row_groups()
         rows = {}
-        for modality, count in counts.items():
+        for modality, count in plan.counts.items() if self._generates else ():
             if count is not None:
                 rule = self.modality_submodules[modality].position_rule
-                positions = placement.generation_positions(modality, count, rule)
-                rows[modality] = route(hidden, positions, shard, groups, context_group)
+                positions = plan.placement.generation_positions(modality, count, rule)
+                rows[modality] = route(hidden, positions, plan.shard, groups, context_group)
         return rows
 
-    def decode_losses(self, states: Tensor, hidden: Mapping[str, Tensor], targets: Nested) -> dict[str, ModalityOutput]:
-        """Each output modality's hidden states and its decoders' loss terms.
+    def decode_losses(
+        self, language: Tensor, states: Tensor, hidden: Mapping[str, Tensor], targets: Nested, plan: Plan
+    ) -> MimoOutput:
+        """Language output, each output modality's hidden states, and its decoders' loss terms.
 
         Args:
+            language: what the language model returned.
             states: `[S_local, B, H]`, which rows that are not there would look like.
             hidden: modality -> `[N, H]`.
             targets: prepared targets.
+            plan: of the batch.
         """
         context = self.pg_collection.cp
         share = (context.rank(), context.size())
@@ -379,7 +277,7 @@ class MimoModel(MegatronModule):
             submodule = self.modality_submodules[modality]
             read = states if rows is None else rows
             outputs[modality] = ModalityOutput(rows, submodule.loss(read, targets.get(modality, {}), share))
-        return outputs
+        return MimoOutput(language, outputs, plan.placement)
 
     def decode(
         self, outputs: MimoOutput, options: Mapping[str, Mapping[str, Mapping]] | None = None
@@ -403,7 +301,7 @@ class MimoModel(MegatronModule):
         for modality, of_decoders in options.items():
             self.modality_submodules[modality].check_decoder_names(f"options[{modality!r}]", of_decoders)
         if outputs.placement is not None:
-            self._check_media(outputs)
+            self._check.whole_media(outputs)
         return {
             modality: {
                 name: self.modality_submodules[modality].decode(
@@ -433,6 +331,14 @@ class MimoModel(MegatronModule):
             ValueError: a modality without a token id, or counts that differ.
         """
         return align_by_token_positions(modality_embeddings, input_ids, special_token_ids)
+
+    def finish_checks(self) -> None:
+        """Waits for what the last batch left to check on the device; without a next step nothing else does.
+
+        Raises:
+            ValueError: for the first check that fails.
+        """
+        self._checks.report()
 
     # What Megatron asks of a model ---------------------------------------------------------
 
@@ -469,165 +375,22 @@ class MimoModel(MegatronModule):
 
     # Below: what the stages need ------------------------------------------------------------
 
-    def _build_submodules(self, modality: str, spec: ModuleSpec, pg_collection) -> ModalitySubmodules:
-        kind = get_module(spec)
-        if not (isinstance(kind, type) and issubclass(kind, ModalitySubmodules)):
-            raise TypeError(f"modality_submodules[{modality!r}] must be the spec of a ModalitySubmodules, got {kind}")
-        submodule = kind.from_spec(
-            spec,
-            pre_process=self.pre_process,
-            post_process=self.post_process,
-            pg_collection=pg_collection,
-        )
-        submodule.check_widths(modality, self.config.hidden_size)
-        return submodule
+    @property
+    def _rows_like(self) -> Tensor:
+        """A tensor with the width, dtype and device of embedded rows."""
+        return self.language_model.embedding.word_embeddings.weight
 
-    def _check_batch(self, inputs: Nested | None, targets: Nested | None) -> tuple[Nested, Nested]:
-        """Inputs and targets of the modalities that have any, refused if no module takes them."""
-        check_modalities("modality_inputs", inputs, self.modality_submodules)
-        check_modalities("modality_targets", targets, self.modality_submodules)
-        inputs, targets = _present(inputs), _present(targets)
-        for modality in targets:
-            if modality not in self.mimo_config.generation_token_ids:
-                raise ValueError(
-                    f"modality_targets has {modality!r}, but generation_token_ids has "
-                    f"{sorted(self.mimo_config.generation_token_ids)}: no hidden state is decoded "
-                    "for it. Configure its generation token and a decoder, or drop the targets."
-                )
-        for modality in inputs:
-            if modality not in self.mimo_config.special_token_ids:
-                raise ValueError(
-                    f"modality_inputs has {modality!r}, but special_token_ids has "
-                    f"{sorted(self.mimo_config.special_token_ids)}: its rows have nowhere to go. "
-                    "Configure its special token or drop the inputs."
-                )
-        for modality, submodule in self.modality_submodules.items():
-            if self.pre_process and modality in inputs:
-                submodule.check_inputs(modality, inputs[modality])
-            if self.post_process and modality in targets:
-                submodule.check_targets(modality, targets[modality])
-        return inputs, targets
-
-    def _check_generation_inputs(self, given: Shown | None, targets: Nested) -> Shown:
-        """Inputs of generation inputs, refused where nothing takes them or targets are there too."""
-        check_modalities("generation_inputs", given, self.modality_submodules)
-        given = _present(given)
-        for modality, keywords in given.items():
-            if not isinstance(keywords, Mapping):
-                raise TypeError(
-                    f"generation_inputs[{modality!r}] must map keyword -> value, got {type(keywords).__name__}"
-                )
-            if modality in targets:
-                raise ValueError(
-                    f"both generation_inputs and modality_targets have {modality!r}. Targets are shown to "
-                    "the language model by themselves; give generation_inputs where nothing is learned."
-                )
-            if self.pre_process and self.modality_submodules[modality].generation_input is None:
-                raise ValueError(
-                    f"generation_inputs has {modality!r}, whose spec has no generation_input: its "
-                    "generation tokens are looked up in the vocabulary"
-                )
-        return given
-
-    def _placement(
-        self, input_ids: Tensor, packed_seq_params: PackedSeqParams | None, made: Placement | None
-    ) -> Placement | None:
-        """The caller's placement or a new one, on the ids' device; None where no stage reads it."""
-        if not self.pre_process and not self._generates:
-            return None
-        if made is None:
-            return self.place(input_ids, packed_seq_params)
-        if (made.cu_seqlens is None) != (_boundaries(packed_seq_params) is None):
-            raise ValueError(
-                "placement and packed_seq_params disagree on whether sequences are packed; make the "
-                "placement with model.place(input_ids, packed_seq_params)"
-            )
-        if made.device != input_ids.device:
-            return made.to(input_ids.device, non_blocking=True)
-        if input_ids.device.type == "cpu":
-            self._check_made_from(made, input_ids)
-        return made
-
-    def _check_made_from(self, made: Placement, input_ids: Tensor) -> None:
-        """Refuse another batch's placement (on the CPU, where looking costs no wait)."""
-        tables = self.mimo_config.reading_tables
-        fits = made.source.shape == input_ids.shape and made.names == tuple(tables)
-        for index, token_id in enumerate(tables.values() if fits else ()):
-            fits = fits and torch.equal(made.source == index, input_ids == token_id)
-        if not fits:
-            raise ValueError("placement was not made from these input_ids; make it with model.place")
-
-    def _check_context_parallel(self, attention_mask, inference_context) -> None:
-        if self.pg_collection.cp.size() == 1:
-            return
-        if attention_mask is not None:
-            raise ValueError(
-                "attention_mask must be None under context parallelism: attention there works on "
-                "shards of the sequence. Mask by a causal attn_mask_type or by packed_seq_params."
-            )
-        if inference_context is not None:
-            raise ValueError("inference_context must be None under context parallelism")
-
-    def _count_generation(
-        self, inputs: Nested, targets: Nested, shown: Shown, placement: Placement | None
-    ) -> dict[str, int | None]:
-        """Generation tokens of each modality in this batch, None where only the device knows."""
-        if placement is None:
-            return {}
-        special = self.mimo_config.special_token_ids
-        return {
-            # Where reading and generating share a token, inputs say that this batch reads.
-            modality: self._generation_count(
-                modality,
-                targets,
-                shown,
-                placement,
-                modality in inputs and special.get(modality) == token_id,
-            )
-            for modality, token_id in self.mimo_config.generation_token_ids.items()
-        }
-
-    def _check_missing_inputs(self, inputs: Nested, counts: Mapping[str, int | None], placement: Placement) -> None:
-        """Refuse special tokens that nothing in this batch fills."""
-        for modality in self.mimo_config.special_token_ids if self.pre_process else ():
-            fed = self.modality_submodules[modality].generation_input is not None and (
-                generation_table(modality) not in placement.names and counts.get(modality)
-            )
-            if modality not in inputs and not fed:
-                placement.check_rows(modality, 0)
-
-    def _generation_count(
-        self, modality: str, targets: Nested, shown: Shown, placement: Placement, reads: bool
-    ) -> int | None:
-        """Generation tokens of the batch as the host knows them, checked against the targets."""
-        known = placement.generation_count(modality)
+    def _encode_modality(self, modality: str, given: Mapping | None, plan: Plan) -> Tensor:
         submodule = self.modality_submodules[modality]
-        if modality in targets:
-            for name, count in submodule.count_target_rows(targets[modality]).items():
-                span, medium = submodule.span_of(name), submodule.medium_of(name)
-                placement.check_generation(modality, count, span, medium)
-                known = count
-        elif modality in shown:
-            count = submodule.count_generation_inputs(modality, shown[modality])
-            if count is not None:
-                placement.check_generation(modality, count)
-                known = count
-        elif self.training and submodule.decoders and not reads:
-            placement.check_generation(modality, 0)
-        if known is None and not self.training:
-            known = int(placement.generation_total(modality))  # inference waits for the device here
-        if known is not None and not reads and submodule.rows_shown_together > 1:
-            placement.check_generation(modality, known, medium=submodule.rows_shown_together)
-        return known
-
-    def _check_media(self, outputs: MimoOutput) -> None:
-        """Refuse images or clips that would be assembled from rows of two samples."""
-        for modality, output in outputs.modalities.items():
-            submodule = self.modality_submodules[modality]
-            for name in submodule.decoders if output.hidden is not None else ():
-                span, medium = submodule.span_of(name), submodule.medium_of(name)
-                outputs.placement.check_generation(modality, output.hidden.shape[0], span, medium)
-        outputs.placement.raise_deferred()
+        if given is None:
+            return submodule.encode_nothing(self._rows_like)
+        rows, rows_per_item = submodule.encode_items(given)
+        if rows_per_item is not None and len(rows_per_item) == 1:
+            rows_per_item = None  # one item may hold the rows of several samples, packed
+        plan.placement.check_rows(modality, rows.shape[0], rows_per_item)
+        if submodule.encode_is_overridden:  # it may leave out modules that other ranks use
+            return with_idle(rows, [submodule.encode_nothing(self._rows_like)])
+        return rows
 
     def _row_groups(self):
         """Groups whose ranks own different rows, and the one whose ranks decode different rows."""
@@ -640,23 +403,5 @@ class MimoModel(MegatronModule):
         return tuple(groups), context_group
 
 
-def _present(given: Nested | None) -> Nested:
-    """Without the modalities that have nothing in this batch: None or an empty mapping."""
-    return {
-        name: value
-        for name, value in (given or {}).items()
-        if value is not None and not (isinstance(value, Mapping) and not value)
-    }
-
-
 def _cut(shard: SequenceShard, tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else shard.cut(tensor)
-
-
-def _boundaries(packed_seq_params: PackedSeqParams | None) -> Tensor | None:
-    """Padded boundaries `[sequences + 1]` of packed sequences, None where nothing is packed."""
-    if packed_seq_params is None or packed_seq_params.qkv_format != "thd":
-        return None
-    if packed_seq_params.cu_seqlens_q_padded is not None:
-        return packed_seq_params.cu_seqlens_q_padded
-    return packed_seq_params.cu_seqlens_q

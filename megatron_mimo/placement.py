@@ -7,17 +7,17 @@ their device without waiting for that device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from types import MappingProxyType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from megatron_mimo import deferred
+from megatron_mimo.deferred import Arrival, Checks
 from megatron_mimo.kernels import kernels_for
+from megatron_mimo.tally import HostFacts, verify_media, verify_rows, verify_spans, verify_vocabulary
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,9 @@ class Placement:
         vocabulary_size: the text ids were checked against this size; None if they were not.
         host: what is known on the host, None for a placement whose counts stay on the device.
         arrival: `counts_table` on its way to the host, for deferred checks; None where the host knows it.
+        ids: [B, S], the `input_ids` it was made from, which a model compares with those it is given; None where the
+            two travel together and nothing can come between them.
+        checks: owner of the checks that wait for the device.
     """
 
     names: tuple[str, ...]
@@ -63,7 +66,9 @@ class Placement:
     cu_seqlens: Tensor | None
     vocabulary_size: int | None
     host: HostFacts | None
-    arrival: deferred.Arrival | None
+    arrival: Arrival | None
+    ids: Tensor | None
+    checks: Checks = field(default_factory=Checks, repr=False)
 
     @property
     def batch_size(self) -> int:
@@ -88,16 +93,24 @@ class Placement:
         """The same placement in pinned memory; a `DataLoader(pin_memory=True)` calls this."""
         return self._moved(Tensor.pin_memory)
 
-    def _moved(self, move) -> Placement:
-        tensors = ("source", "row", "positions", "counts_table", "cu_seqlens")
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> Placement:
+        tensors = ("source", "row", "positions", "counts_table", "cu_seqlens", "ids")
         moved = {name: None if (x := getattr(self, name)) is None else move(x) for name in tensors}
         return replace(self, **moved)
+
+    def bound(self) -> Placement:
+        """The same placement without `ids`: it travels with them, so that nobody compares them again."""
+        return replace(self, ids=None)
 
     # Counts and spans
 
     def counts(self, name: str) -> Tensor:
         """int64 [B], on `device`: how many positions of each sample the reading table fills."""
         return self.counts_table[self._reading(name).index]
+
+    def reading_count(self, name: str) -> int | None:
+        """How many positions of the batch the reading table fills; None if only the device knows."""
+        return self._known_total(self._reading(name))
 
     def generation_count(self, name: str) -> int | None:
         """How many generation tokens the modality has in the batch; None if only the device knows."""
@@ -128,7 +141,7 @@ class Placement:
                 f"the spans of {name!r} are not known on the host: this placement was built on {self.device} "
                 "without waiting for it. Build it on the CPU, in the collator."
             )
-        return self.host.spans(listing, self.sequence_length)
+        return self.host.spans(listing.index, self.sequence_length)
 
     # Checks
 
@@ -156,12 +169,12 @@ class Placement:
             )
         if self.host is not None:
             if items is not None or self.host.totals[listing.index] != n_rows:
-                spans = None if items is None else self.host.spans(listing, self.sequence_length)
-                _verify_rows(name, "special", self.host.counts[listing.index], n_rows, items, spans)
+                spans = None if items is None else self.host.spans(listing.index, self.sequence_length)
+                verify_rows(name, "special", self.host.counts[listing.index], n_rows, items, spans)
             return
-        deferred.check(
+        self.checks.check(
             self.arrival,
-            lambda counts: _verify_rows(name, "special", counts[listing.index].tolist(), n_rows, items),
+            lambda counts: verify_rows(name, "special", counts[listing.index].tolist(), n_rows, items),
             (name, "special", n_rows, items),
         )
 
@@ -181,16 +194,16 @@ class Placement:
         listing = self._generating(name)
 
         def verify(counts: list[int], runs: Tensor | None = None) -> None:
-            _verify_rows(name, "generation", counts, n_rows)
+            verify_rows(name, "generation", counts, n_rows)
             lengths = list(enumerate(counts)) if runs is None else [(i, b - a) for i, a, b in runs.tolist()]
-            _verify_spans(name, lengths, span)
-            _verify_media(name, counts, medium)
+            verify_spans(name, lengths, span)
+            verify_media(name, counts, medium)
 
         if self.host is not None:
-            runs = self.host.spans(listing, self.sequence_length) if span > 1 else None
+            runs = self.host.spans(listing.index, self.sequence_length) if span > 1 else None
             verify(self.host.counts[listing.index], runs)
             return
-        deferred.check(
+        self.checks.check(
             self.arrival,
             lambda counts: verify(counts[listing.index].tolist()),
             (name, "generation", n_rows, span, medium),
@@ -203,7 +216,7 @@ class Placement:
             ValueError: for the first check that fails.
         """
         if self.arrival is not None:
-            deferred.report(only=self.arrival)
+            self.checks.report(only=self.arrival)
 
     # Generation
 
@@ -238,16 +251,19 @@ class Placement:
             n = known
         positions = self.positions[listing.index, :n].long()
         if rule == "predecessor":
-            self._check_predecessors(name, positions)
+            self._check_predecessors(listing, name, positions)
             positions = positions - 1
         missing = n - positions.numel()
         return torch.nn.functional.pad(positions, (0, missing)).clamp_(min=0)
 
-    def _check_predecessors(self, name: str, positions: Tensor) -> None:
-        """Raises, deferred on the device, if a token at one of the flat positions [n] has no predecessor."""
+    def _check_predecessors(self, listing: TokenList, name: str, positions: Tensor) -> None:
+        """Raises, deferred where only the device knows, if a token at one of the positions [n] has no predecessor."""
+        if self.host is not None:
+            positions = self.host.positions[listing.index, : self.host.totals[listing.index]].long()
         offset = positions.remainder(self.sequence_length)
         if self.cu_seqlens is not None:
-            bounds = self.cu_seqlens.to(positions.device, torch.int64)
+            bounds = self.cu_seqlens if self.host is None else torch.tensor(self.host.boundaries)
+            bounds = bounds.to(positions.device, torch.int64)
             last = bounds.numel() - 2
             offset = offset - bounds[(torch.searchsorted(bounds, offset, right=True) - 1).clamp(0, last)]
         first = torch.where((offset == 0) & (positions >= 0), positions, -1)
@@ -261,7 +277,7 @@ class Placement:
                     "decoder whose position rule is 'own'."
                 )
 
-        deferred.check(deferred.Arrival(first), verify, (name, "predecessor"))
+        self.checks.check(Arrival(first), verify, (name, "predecessor"))
 
     # Lookups
 
@@ -279,40 +295,6 @@ class Placement:
         return None if self.host is None else self.host.totals[listing.index]
 
 
-@dataclass(frozen=True, eq=False)
-class HostFacts:
-    """What the host knows of a placement without asking the device.
-
-    Attributes:
-        counts: tokens per sample, for each line of `Placement.counts_table`.
-        positions: `Placement.positions`, on the CPU wherever the placement itself goes.
-        boundaries: `Placement.cu_seqlens`, or None.
-    """
-
-    counts: list[list[int]]
-    positions: Tensor = field(metadata={"on_host": True})
-    boundaries: list[int] | None = None
-
-    @cached_property
-    def totals(self) -> list[int]:
-        """Tokens in the batch, for each line of `Placement.counts_table`."""
-        return [sum(line) for line in self.counts]
-
-    def spans(self, listing: TokenList, sequence_length: int) -> Tensor:
-        """int64 [number of spans, 3]: sample, first position, end."""
-        count = self.totals[listing.index]
-        flat = self.positions[listing.index, :count].long()
-        sample = flat.div(sequence_length, rounding_mode="floor")
-        opens = torch.ones(count, dtype=torch.bool)
-        opens[1:] = (flat[1:] != flat[:-1] + 1) | (sample[1:] != sample[:-1])
-        if self.boundaries is not None:
-            opens |= torch.isin(flat, flat.new_tensor(self.boundaries))
-        closes = torch.ones(count, dtype=torch.bool)
-        closes[:-1] = opens[1:]
-        base = sample[opens] * sequence_length
-        return torch.stack([sample[opens], flat[opens] - base, flat[closes] + 1 - base], dim=1)
-
-
 def build_placement(
     input_ids: Tensor,
     special_token_ids: Mapping[str, int],
@@ -322,6 +304,7 @@ def build_placement(
     vocabulary_size: int | None = None,
     text_table: str | None = None,
     validate: Literal["now", "deferred"] | None = None,
+    checks: Checks | None = None,
 ) -> Placement:
     """The placement of one batch.
 
@@ -336,14 +319,14 @@ def build_placement(
         validate: "now" waits for the device to have the counts on the host; "deferred" never waits, and a
             mismatch is reported at the latest when the next step begins. Default: "now" on the CPU, "deferred"
             elsewhere.
+        checks: who owns the deferred checks, a model; None gives the placement checks of its own.
 
     Returns:
         The `Placement`, on the device of `input_ids`.
 
     Raises:
         TypeError: for ids that are no integers.
-        ValueError: for an empty batch, two tables with one token, or a text id outside the vocabulary; and for a
-            deferred check of an earlier batch.
+        ValueError: for an empty batch, two tables with one token, or a text id outside the vocabulary.
 
     Example:
         >>> placement = build_placement(torch.tensor([[7, -200, -200, 8]]), {"images": -200})
@@ -353,7 +336,6 @@ def build_placement(
         Traceback (most recent call last):
         ValueError: images: sample 0 has 2 special tokens but 3 embeddings (batch: 2 special tokens, 3 embeddings). ...
     """
-    deferred.report()
     _check_ids(input_ids, special_token_ids, generation_token_ids, text_table, cu_seqlens)
     if validate not in ("now", "deferred", None):
         raise ValueError(f"validate should be 'now' or 'deferred', found {validate!r}.")
@@ -382,7 +364,9 @@ def build_placement(
         cu_seqlens=cu_seqlens,
         vocabulary_size=vocabulary_size,
         host=facts,
-        arrival=deferred.Arrival(counts) if validate == "deferred" else None,
+        arrival=Arrival(counts) if validate == "deferred" else None,
+        ids=input_ids,
+        checks=Checks() if checks is None else checks,
     )
     if vocabulary_size is not None:
         _check_vocabulary(placement)
@@ -427,99 +411,12 @@ def _check_vocabulary(placement: Placement) -> None:
     """Raises, now or deferred, if a text id lies outside the vocabulary."""
     size = placement.vocabulary_size
 
+    advice = "Declare those that are special tokens in special_token_ids, or mask them out of the batch."
+
     def verify(counts: Tensor) -> None:
-        for sample, count in enumerate(counts[-1].tolist()):
-            if count:
-                raise ValueError(
-                    f"text: sample {sample} has {count} token ids outside the vocabulary (0 to {size - 1}) that "
-                    "are no special token. Declare them in special_token_ids, or mask them out of the batch."
-                )
+        verify_vocabulary("token ids", counts[-1].tolist(), size, advice)
 
     if placement.host is not None:
         verify(torch.tensor(placement.host.counts))
     else:
-        deferred.check(placement.arrival, verify, "vocabulary")
-
-
-def _verify_spans(name: str, lengths: list[tuple[int, int]], span: int) -> None:
-    """Raises `ValueError` for a run of generation tokens that is no whole number of spans.
-
-    Args:
-        lengths: (sample, number of tokens) of each run.
-    """
-    for sample, length in lengths:
-        if length % span:
-            raise ValueError(
-                f"{name}: sample {sample} has {length} generation tokens in a row, which is no whole number of spans "
-                f"of {span}. The decoder makes each item from {span} of them: place that many for every item."
-            )
-
-
-def _verify_media(name: str, counts: list[int], medium: int) -> None:
-    """Raises `ValueError` for a sample whose generation tokens are no whole number of images or clips."""
-    for sample, count in enumerate(counts):
-        if count % medium:
-            raise ValueError(
-                f"{name}: sample {sample} has {count} generation tokens, but one image or clip takes {medium} of "
-                "them: an image would begin in one sample and end in the next. Place that many for each."
-            )
-
-
-def _verify_rows(
-    name: str,
-    kind: str,
-    counts: list[int],
-    n_rows: int,
-    rows_per_item: tuple[int, ...] | None = None,
-    spans: Tensor | None = None,
-) -> None:
-    """Raises `ValueError` unless the rows fit the tokens, sample by sample as far as that is known.
-
-    Args:
-        name: the modality.
-        kind: "special" or "generation", for the message.
-        counts: tokens per sample.
-        n_rows: rows in the batch.
-        rows_per_item: rows of each item, in order.
-        spans: int64 [number of spans, 3], if known.
-    """
-    total = sum(counts)
-    if rows_per_item is None:
-        found = _rows_by_total(counts, n_rows)
-    else:
-        found = _rows_by_item(counts, rows_per_item)
-        if found != counts and spans is not None and len(spans) == len(rows_per_item):
-            # One span an item: each item's own span says in which sample it stands. Only to name the sample, since
-            # images without a token between them share a span.
-            by_span = [0] * len(counts)
-            for sample, rows in zip(spans[:, 0].tolist(), rows_per_item, strict=True):
-                by_span[sample] += rows
-            found = by_span if by_span != counts else found
-    for sample, (tokens, rows) in enumerate(zip(counts, found, strict=True)):
-        if tokens != rows:
-            embeddings = "embeddings" if kind == "special" else "target rows"
-            raise ValueError(
-                f"{name}: sample {sample} has {tokens} {kind} tokens but {rows} {embeddings} (batch: {total} "
-                f"{kind} tokens, {n_rows} {embeddings}). Give each {kind} token one "
-                f"{embeddings.removesuffix('s')}."
-            )
-
-
-def _rows_by_total(counts: list[int], n_rows: int) -> list[int]:
-    """How many rows each sample gets if they are dealt out in order; the last one takes what is left over."""
-    found = []
-    for tokens in counts:
-        found.append(min(tokens, n_rows - sum(found)))
-    found[-1] = n_rows - sum(found[:-1])
-    return found
-
-
-def _rows_by_item(counts: list[int], rows_per_item: tuple[int, ...]) -> list[int]:
-    """How many rows each sample gets if it takes whole items, in order, until its tokens have one each."""
-    found = [0] * len(counts)
-    sample, last = 0, len(counts) - 1
-    for rows in rows_per_item:
-        while sample < last and found[sample] >= counts[sample]:
-            sample += 1
-        found[sample] += rows
-    return found
+        placement.checks.check(placement.arrival, verify, "vocabulary")

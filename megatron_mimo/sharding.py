@@ -11,11 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
+from math import lcm
 
 import torch
 from torch import Tensor
 
-from megatron_mimo import deferred
+from megatron_mimo.deferred import Arrival, Checks
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ def sequence_shard(
     tp_size: int = 1,
     cu_seqlens: Tensor | None = None,
     device: torch.device | str = "cpu",
+    checks: Checks | None = None,
 ) -> SequenceShard:
     """The positions one rank holds.
 
@@ -136,8 +138,9 @@ def sequence_shard(
         tp_rank, tp_size: this rank in its tensor-parallel group under sequence parallelism; 0 and 1 without it.
         cu_seqlens: int32 [number of sequences + 1], the padded boundaries of packed sequences (Megatron's
             `PackedSeqParams.cu_seqlens_q_padded`); the batch size is then 1. On the device they are used without
-            a host sync and their check is deferred.
+            a host sync, where `checks` owns theirs.
         device: where the positions shall live.
+        checks: who owns the check of boundaries on the device; None waits for it here.
 
     Returns:
         The rank's `SequenceShard`. Without `cu_seqlens` it is the same object for the same arguments.
@@ -154,20 +157,41 @@ def sequence_shard(
     for axis, rank, size in (("context-parallel", cp_rank, cp_size), ("sequence-parallel", tp_rank, tp_size)):
         if not 0 <= rank < size:
             raise ValueError(f"{axis} rank {rank} lies outside its group of {size}: expected 0 to {size - 1}.")
-    chunks = 2 * cp_size if cp_size > 1 else 1
-    if sequence_length % chunks or (sequence_length // cp_size) % tp_size:
+    multiple = sequence_multiple(context_parallel=cp_size, sequence_parallel=tp_size)
+    if sequence_length % multiple:
         raise ValueError(
-            f"sequence length {sequence_length} cannot be divided over context-parallel size {cp_size} (in "
-            f"{chunks} chunks) and sequence-parallel size {tp_size}: pad it to a multiple of "
-            f"{cp_size * tp_size * (2 if cp_size > 1 and tp_size % 2 else 1)}."
+            f"expected a sequence length that is a multiple of {multiple} (context-parallel size {cp_size}, "
+            f"sequence-parallel size {tp_size}), found {sequence_length}. Pad it to one."
         )
     device = torch.device(device)
     if cu_seqlens is not None:
-        _check_boundaries(cu_seqlens, sequence_length, chunks)
+        _check_boundaries(cu_seqlens, sequence_length, packed_multiple(cp_size), checks)
     if cu_seqlens is None or cp_size == 1:
         return _unpacked_shard(sequence_length, cp_rank, cp_size, tp_rank, tp_size, device)
     positions = _packed_positions(cu_seqlens.to(device, non_blocking=True), sequence_length, cp_rank, cp_size)
     return SequenceShard(sequence_length, positions, tp_rank, tp_size, device)
+
+
+def sequence_multiple(*, context_parallel: int = 1, sequence_parallel: int = 1) -> int:
+    """What every (padded) sequence length is a multiple of: the one rule for models, loops and packers.
+
+    Context parallelism cuts `2 * context_parallel` chunks, sequence parallelism cuts what a context-parallel rank
+    holds in `sequence_parallel` slices: `lcm(2 * CP if CP > 1 else 1, CP * SP)`.
+
+    Args:
+        context_parallel: size of the context-parallel group.
+        sequence_parallel: size of the tensor-parallel group with sequence parallelism, 1 without.
+
+    Example:
+        >>> sequence_multiple(context_parallel=2, sequence_parallel=2)
+        4
+    """
+    return lcm(packed_multiple(context_parallel), context_parallel * sequence_parallel)
+
+
+def packed_multiple(context_parallel: int) -> int:
+    """What the padded length of each packed sequence is a multiple of: `2 * CP` chunks, or 1 without."""
+    return 2 * context_parallel if context_parallel > 1 else 1
 
 
 @lru_cache(maxsize=64)
@@ -201,7 +225,7 @@ def _packed_positions(cu_seqlens: Tensor, sequence_length: int, cp_rank: int, cp
     return (start * cp_size + skipped * chunk + within).clamp(0, sequence_length - 1)
 
 
-def _check_boundaries(cu_seqlens: Tensor, sequence_length: int, chunks: int) -> None:
+def _check_boundaries(cu_seqlens: Tensor, sequence_length: int, chunks: int, checks: Checks | None) -> None:
     """Raises `ValueError` now on the CPU, deferred on the device, if the packing cannot be cut."""
 
     def verify(boundaries: Tensor) -> None:
@@ -218,4 +242,7 @@ def _check_boundaries(cu_seqlens: Tensor, sequence_length: int, chunks: int) -> 
                     f"multiple of 2 * context-parallel size = {chunks}. Pad every packed sequence to one."
                 )
 
-    deferred.check(deferred.Arrival(cu_seqlens), verify, "cu_seqlens")
+    if checks is None:
+        verify(cu_seqlens)
+    else:
+        checks.check(Arrival(cu_seqlens), verify, "cu_seqlens")

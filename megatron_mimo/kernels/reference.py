@@ -41,14 +41,15 @@ def plan(
     """
     source_BS = torch.full_like(input_ids_BS, -1, dtype=torch.int32)
     row_BS = torch.zeros_like(source_BS)
-    tokens = [input_ids_BS == token_id for token_id in reading_ids]
+    found = {token_id: input_ids_BS == token_id for token_id in (*reading_ids, *generation_ids)}
+    tokens = [found[token_id] for token_id in reading_ids]
     text_BS = torch.ones_like(input_ids_BS, dtype=torch.bool)
     for read_BS in tokens:
         text_BS &= ~read_BS
     if text_is_table:
         tokens.append(text_BS)
     tables = len(tokens)
-    tokens += [input_ids_BS == token_id for token_id in generation_ids]
+    tokens += [found[token_id] for token_id in generation_ids]
     positions_TP = input_ids_BS.new_full((len(tokens), input_ids_BS.numel()), -1, dtype=torch.int32)
     for index, token_BS in enumerate(tokens):
         flat_N = token_BS.flatten().nonzero().squeeze(1)

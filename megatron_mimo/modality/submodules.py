@@ -558,6 +558,30 @@ class ModalitySubmodules(ABC, nn.Module):
         return _rows(name, encoder(**cast))
 
 
+def build_submodules(
+    modality: str, spec: ModuleSpec, *, hidden_size: int, pre_process: bool, post_process: bool, pg_collection
+) -> ModalitySubmodules:
+    """One modality's submodules on one pipeline stage, their widths held against the language model's.
+
+    Args:
+        modality: its name, for messages.
+        spec: of a `ModalitySubmodules`.
+        hidden_size: `H` of the language model.
+        pre_process, post_process: whether this stage is the first, the last.
+        pg_collection: process groups; None for Megatron's global ones.
+
+    Raises:
+        TypeError: a spec of something else.
+        ValueError: parts that do not fit together.
+    """
+    kind = get_module(spec)
+    if not (isinstance(kind, type) and issubclass(kind, ModalitySubmodules)):
+        raise TypeError(f"modality_submodules[{modality!r}] must be the spec of a ModalitySubmodules, got {kind}")
+    submodule = kind.from_spec(spec, pre_process=pre_process, post_process=post_process, pg_collection=pg_collection)
+    submodule.check_widths(modality, hidden_size)
+    return submodule
+
+
 class VisionModalitySubmodules(ModalitySubmodules):
     """Images: inputs may be called `pixel_values` or `images` whatever the encoder calls them.
 

@@ -158,7 +158,8 @@ def part_for(batch: Batch, model: MimoModel) -> Batch:
         model: of the stage.
     """
     if "placement" not in batch and (model.pre_process or model.post_process):
-        batch = {**batch, "placement": model.place(batch["input_ids"], batch.get("packed_seq_params"))}
+        placement = model.place(batch["input_ids"], batch.get("packed_seq_params"))
+        batch = {**batch, "placement": placement.bound()}
     part = part_for_stage(batch, first=model.pre_process, last=model.post_process)
     if model.post_process or not part.get("modality_targets"):
         return part

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import megatron_mimo
-from megatron_mimo import deferred
 from megatron_mimo.align import align, align_by_token_positions
 from megatron_mimo.kernels import kernels_for, reference
 from megatron_mimo.placement import build_placement
@@ -236,7 +235,7 @@ def test_align_runs_without_a_host_sync(run):
             build_placement(ids, {"images": IMAGES}).pin_memory().to("cuda", non_blocking=True),
         ):
             for layout in ({}, {"cp_size": 2}, {"cp_size": 2, "cu_seqlens": boundaries}):
-                shard = sequence_shard(48, device="cuda", **layout)
+                shard = sequence_shard(48, device="cuda", checks=placement.checks, **layout)
                 rows = align(words, here, None, {"images": images}, placement, shard, run.groups.tp)
                 rows.float().square().sum().backward()
     here = ids.cuda(non_blocking=True)
@@ -245,11 +244,11 @@ def test_align_runs_without_a_host_sync(run):
     placement.generation_positions("images", images.shape[0], rule="predecessor")
     torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
-    deferred.report()
+    placement.raise_deferred()
 
 
 @pytest.mark.parametrize("found", [0, 3, 9])
-def test_a_wrong_count_does_not_fault_and_raises_when_the_next_step_begins(run, found):
+def test_a_wrong_count_does_not_fault_and_raises_when_its_owner_is_asked(run, found):
     words = embedding(64, 32, torch.float32, run.groups.tp)
     ids = torch.full((2, 8), 5)
     ids[0, 2:4] = IMAGES
@@ -268,9 +267,10 @@ def test_a_wrong_count_does_not_fault_and_raises_when_the_next_step_begins(run, 
     assert torch.equal(images.grad[6:], torch.zeros_like(images.grad[6:]))
     sample, tokens, rows = {0: (0, 2, 0), 3: (1, 4, 1), 9: (1, 4, 7)}[found]
     message = f"images: sample {sample} has {tokens} special tokens but {rows} embeddings"
-    with pytest.raises(ValueError, match=message):
-        build_placement(ids, {"images": IMAGES}, vocabulary_size=64)
     build_placement(ids, {"images": IMAGES}, vocabulary_size=64)
+    with pytest.raises(ValueError, match=message):
+        placement.raise_deferred()
+    placement.raise_deferred()
 
 
 @pytest.mark.parametrize("vocabulary_size", [64, None])
@@ -283,7 +283,7 @@ def test_a_text_id_outside_the_vocabulary_does_not_fault_and_is_reported(run, vo
         placement = build_placement(ids, {}, vocabulary_size=vocabulary_size)
         rows = align(words, ids, None, {}, placement, shard, run.groups.tp)
         rows.sum().backward()
-        deferred.report()
+        placement.checks.report()
     torch.cuda.synchronize()
 
 
@@ -301,7 +301,7 @@ def test_the_whole_model_runs_without_a_host_sync(run):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
-    deferred.report()
+    model.finish_checks()
 
 
 def _moved(value):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import megatron_mimo
-from megatron_mimo import MimoModel, deferred, specs
+from megatron_mimo import MimoModel, specs
 from tests import packed, tiny
 from tests.distributed.cases import decoders as cases
 from tests.distributed.cases.layouts import token_local_layers
@@ -96,4 +96,4 @@ def test_what_is_written_in_padding_is_reported(run):
     with pytest.raises(ValueError, match="images: its generation token at position 31 stands in the padding"):
         model(**batch, modality_targets={"images": {"out": targets}})
         torch.cuda.synchronize()
-        deferred.report()
+        model.finish_checks()

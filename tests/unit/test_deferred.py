@@ -1,5 +1,8 @@
 """Checks that wait for the device, with an event that answers as the test wants."""
 
+import gc
+import pickle
+
 import pytest
 import torch
 
@@ -26,59 +29,58 @@ def under_way(values: torch.Tensor) -> deferred.Arrival:
     return arrival
 
 
-@pytest.fixture(autouse=True)
-def nothing_left_waiting():
-    yield
-    assert not deferred._waiting
+@pytest.fixture
+def checks() -> deferred.Checks:
+    return deferred.Checks()
 
 
 def refuse(values: torch.Tensor) -> None:
     raise ValueError(f"refused {values.tolist()}")
 
 
-def test_values_on_the_cpu_are_checked_at_once():
+def test_values_on_the_cpu_are_checked_at_once(checks):
     with pytest.raises(ValueError, match=r"refused \[3\]"):
-        deferred.check(deferred.Arrival(torch.tensor([3])), refuse, "key")
+        checks.check(deferred.Arrival(torch.tensor([3])), refuse, "key")
 
 
-def test_values_under_way_are_checked_when_somebody_asks():
+def test_values_under_way_are_checked_when_somebody_asks(checks):
     arrival = under_way(torch.tensor([3]))
-    deferred.check(arrival, refuse, "key")
+    checks.check(arrival, refuse, "key")
     with pytest.raises(ValueError, match=r"refused \[3\]"):
-        deferred.report()
-    deferred.report()
+        checks.report()
+    checks.report()
 
 
-def test_values_that_have_come_meanwhile_are_checked_without_waiting():
+def test_values_that_have_come_meanwhile_are_checked_without_waiting(checks):
     arrival = under_way(torch.tensor([3]))
     arrival._event.happened = True
     with pytest.raises(ValueError, match="refused"):
-        deferred.check(arrival, refuse, "key")
+        checks.check(arrival, refuse, "key")
 
 
-def test_the_current_step_is_not_waited_for():
+def test_the_current_step_is_not_waited_for(checks):
     arrival = under_way(torch.tensor([3]))
-    deferred.check(arrival, refuse, "key")
+    checks.check(arrival, refuse, "key")
     event = arrival._event
-    deferred.report(current=arrival)
+    checks.report(current=arrival)
     assert not event.happened
     with pytest.raises(ValueError, match="refused"):
-        deferred.report()
+        checks.report()
 
 
-def test_one_failure_leaves_the_others_to_the_next_call():
+def test_one_failure_leaves_the_others_to_the_next_call(checks):
     for number in (1, 2):
-        deferred.check(under_way(torch.tensor([number])), refuse, number)
+        checks.check(under_way(torch.tensor([number])), refuse, number)
     for number in (1, 2):
         with pytest.raises(ValueError, match=rf"refused \[{number}\]"):
-            deferred.report()
+            checks.report()
 
 
-def test_the_same_check_handed_over_twice_waits_once():
+def test_the_same_check_handed_over_twice_waits_once(checks):
     arrival, seen = under_way(torch.tensor([3])), []
     for _ in range(2):
-        deferred.check(arrival, seen.append, "key")
-    deferred.report()
+        checks.check(arrival, seen.append, "key")
+    checks.report()
     assert len(seen) == 1
 
 
@@ -92,11 +94,27 @@ def late_placement(ids: torch.Tensor, **settings):
 IDS = torch.tensor([[1, -200, -200, 7], [1, -200, 7, 7]])
 
 
-def test_a_late_mismatch_is_the_same_error_one_step_later():
+def test_an_error_of_one_batch_does_not_come_out_of_the_construction_of_another():
     placement = late_placement(IDS)
     placement.check_rows("images", 2)
+    build_placement(IDS, {"images": -200})
     with pytest.raises(ValueError, match="images: sample 1 has 1 special tokens but 0 embeddings"):
-        build_placement(IDS, {"images": -200})
+        placement.raise_deferred()
+
+
+def test_what_nobody_asked_for_is_logged_when_its_owner_is_gone(caplog):
+    checks = deferred.Checks()
+    checks.check(under_way(torch.tensor([3])), refuse, "key")
+    del checks
+    gc.collect()
+    assert "a batch before the end was bad, and its results are too: refused [3]" in caplog.text
+
+
+def test_a_copy_of_an_owner_waits_for_nothing(checks):
+    checks.check(under_way(torch.tensor([3])), refuse, "key")
+    pickle.loads(pickle.dumps(checks)).report()
+    with pytest.raises(ValueError, match="refused"):
+        checks.report()
 
 
 def test_a_late_mismatch_can_be_asked_for():

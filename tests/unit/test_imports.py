@@ -15,6 +15,7 @@ ROOMS = [
     "config",
     "losses",
     "deferred",
+    "tally",
     "kernels",
     "placement",
     "sharding",
@@ -22,15 +23,17 @@ ROOMS = [
     "draws",
     "idle",
     "assemble",
-    "batch",
     "specs",
     "build",
     "sharded_state",
     "decoders",
     "modality",
+    "output",
+    "check",
+    "plan",
+    "exchange",
     "align",
     "route",
-    "output",
     "language",
     "generation",
     "model",
@@ -38,7 +41,18 @@ ROOMS = [
     "layout",
     "training",
 ]
-WITHOUT_MEGATRON = ["config", "losses", "deferred", "kernels", "placement", "sharding"]
+WITHOUT_MEGATRON = [
+    "config",
+    "losses",
+    "deferred",
+    "tally",
+    "kernels",
+    "placement",
+    "sharding",
+    "check",
+    "plan",
+    "exchange",
+]
 
 
 def room_of(path: Path) -> str:

@@ -206,7 +206,7 @@ def test_labels_outside_the_vocabulary_that_count_are_refused(model, label):
     ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4]])
     labels, loss_mask = ids.clone(), torch.ones(2, 4)
     labels[1, 2:] = label
-    message = r"text: sample 1 has 2 labels outside the vocabulary \(0 to 63\) that count in the loss"
+    message = r"text: sample 1 has 2 labels outside the vocabulary \(0 to 63\)\. They count in the loss"
     for train in (True, False):
         with pytest.raises(ValueError, match=message):
             model.train(train)(ids, labels=labels, loss_mask=loss_mask)
@@ -218,11 +218,7 @@ def test_labels_outside_the_vocabulary_that_count_are_refused(model, label):
 
 
 def test_labels_under_way_are_held_against_the_vocabulary_when_the_next_step_begins(model, monkeypatch):
-    class UnderWay(deferred.Arrival):
-        def here(self):
-            return False
-
-    monkeypatch.setattr(deferred, "Arrival", UnderWay)
+    monkeypatch.setattr(deferred.Arrival, "here", lambda arrival: False)
     ids = torch.tensor([[1, 2, 3, 4]])
     model(ids, labels=torch.full_like(ids, 64))
     with pytest.raises(ValueError, match="text: sample 0 has 4 labels outside the vocabulary"):
@@ -410,7 +406,9 @@ BAD_VALUES = {
     ),
     "no targets": (change(modality_targets={}), "images: sample 0 has 3 generation tokens but 0"),
     "another batch's placement": (
-        change(placement=build_placement(IDS.roll(1, 1), {"images": tiny.READ, "audio": tiny.HEAR})),
+        change(
+            placement=build_placement(IDS.roll(1, 1), {"images": tiny.READ, "audio": tiny.HEAR}, {"images": tiny.WRITE})
+        ),
         "placement was not made from these input_ids",
     ),
     "a placement that ignores packing": (

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_mimo.batch import default_loss_mask
 from megatron_mimo.data.step import Batch, Counts
 from megatron_mimo.model import MimoModel
+from megatron_mimo.plan import default_loss_mask, padding_of
 
 TOKENS = "tokens"  # positions that the language loss looks at
 POSITIONS = "positions"
@@ -67,7 +67,7 @@ def count_batch(batch: Batch, model: MimoModel) -> Counts:
             "each position shall predict, and a loss_mask of zeros where nothing is to be learned."
         )
     if mask is None:
-        mask = default_loss_mask(labels, model.padding(ids, batch.get("packed_seq_params")))
+        mask = default_loss_mask(labels, padding_of(batch.get("packed_seq_params"), ids))
     counts = {
         term("text"): float(mask.sum()),
         TOKENS: float(mask.count_nonzero()),

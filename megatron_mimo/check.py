@@ -1,0 +1,350 @@
+"""Everything about a batch that is refused, before the first collective.
+
+`BatchCheck` looks at one batch of one stage of a model, in the order in which facts become known: the arguments
+alone, the placement against the token ids, targets and encoded rows against the placement. What only the device
+knows is compared without waiting for it and reported when the next step begins (`deferred`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megatron_mimo.config import MimoModelConfig, generation_table
+from megatron_mimo.deferred import Arrival, Checks
+from megatron_mimo.output import MimoOutput
+from megatron_mimo.placement import Placement
+from megatron_mimo.tally import outside_vocabulary, verify_vocabulary
+
+Nested = Mapping[str, Mapping[str, Mapping[str, Tensor]]]
+Shown = Mapping[str, Mapping[str, Tensor]]
+
+_INTEGERS = (torch.int64, torch.int32)
+
+
+@dataclass(frozen=True)
+class Media:
+    """What a batch brings of its modalities, without those that have nothing in it.
+
+    Attributes:
+        inputs: modality -> encoder -> its keyword inputs.
+        targets: modality -> decoder -> its keyword targets.
+        shown: modality -> keyword inputs of its generation input, in place of targets.
+    """
+
+    inputs: Nested
+    targets: Nested
+    shown: Shown
+
+
+class BatchCheck:
+    """Refuses batches that one stage of a model cannot take.
+
+    Args:
+        config: of the model.
+        submodules: modality -> its `ModalitySubmodules` on this stage.
+        first, last: whether encoders and decoders are on this stage.
+        context_parallel: size of the context-parallel group.
+        checks: who owns the checks that wait for the device.
+    """
+
+    def __init__(
+        self,
+        config: MimoModelConfig,
+        submodules: nn.ModuleDict,
+        first: bool,
+        last: bool,
+        context_parallel: int,
+        checks: Checks,
+    ) -> None:
+        self._config, self._submodules = config, submodules
+        self._first, self._last = first, last
+        self._context_parallel, self._checks = context_parallel, checks
+        self._vocabulary_size = config.language_model.params.get("vocab_size")
+
+    def tokens(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        loss_mask: Tensor | None,
+        inference_context: object,
+    ) -> None:
+        """Refuses token tensors that do not belong together, and what attention cannot do on shards of a sequence.
+
+        Args:
+            input_ids, position_ids, attention_mask, labels, loss_mask: as `check_token_tensors` takes them.
+            inference_context: Megatron's, or None.
+
+        Raises:
+            TypeError, ValueError: as `check_token_tensors`; a mask or an inference context under context parallelism.
+        """
+        check_token_tensors(input_ids, position_ids, attention_mask, labels, loss_mask)
+        if self._context_parallel == 1:
+            return
+        if attention_mask is not None:
+            raise ValueError(
+                "attention_mask must be None under context parallelism: attention there works on "
+                "shards of the sequence. Mask by a causal attn_mask_type or by packed_seq_params."
+            )
+        if inference_context is not None:
+            raise ValueError("inference_context must be None under context parallelism")
+
+    def media(self, inputs: Nested | None, targets: Nested | None, shown: Shown | None) -> Media:
+        """Inputs, targets and shown inputs of the modalities that have any.
+
+        Raises:
+            TypeError: what should map names does not.
+            ValueError: an unknown modality, encoder or decoder, one without a token, or both targets and
+                shown inputs of one modality.
+        """
+        named = {"modality_inputs": inputs, "modality_targets": targets, "generation_inputs": shown}
+        for name, given in named.items():
+            check_modalities(name, given, self._submodules)
+        media = Media(_present(inputs), _present(targets), _present(shown))
+        self._check_connected("modality_targets", media.targets, "generation_token_ids", "decoder")
+        self._check_connected("modality_inputs", media.inputs, "special_token_ids", "encoder")
+        for modality, submodule in self._submodules.items():
+            if self._first and modality in media.inputs:
+                submodule.check_inputs(modality, media.inputs[modality])
+            if self._last and modality in media.targets:
+                submodule.check_targets(modality, media.targets[modality])
+        self._check_shown(media)
+        return media
+
+    def placement(self, made: Placement, input_ids: Tensor, packed: bool) -> None:
+        """Refuses another model's or another batch's placement; one without `ids` travelled with them.
+
+        Args:
+            made: on the device of the ids.
+            input_ids: `[B, S]`.
+            packed: whether the sequences are packed.
+
+        Raises:
+            ValueError: saying how to make the right one; other ids on a device are reported one step later.
+        """
+        if (made.cu_seqlens is None) == packed:
+            raise ValueError(
+                "placement and packed_seq_params disagree on whether sequences are packed; make the "
+                "placement with model.place(input_ids, packed_seq_params)"
+            )
+        tables, generating = self._config.reading_tables, self._config.generation_token_ids
+        found = {name: listing.token_id for name, listing in made.reading.items()}
+        written = {name: listing.token_id for name, listing in made.generation.items()}
+        if found != tables or written != dict(generating) or made.source.shape != input_ids.shape:
+            raise ValueError(
+                f"expected a placement of tokens {tables} and {dict(generating)} in ids {list(input_ids.shape)}, found "
+                f"one of {found} and {written} in {list(made.source.shape)}; make it with model.place"
+            )
+        if made.ids is None or made.ids is input_ids:
+            return
+
+        def verify(differ: Tensor) -> None:
+            if differ:
+                raise ValueError("placement was not made from these input_ids; make it with model.place")
+
+        self._checks.check(Arrival((made.ids != input_ids).any()), verify, "placement")
+
+    def padding(self, placement: Placement, padding: Tensor) -> None:
+        """Refuses tokens in padding of packed sequences: attention leaves it out, nothing is read or written there.
+
+        Args:
+            placement: of the batch.
+            padding: bool `[1, S]`.
+
+        Raises:
+            ValueError: naming modality and position; on a device at the latest one step later.
+        """
+        special = self._config.special_token_ids
+        listings = {f"{name}: its special token": placement.reading[name] for name in special}
+        listings |= {f"{name}: its generation token": listing for name, listing in placement.generation.items()}
+        for what, listing in listings.items():
+            positions = placement.positions[listing.index].long()
+            inside = padding[0][positions.clamp(min=0)] & (positions >= 0)
+            found = torch.where(inside, positions, -1).amax()
+            self._checks.check(Arrival(found), lambda at, what=what: _refuse_padding(what, at), what)
+
+    def unfed(self, media: Media, placement: Placement, counts: Mapping[str, int | None]) -> None:
+        """Refuses special tokens that nothing in this batch fills, on the stage that places rows.
+
+        Args:
+            media: what the batch brings.
+            placement: of the batch.
+            counts: generation tokens that are known to have rows, by modality.
+
+        Raises:
+            ValueError: naming modality, sample and counts.
+        """
+        for table in placement.names if self._first else ():
+            modality = table.removesuffix(generation_table(""))
+            if table == modality and table in media.inputs:
+                continue  # its rows are counted when they are there
+            generates = self._submodules[modality].generation_input is not None
+            shared = generation_table(modality) not in placement.names
+            if generates and (shared or table != modality) and counts.get(modality):
+                continue  # counted against its targets
+            placement.check_rows(table, 0)
+
+    def labels(self, labels: Tensor, loss_mask: Tensor) -> None:
+        """Refuses labels outside the vocabulary that count in the loss, which would be wrong without a word.
+
+        Args:
+            labels: `[B, S]`, global sequence.
+            loss_mask: `[B, S]`; where it is 0, a label may be anything.
+
+        Raises:
+            ValueError: naming the sample and how many; on a device at the latest one step later.
+        """
+        size = self._vocabulary_size
+        if size is None or not self._last:
+            return
+        outside = outside_vocabulary(labels, size) & (loss_mask != 0)
+        advice = "They count in the loss. Set loss_mask to 0 where nothing is to be learned."
+
+        def verify(counts: Tensor) -> None:
+            verify_vocabulary("labels", counts.tolist(), size, advice)
+
+        self._checks.check(Arrival(outside.sum(dim=1)), verify, "labels")
+
+    def whole_media(self, outputs: MimoOutput) -> None:
+        """Refuses images or clips that would be assembled from rows of two samples.
+
+        Raises:
+            ValueError: naming modality and sample; waits for the device.
+        """
+        for modality, output in outputs.modalities.items():
+            submodule = self._submodules[modality]
+            for name in submodule.decoders if output.hidden is not None else ():
+                span, medium = submodule.span_of(name), submodule.medium_of(name)
+                outputs.placement.check_generation(modality, output.hidden.shape[0], span, medium)
+        outputs.placement.raise_deferred()
+
+    def _check_connected(self, name: str, given: Mapping[str, object], tokens: str, what: str) -> None:
+        known = getattr(self._config, tokens)
+        for modality in given:
+            if modality not in known:
+                raise ValueError(
+                    f"{name} has {modality!r}, but {tokens} has {sorted(known)}: its rows have nowhere to go. "
+                    f"Configure its token and a {what}, or leave them out."
+                )
+
+    def _check_shown(self, media: Media) -> None:
+        for modality, keywords in media.shown.items():
+            if not isinstance(keywords, Mapping):
+                raise TypeError(
+                    f"generation_inputs[{modality!r}] must map keyword -> value, got {type(keywords).__name__}"
+                )
+            if modality in media.targets:
+                raise ValueError(
+                    f"both generation_inputs and modality_targets have {modality!r}. Targets are shown to "
+                    "the language model by themselves; give generation_inputs where nothing is learned."
+                )
+            if self._first and self._submodules[modality].generation_input is None:
+                raise ValueError(
+                    f"generation_inputs has {modality!r}, whose spec has no generation_input: its "
+                    "generation tokens are looked up in the vocabulary"
+                )
+
+
+def check_token_tensors(
+    input_ids: Tensor,
+    position_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+    loss_mask: Tensor | None,
+) -> None:
+    """Refuse token tensors that do not belong together.
+
+    Args:
+        input_ids: `[B, S]` int64 or int32, global sequence.
+        position_ids: `[B, S]`, or `[k, B, S]` for rotary embeddings with k sections.
+        attention_mask: bool `[B or 1, heads or 1, S or 1, S]`, True where a position is hidden.
+        labels, loss_mask: `[B, S]`.
+
+    Raises:
+        TypeError: not a tensor, ids that are no integers, or an attention mask that is not bool.
+        ValueError: an empty batch, or shapes that differ from `input_ids`'.
+    """
+    given = {"input_ids": input_ids}
+    optional = {
+        "position_ids": position_ids,
+        "attention_mask": attention_mask,
+        "labels": labels,
+        "loss_mask": loss_mask,
+    }
+    given.update((name, value) for name, value in optional.items() if value is not None)
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if input_ids.dtype not in _INTEGERS:
+        raise TypeError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids must be [B, S], got {list(input_ids.shape)}")
+    if input_ids.numel() == 0:
+        raise ValueError(f"empty batch: input_ids has shape {list(input_ids.shape)}")
+    for name in ("labels", "loss_mask"):
+        if name in given:
+            _check_shape(name, given[name], given[name].shape == input_ids.shape, input_ids)
+    if position_ids is not None:
+        fits = position_ids.dim() in (2, 3) and position_ids.shape[-2:] == input_ids.shape
+        _check_shape("position_ids", position_ids, fits, input_ids)
+    if attention_mask is not None:
+        _check_attention_mask(attention_mask, input_ids)
+
+
+def check_modalities(name: str, given: Mapping[str, object] | None, known: Mapping) -> None:
+    """Refuse `modality_inputs` or `modality_targets` for a modality that the model lacks.
+
+    Raises:
+        TypeError: not a mapping.
+        ValueError: an unknown modality.
+    """
+    if given is None:
+        return
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{name} must map modality names, got {type(given).__name__}")
+    for modality in given:
+        if modality not in known:
+            raise ValueError(f"{name} has modality {modality!r}, but the model's modalities are {sorted(known)}")
+
+
+def _check_attention_mask(attention_mask: Tensor, input_ids: Tensor) -> None:
+    if attention_mask.dtype != torch.bool:
+        raise TypeError(f"attention_mask must be bool, True where a position is hidden, got {attention_mask.dtype}")
+    batch_size, length = input_ids.shape
+    if attention_mask.dim() != 4:
+        raise ValueError(
+            f"attention_mask must be [B or 1, heads or 1, S or 1, S], got {list(attention_mask.shape)}. From "
+            "a [B, S] mask of tokens to keep, make ~keep[:, None, None, :] and join the causal mask."
+        )
+    samples, _, queries, keys = attention_mask.shape
+    fits = samples in (1, batch_size) and queries in (1, length) and keys == length
+    _check_shape("attention_mask", attention_mask, fits, input_ids)
+
+
+def _check_shape(name: str, value: Tensor, fits: bool, input_ids: Tensor) -> None:
+    if not fits:
+        raise ValueError(
+            f"{name} has shape {list(value.shape)}, which does not fit input_ids {list(input_ids.shape)} ([B, S])"
+        )
+
+
+def _present(given: Mapping | None) -> dict:
+    """Without the modalities that have nothing in this batch: None or an empty mapping."""
+    return {
+        name: value
+        for name, value in (given or {}).items()
+        if value is not None and not (isinstance(value, Mapping) and not value)
+    }
+
+
+def _refuse_padding(what: str, position: Tensor) -> None:
+    if position >= 0:
+        raise ValueError(
+            f"{what} at position {int(position)} stands in the padding of a packed sequence (between "
+            "cu_seqlens_q and cu_seqlens_q_padded), where nothing is read or written. Pad with a text token."
+        )

@@ -1,0 +1,278 @@
+"""What a batch asks for, looked up once: where rows go, which positions are this rank's, what is padding.
+
+A `Plan` is made after the batch was checked and before anything runs; every later stage reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from megatron_mimo.check import BatchCheck, Media, Nested
+from megatron_mimo.config import MimoModelConfig
+from megatron_mimo.deferred import Checks
+from megatron_mimo.placement import Placement, build_placement
+from megatron_mimo.sharding import SequenceShard, sequence_shard
+
+if TYPE_CHECKING:
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """One microbatch, as the stages need it.
+
+    Attributes:
+        placement: which row fills which position, and which positions generate; on the device of the token ids.
+            None on a stage that neither reads nor writes.
+        shard: which positions of the sequence are this rank's.
+        positions: int64 `[B, S]` or `[k, B, S]`, position ids, global.
+        padding: bool `[1, S]`, padding between packed sequences; None where there is none.
+        counts: modality -> its generation tokens in the batch; None where only the device knows. Empty on a stage
+            that neither reads nor writes.
+    """
+
+    placement: Placement | None
+    shard: SequenceShard
+    positions: Tensor
+    padding: Tensor | None
+    counts: Mapping[str, int | None]
+
+
+class Planner:
+    """Makes the plans of one stage's batches.
+
+    Args:
+        config: of the model.
+        submodules: modality -> its `ModalitySubmodules` on this stage.
+        first, last: whether rows are placed, whether hidden states are decoded on this stage.
+        sequence_parallel: whether the language model splits the sequence over tensor-parallel ranks.
+        groups: process groups, of which `tp` and `cp` are used.
+        check: what refuses batches.
+        checks: who owns the checks that wait for the device.
+    """
+
+    def __init__(
+        self,
+        config: MimoModelConfig,
+        submodules: nn.ModuleDict,
+        first: bool,
+        last: bool,
+        sequence_parallel: bool,
+        groups: ProcessGroupCollection,
+        check: BatchCheck,
+        checks: Checks,
+    ) -> None:
+        self._config, self._submodules = config, submodules
+        self._uses_placement = first or (last and bool(config.generation_token_ids))
+        self._sequence_parallel, self._groups = sequence_parallel, groups
+        self._check, self._checks = check, checks
+
+    def place(self, input_ids: Tensor, packed_seq_params: PackedSeqParams | None = None) -> Placement:
+        """Which row fills each position of `input_ids` `[B, S]`, and which positions generate."""
+        return build_placement(
+            input_ids,
+            self._config.reading_tables,
+            self._config.generation_token_ids,
+            cu_seqlens=_boundaries(packed_seq_params),
+            vocabulary_size=self._config.language_model.params.get("vocab_size"),
+            checks=self._checks,
+        )
+
+    def plan(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        packed_seq_params: PackedSeqParams | None,
+        placement: Placement | None,
+        media: Media,
+        targets: Nested,
+        training: bool,
+    ) -> Plan:
+        """What the batch asks of this rank, every count held against the others.
+
+        Args:
+            input_ids, position_ids, packed_seq_params, placement: as `MimoModel.forward` takes them.
+            media: what the batch brings.
+            targets: prepared targets.
+            training: whether every generation token needs a target.
+
+        Raises:
+            ValueError: counts that differ, naming modality, sample and both; on a device at the latest one step
+                later.
+        """
+        shard, boundaries = self._shard(input_ids, packed_seq_params), _boundaries(packed_seq_params)
+        padding = padding_of(packed_seq_params, input_ids)
+        if position_ids is None:
+            position_ids = default_positions(input_ids, boundaries)
+        if not self._uses_placement:
+            return Plan(None, shard, position_ids, padding, {})
+        placement = self._adopted(placement, input_ids, packed_seq_params)
+        if padding is not None:
+            self._check.padding(placement, padding)
+        counts = count_generation(placement, media, targets, self._config, self._submodules, training)
+        self._check.unfed(media, placement, counts)
+        return Plan(placement, shard, position_ids, padding, counts)
+
+    def _shard(self, input_ids: Tensor, packed_seq_params: PackedSeqParams | None = None) -> SequenceShard:
+        """Which positions of the sequence are this rank's."""
+        groups = self._groups
+        splits = self._sequence_parallel
+        return sequence_shard(
+            input_ids.shape[1],
+            cp_rank=groups.cp.rank(),
+            cp_size=groups.cp.size(),
+            tp_rank=groups.tp.rank() if splits else 0,
+            tp_size=groups.tp.size() if splits else 1,
+            cu_seqlens=_boundaries(packed_seq_params),
+            device=input_ids.device,
+            checks=self._checks,
+        )
+
+    def _adopted(
+        self, made: Placement | None, input_ids: Tensor, packed_seq_params: PackedSeqParams | None
+    ) -> Placement:
+        """The caller's placement, checked and on the ids' device, or a new one."""
+        if made is None:
+            return self.place(input_ids, packed_seq_params)
+        if made.device != input_ids.device:
+            made = made.to(input_ids.device, non_blocking=True)
+        self._check.placement(made, input_ids, packed=_boundaries(packed_seq_params) is not None)
+        return replace(made, checks=self._checks)
+
+
+def default_positions(input_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Positions `[B, S]` int64 that count from 0, anew in each packed sequence.
+
+    Args:
+        input_ids: `[B, S]`.
+        cu_seqlens: `[sequences + 1]` boundaries of packed sequences, B = 1.
+
+    Example:
+        >>> default_positions(torch.zeros(1, 5, dtype=torch.long), torch.tensor([0, 3, 5]))
+        tensor([[0, 1, 2, 0, 1]])
+    """
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    if cu_seqlens is not None:
+        sequence = torch.searchsorted(cu_seqlens.to(positions), positions, right=True) - 1
+        positions = positions - cu_seqlens.to(positions)[sequence]
+    return positions.expand_as(input_ids)
+
+
+def default_loss_mask(labels: Tensor, padding: Tensor | None) -> Tensor:
+    """Float `[B, S]`: 1 where a label is to be learned, 0 where it is negative or padding."""
+    counts = labels >= 0
+    return (counts if padding is None else counts & ~padding).float()
+
+
+def padding_of(packed_seq_params: PackedSeqParams | None, input_ids: Tensor) -> Tensor | None:
+    """Padding between packed sequences, bool `[1, S]` on the ids' device, or None where there is none.
+
+    Args:
+        packed_seq_params: of the batch.
+        input_ids: `[1, S]`.
+    """
+    padded = _boundaries(packed_seq_params)
+    own = None if packed_seq_params is None else packed_seq_params.cu_seqlens_q
+    if padded is None or own is None or own is padded:
+        return None
+    return packed_padding(input_ids.shape[1], own, padded.to(input_ids.device))
+
+
+def packed_padding(length: int, cu_seqlens: Tensor, cu_seqlens_padded: Tensor) -> Tensor:
+    """Which positions are padding between packed sequences, bool `[1, S]`.
+
+    Args:
+        length: `S`.
+        cu_seqlens: int `[sequences + 1]`, boundaries of the sequences themselves.
+        cu_seqlens_padded: int `[sequences + 1]`, where each starts in the packed sequence; on the wanted device.
+
+    Raises:
+        ValueError: boundaries of unequal number.
+
+    Example:
+        >>> packed_padding(6, torch.tensor([0, 2, 4]), torch.tensor([0, 3, 6])).long()
+        tensor([[0, 0, 1, 0, 0, 1]])
+    """
+    if cu_seqlens.shape != cu_seqlens_padded.shape:
+        raise ValueError(
+            f"cu_seqlens_q has shape {list(cu_seqlens.shape)} but cu_seqlens_q_padded "
+            f"{list(cu_seqlens_padded.shape)}: both need one boundary a packed sequence, and one more."
+        )
+    starts = cu_seqlens_padded.long()
+    lengths = cu_seqlens.to(starts).diff()
+    positions = torch.arange(length, device=starts.device)
+    # Wrong boundaries are reported where the sequence is cut; until then they must not lead outside.
+    sequence = (torch.searchsorted(starts, positions, right=True) - 1).clamp(0, len(lengths) - 1)
+    return (positions - starts[sequence] >= lengths[sequence])[None]
+
+
+def count_generation(
+    placement: Placement,
+    media: Media,
+    targets: Nested,
+    config: MimoModelConfig,
+    submodules: nn.ModuleDict,
+    training: bool,
+) -> dict[str, int | None]:
+    """Generation tokens of each modality as the host knows them, held against the batch's targets.
+
+    Args:
+        placement: of the batch.
+        media: what the batch brings.
+        targets: prepared targets, modality -> decoder -> values.
+        config: of the model.
+        submodules: modality -> its `ModalitySubmodules` on this stage.
+        training: whether every generation token needs a target. Without, a count that only the device knows is
+            waited for.
+
+    Raises:
+        ValueError: targets or shown inputs of another number, or tokens that are no whole number of media items,
+            naming modality, sample and both counts.
+    """
+    special, counts = config.special_token_ids, {}
+    for modality, token_id in config.generation_token_ids.items():
+        submodule = submodules[modality]
+        # Where reading and generating share a token, inputs say that this batch reads.
+        reads = modality in media.inputs and special.get(modality) == token_id
+        known = _rows_brought(placement, media, targets, modality, submodule)
+        if known is None:
+            known = placement.generation_count(modality)
+            if training and submodule.decoders and not reads:
+                placement.check_generation(modality, 0)
+        if known is None and not training:
+            known = int(placement.generation_total(modality))  # inference waits for the device here
+        if known is not None and not reads and submodule.rows_shown_together > 1:
+            placement.check_generation(modality, known, medium=submodule.rows_shown_together)
+        counts[modality] = known
+    return counts
+
+
+def _rows_brought(
+    placement: Placement, media: Media, targets: Nested, modality: str, submodule: nn.Module
+) -> int | None:
+    """Rows that targets or shown inputs of a modality stand for, checked; None without either."""
+    known = None
+    if modality in targets:
+        for name, count in submodule.count_target_rows(targets[modality]).items():
+            placement.check_generation(modality, count, submodule.span_of(name), submodule.medium_of(name))
+            known = count
+    elif modality in media.shown:
+        known = submodule.count_generation_inputs(modality, media.shown[modality])
+        if known is not None:
+            placement.check_generation(modality, known)
+    return known
+
+
+def _boundaries(packed_seq_params: PackedSeqParams | None) -> Tensor | None:
+    """Padded boundaries `[sequences + 1]` of packed sequences, None where nothing is packed."""
+    if packed_seq_params is None or packed_seq_params.qkv_format != "thd":
+        return None
+    if packed_seq_params.cu_seqlens_q_padded is not None:
+        return packed_seq_params.cu_seqlens_q_padded
+    return packed_seq_params.cu_seqlens_q

@@ -1,0 +1,160 @@
+"""What the host knows of a batch's tokens: how many of each, where they stand, and whether rows fit them.
+
+Integers only, and all of it on the CPU: a collator tallies a batch once, and everything later reads the tally.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class HostFacts:
+    """What the host knows of a placement without asking the device.
+
+    Attributes:
+        counts: tokens per sample, for each line of `Placement.counts_table`.
+        positions: `Placement.positions`, on the CPU wherever the placement itself goes.
+        boundaries: `Placement.cu_seqlens`, or None.
+    """
+
+    counts: list[list[int]]
+    positions: Tensor = field(metadata={"on_host": True})
+    boundaries: list[int] | None = None
+
+    @cached_property
+    def totals(self) -> list[int]:
+        """Tokens in the batch, for each line of `Placement.counts_table`."""
+        return [sum(line) for line in self.counts]
+
+    def spans(self, index: int, sequence_length: int) -> Tensor:
+        """int64 [number of spans, 3]: sample, first position and end of each run of the token of line `index`."""
+        count = self.totals[index]
+        flat = self.positions[index, :count].long()
+        sample = flat.div(sequence_length, rounding_mode="floor")
+        opens = torch.ones(count, dtype=torch.bool)
+        opens[1:] = (flat[1:] != flat[:-1] + 1) | (sample[1:] != sample[:-1])
+        if self.boundaries is not None:
+            opens |= torch.isin(flat, flat.new_tensor(self.boundaries))
+        closes = torch.ones(count, dtype=torch.bool)
+        closes[:-1] = opens[1:]
+        base = sample[opens] * sequence_length
+        return torch.stack([sample[opens], flat[opens] - base, flat[closes] + 1 - base], dim=1)
+
+
+def outside_vocabulary(ids: Tensor, size: int) -> Tensor:
+    """Which ids are none of a vocabulary of `size`: bool, of the shape of `ids`.
+
+    Example:
+        >>> outside_vocabulary(torch.tensor([0, 4, -1]), 4)
+        tensor([False,  True,  True])
+    """
+    return (ids < 0) | (ids >= size)
+
+
+def verify_vocabulary(what: str, counts: Sequence[int], size: int, advice: str) -> None:
+    """Raises for the first sample with ids outside the vocabulary.
+
+    Args:
+        what: what the ids are, e.g. "token ids".
+        counts: how many ids each sample has outside.
+        size: V.
+        advice: what to do about them.
+
+    Raises:
+        ValueError: naming the sample and how many.
+    """
+    for sample, count in enumerate(counts):
+        if count:
+            raise ValueError(
+                f"text: sample {sample} has {count} {what} outside the vocabulary (0 to {size - 1}). {advice}"
+            )
+
+
+def verify_spans(name: str, lengths: Sequence[tuple[int, int]], span: int) -> None:
+    """Raises `ValueError` for a run of generation tokens that is no whole number of spans.
+
+    Args:
+        lengths: (sample, number of tokens) of each run.
+    """
+    for sample, length in lengths:
+        if length % span:
+            raise ValueError(
+                f"{name}: sample {sample} has {length} generation tokens in a row, which is no whole number of spans "
+                f"of {span}. The decoder makes each item from {span} of them: place that many for every item."
+            )
+
+
+def verify_media(name: str, counts: Sequence[int], medium: int) -> None:
+    """Raises `ValueError` for a sample whose generation tokens are no whole number of images or clips."""
+    for sample, count in enumerate(counts):
+        if count % medium:
+            raise ValueError(
+                f"{name}: sample {sample} has {count} generation tokens, but one image or clip takes {medium} of "
+                "them: an image would begin in one sample and end in the next. Place that many for each."
+            )
+
+
+def verify_rows(
+    name: str,
+    kind: str,
+    counts: Sequence[int],
+    n_rows: int,
+    rows_per_item: tuple[int, ...] | None = None,
+    spans: Tensor | None = None,
+) -> None:
+    """Raises `ValueError` unless the rows fit the tokens, sample by sample as far as that is known.
+
+    Args:
+        name: the modality.
+        kind: "special" or "generation", for the message.
+        counts: tokens per sample.
+        n_rows: rows in the batch.
+        rows_per_item: rows of each item, in order.
+        spans: int64 [number of spans, 3], if known.
+    """
+    total = sum(counts)
+    if rows_per_item is None:
+        found = _rows_by_total(counts, n_rows)
+    else:
+        found = _rows_by_item(counts, rows_per_item)
+        if found != counts and spans is not None and len(spans) == len(rows_per_item):
+            # One span an item: each item's own span says in which sample it stands. Only to name the sample, since
+            # images without a token between them share a span.
+            by_span = [0] * len(counts)
+            for sample, rows in zip(spans[:, 0].tolist(), rows_per_item, strict=True):
+                by_span[sample] += rows
+            found = by_span if by_span != counts else found
+    for sample, (tokens, rows) in enumerate(zip(counts, found, strict=True)):
+        if tokens != rows:
+            embeddings = "embeddings" if kind == "special" else "target rows"
+            raise ValueError(
+                f"{name}: sample {sample} has {tokens} {kind} tokens but {rows} {embeddings} (batch: {total} "
+                f"{kind} tokens, {n_rows} {embeddings}). Give each {kind} token one "
+                f"{embeddings.removesuffix('s')}."
+            )
+
+
+def _rows_by_total(counts: Sequence[int], n_rows: int) -> list[int]:
+    """How many rows each sample gets if they are dealt out in order; the last one takes what is left over."""
+    found = []
+    for tokens in counts:
+        found.append(min(tokens, n_rows - sum(found)))
+    found[-1] = n_rows - sum(found[:-1])
+    return found
+
+
+def _rows_by_item(counts: Sequence[int], rows_per_item: tuple[int, ...]) -> list[int]:
+    """How many rows each sample gets if it takes whole items, in order, until its tokens have one each."""
+    found = [0] * len(counts)
+    sample, last = 0, len(counts) - 1
+    for rows in rows_per_item:
+        while sample < last and found[sample] >= counts[sample]:
+            sample += 1
+        found[sample] += rows
+    return found
