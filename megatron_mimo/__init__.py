@@ -6,6 +6,8 @@ Names are imported at first use, so that integer-only parts never wait for Megat
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from megatron_mimo.compat.notices import Answered
+
 if TYPE_CHECKING:
     from megatron_mimo.config import MimoModelConfig
     from megatron_mimo.generation.in_the_loop import sample_flow, sample_one_by_one
@@ -43,11 +45,17 @@ _HOMES = {
 
 __all__ = sorted(_HOMES)
 
+# `from megatron_mimo import specs` comes here first, so that Megatron is imported within `Answered`.
+_ROOMS = ("data", "decoders", "generation", "modality", "specs", "training")
+
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    with Answered():
+        if name in _ROOMS:
+            return import_module(f"{__name__}.{name}")
+        if name in _HOMES:
+            return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -1,6 +1,7 @@
 """Start and end a run: process groups, device and random numbers, under ``torchrun`` or plain ``python``."""
 
 import logging
+import math
 import multiprocessing
 import os
 import sys
@@ -13,7 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from megatron_mimo.axes import Layout
 from megatron_mimo.compat.cuda_on_cpu import cpu_backend_enabled, disable_cpu_backend, enable_cpu_backend
+from megatron_mimo.compat.notices import Answered
 from megatron_mimo.draws import seed_draws
 
 if TYPE_CHECKING:
@@ -22,78 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["Layout", "Run", "exit_on_error", "initialize", "shutdown"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The size of every parallel axis of `world_size` ranks; building one that does not fit is a ValueError.
-
-    Dense layers: ``world_size = tensor * context * pipeline * data``.
-    Expert layers: ``world_size = expert_tensor * expert * pipeline * expert_data``.
-
-    Raises:
-        TypeError: a size is not an int.
-        ValueError: a size is below 1, or the sizes do not divide the world; the message names the argument to change.
-
-    Example:
-        >>> Layout(world_size=8, tensor_model_parallel_size=2, pipeline_model_parallel_size=2).data_parallel_size
-        2
-    """
-
-    world_size: int
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    virtual_pipeline_model_parallel_size: int | None = None
-    context_parallel_size: int = 1
-    expert_model_parallel_size: int = 1
-    expert_tensor_parallel_size: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, size in vars(self).items():
-            if size is None and name in ("virtual_pipeline_model_parallel_size", "expert_tensor_parallel_size"):
-                continue
-            if not isinstance(size, int) or isinstance(size, bool):
-                raise TypeError(f"{name}: expected an int, found {size!r} of type {type(size).__name__}.")
-            if size < 1:
-                raise ValueError(f"{name}: expected at least 1, found {size}.")
-
-        dense = self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
-        if self.world_size % dense:
-            raise ValueError(
-                f"tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size = "
-                f"{self.tensor_model_parallel_size} * {self.pipeline_model_parallel_size} * "
-                f"{self.context_parallel_size} = {dense} does not divide the world of {self.world_size} rank(s). "
-                f"Lower one of the three, or start a multiple of {dense} ranks (torchrun --nproc-per-node)."
-            )
-        expert = self.effective_expert_tensor_parallel_size * self.expert_model_parallel_size
-        expert *= self.pipeline_model_parallel_size
-        if self.world_size % expert:
-            raise ValueError(
-                f"expert_tensor_parallel_size * expert_model_parallel_size * pipeline_model_parallel_size = "
-                f"{self.effective_expert_tensor_parallel_size} * {self.expert_model_parallel_size} * "
-                f"{self.pipeline_model_parallel_size} = {expert} does not divide the world of {self.world_size} "
-                f"rank(s). Lower expert_model_parallel_size, or set expert_tensor_parallel_size "
-                f"(default: tensor_model_parallel_size)."
-            )
-        if self.virtual_pipeline_model_parallel_size is not None and self.pipeline_model_parallel_size == 1:
-            raise ValueError(
-                f"virtual_pipeline_model_parallel_size={self.virtual_pipeline_model_parallel_size} needs a pipeline, "
-                "found pipeline_model_parallel_size=1. Set it to at least 2, or leave the virtual size None."
-            )
-
-    @property
-    def effective_expert_tensor_parallel_size(self) -> int:
-        """The tensor-parallel size of expert layers, which is the dense one unless given."""
-        if self.expert_tensor_parallel_size is None:
-            return self.tensor_model_parallel_size
-        return self.expert_tensor_parallel_size
-
-    @property
-    def data_parallel_size(self) -> int:
-        """Ranks that hold the same dense weights and read different samples."""
-        return self.world_size // (
-            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
-        )
 
 
 @dataclass(frozen=True)
@@ -135,11 +66,18 @@ class _Current:
 
     run: Run
     enabled_cpu_backend: bool
+    world: dist.ProcessGroup
 
 
 _current: _Current | None = None
 _runs_started = 0
 _torchrun_store: dist.Store | None = None
+# Entered from `initialize` to `shutdown`.
+_notices = Answered()
+
+# Megatron and the decoders' draws add to the seed what tells one rank's from another's; torch takes 63 bits of it.
+_SEEDS = 2**62
+_LONGEST_TIMEOUT_S = 10**9
 
 
 def initialize(
@@ -173,15 +111,16 @@ def initialize(
             starts from ``seed + 100 p``. What decoders draw in training differs over data-parallel ranks alone.
         backend: ``"nccl"``, ``"gloo"`` (with the CPU backend, even where there is a GPU), or None: NCCL where a GPU
             is available, otherwise gloo.
-        timeout_s: how long a collective may take before it raises.
+        timeout_s: how long a collective may take before it raises; at most 10**9.
 
     Returns:
         The run. Called again with the same arguments, the run in progress.
 
     Raises:
-        TypeError: a size is not an int.
-        ValueError: a layout that does not fit the world, an unknown backend, NCCL without a GPU for this rank. Raised
-            before any process group is built.
+        TypeError: a size or the seed is not an int, or the timeout is no number.
+        ValueError: a layout that does not fit the world, an unknown backend, NCCL without a GPU for this rank, a seed
+            outside [0, 2**62), a timeout that is not positive, a variable of torchrun's that is no number; raised
+            before any process group is built. Or other code has destroyed the process groups of the run in progress.
         RuntimeError: a run with other arguments is in progress, or somebody else has initialised torch.distributed.
 
     Example:
@@ -191,8 +130,10 @@ def initialize(
         >>> shutdown()
     """
     global _current, _runs_started
+    _check_seed(seed)
+    _check_timeout(timeout_s)
     layout = Layout(
-        world_size=int(os.environ.get("WORLD_SIZE", "1")) if _under_torchrun() else 1,
+        world_size=_world_size(),
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
@@ -202,6 +143,7 @@ def initialize(
     )
     if _current is not None:
         run = _current.run
+        _check_groups(_current)
         if (layout, seed, backend or run.backend) == (run.layout, run.seed, run.backend):
             return run
         raise RuntimeError(
@@ -213,7 +155,7 @@ def initialize(
             "initialize: torch.distributed is initialised already, by other code than megatron_mimo. Remove that call: "
             "initialize() builds every process group itself."
         )
-    local_rank = int(os.environ.get("LOCAL_RANK", "0")) if _under_torchrun() else 0
+    local_rank = _torchrun_number("LOCAL_RANK", 0, 0) if _under_torchrun() else 0
     backend = _choose_backend(backend, local_rank)
 
     enabled_here = False
@@ -226,13 +168,14 @@ def initialize(
         torch.cuda.set_device(device)
 
     _runs_started += 1
+    _notices.__enter__()
     try:
         _join_world(backend, timeout_s)
         run = _build_groups(layout, local_rank, device, backend, seed, timeout_s)
     except BaseException:
         _tear_down(enabled_here)
         raise
-    _current = _Current(run, enabled_here)
+    _current = _Current(run, enabled_here, _world())
     logger.info("rank %d of %d on %s (%s): %s, seed %d", run.rank, run.world_size, device, backend, layout, seed)
     return run
 
@@ -293,6 +236,69 @@ def _has_peers() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
+def _check_seed(seed: int) -> None:
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed: expected an int, found {seed!r} of type {type(seed).__name__}.")
+    if not 0 <= seed < _SEEDS:
+        raise ValueError(f"seed: expected a number in [0, 2**62), found {seed}. Give one that every rank gives alike.")
+
+
+def _check_timeout(timeout_s: float) -> None:
+    if not isinstance(timeout_s, int | float) or isinstance(timeout_s, bool):
+        raise TypeError(
+            f"timeout_s: expected a number of seconds, found {timeout_s!r} of type {type(timeout_s).__name__}."
+        )
+    if math.isnan(timeout_s) or not 0 < timeout_s <= _LONGEST_TIMEOUT_S:
+        raise ValueError(
+            f"timeout_s: expected seconds in (0, 10**9], found {timeout_s}. Give the time that the slowest collective "
+            "may take, such as 600."
+        )
+
+
+def _torchrun_number(name: str, least: int, default: int) -> int:
+    """The number in one of torchrun's variables."""
+    value = os.environ.get(name, str(default))
+    if not value.strip().isdecimal() or int(value) < least:
+        raise ValueError(
+            f"initialize: expected a whole number of at least {least} in the environment variable {name}, found "
+            f"{value!r}. Start the ranks with torchrun, which sets it, or remove RANK, WORLD_SIZE, MASTER_ADDR and "
+            "MASTER_PORT to run one process alone."
+        )
+    return int(value)
+
+
+def _world_size() -> int:
+    """Ranks that torchrun started, 1 under plain python."""
+    if not _under_torchrun():
+        return 1
+    rank, world_size = _torchrun_number("RANK", 0, 0), _torchrun_number("WORLD_SIZE", 1, 1)
+    if rank >= world_size:
+        raise ValueError(
+            f"initialize: expected RANK below WORLD_SIZE in the environment, found {rank} and {world_size}. Start the "
+            "ranks with torchrun, which sets both."
+        )
+    return world_size
+
+
+def _world() -> dist.ProcessGroup | None:
+    """The group of all ranks as torch has it now; None where there is none."""
+    return dist.group.WORLD if dist.is_initialized() else None
+
+
+def _check_groups(current: _Current) -> None:
+    """Refuses to give a run whose process groups are gone."""
+    # Not at the top of the file, as in `_build_groups`.
+    from megatron.core import parallel_state
+
+    if _world() is current.world and parallel_state.model_parallel_is_initialized():
+        return
+    raise ValueError(
+        f"initialize: the run in progress with {current.run.layout} has lost its process groups: other code called "
+        "torch.distributed.destroy_process_group() or megatron.core.parallel_state.destroy_model_parallel(). Call "
+        "megatron_mimo.shutdown(), which ends a run, in its place; then initialize() builds new ones."
+    )
+
+
 def _under_torchrun() -> bool:
     """Whether this process was started as one rank of several, by torchrun or anything that sets its variables."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
@@ -327,8 +333,8 @@ def _join_world(backend: str, timeout_s: float) -> None:
     dist.init_process_group(
         backend,
         store=dist.PrefixStore(f"megatron_mimo/{_runs_started}", _torchrun_store),
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
+        rank=_torchrun_number("RANK", 0, 0),
+        world_size=_torchrun_number("WORLD_SIZE", 1, 1),
         timeout=timeout,
     )
 
@@ -377,6 +383,7 @@ def _tear_down(disable_cpu: bool) -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+    _notices.__exit__(None, None, None)
     parallel_state.destroy_model_parallel()
     get_cuda_rng_tracker().reset()
     if dist.is_initialized():

@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from megatron_mimo.compat.notices import Answered
+
 if TYPE_CHECKING:
     from megatron_mimo.data.step import read_step
     from megatron_mimo.layout import check_layout
@@ -39,7 +41,8 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"megatron_mimo.{_HOMES[name]}"), name)
+    with Answered():
+        return getattr(import_module(f"megatron_mimo.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,8 +1,10 @@
 """Runs start, end and start again in one process; layouts that do not fit are refused before anything is built."""
 
+import logging
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -127,6 +129,92 @@ def test_process_groups_of_other_code_are_refused_and_left_alone(no_run) -> None
         assert dist.is_initialized()
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"seed": 1.5}, TypeError, "seed: expected an int, found 1.5 of type float"),
+        ({"seed": "1"}, TypeError, "seed: expected an int, found '1' of type str"),
+        ({"seed": True}, TypeError, "seed: expected an int, found True"),
+        ({"seed": None}, TypeError, "seed: expected an int, found None"),
+        ({"seed": -1}, ValueError, r"seed: expected a number in \[0, 2\*\*62\), found -1"),
+        ({"seed": 2**62}, ValueError, r"seed: expected a number in \[0, 2\*\*62\)"),
+        ({"timeout_s": "60"}, TypeError, "timeout_s: expected a number of seconds, found '60' of type str"),
+        ({"timeout_s": None}, TypeError, "timeout_s: expected a number of seconds, found None"),
+        ({"timeout_s": 0}, ValueError, "timeout_s: expected seconds in .*found 0"),
+        ({"timeout_s": -3.0}, ValueError, "timeout_s: expected seconds in .*found -3.0"),
+        ({"timeout_s": float("nan")}, ValueError, "timeout_s: expected seconds in .*found nan"),
+        ({"timeout_s": float("inf")}, ValueError, "timeout_s: expected seconds in .*found inf"),
+    ],
+)
+def test_bad_seeds_and_timeouts_are_refused_before_anything_is_built(no_run, arguments, error, message) -> None:
+    with pytest.raises(error, match=message):
+        initialize(backend="gloo", **arguments)
+    assert not dist.is_initialized()
+    assert not cpu_backend_enabled()
+
+
+@pytest.mark.parametrize("arguments", [{"seed": 0}, {"seed": 2**62 - 1}, {"timeout_s": 10**9}, {"timeout_s": 0.5}])
+def test_the_ends_of_the_ranges_of_seed_and_timeout_work(no_run, arguments) -> None:
+    assert initialize(backend="gloo", **arguments).seed == arguments.get("seed", 1234)
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK"])
+@pytest.mark.parametrize("value", ["", "two", "-1", "1.0"])
+def test_variables_of_torchrun_that_are_no_numbers_are_named(no_run, monkeypatch, name: str, value: str) -> None:
+    started = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    for variable, number in (started | {name: value}).items():
+        monkeypatch.setenv(variable, number)
+    with pytest.raises(ValueError, match=f"environment variable {name}, found '{value}'.*torchrun"):
+        initialize(backend="gloo")
+    assert not dist.is_initialized()
+    assert not cpu_backend_enabled()
+
+
+def test_a_rank_outside_the_world_is_refused(no_run, monkeypatch) -> None:
+    for variable, value in {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match="RANK below WORLD_SIZE in the environment, found 2 and 2"):
+        initialize(backend="gloo")
+
+
+def _destroy_the_world() -> None:
+    dist.destroy_process_group()
+
+
+def _destroy_megatron_s_groups() -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+
+
+def _put_another_world_in_its_place() -> None:
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+@pytest.mark.parametrize("destroy", [_destroy_the_world, _destroy_megatron_s_groups, _put_another_world_in_its_place])
+@pytest.mark.parametrize("seed", [5, 6])
+def test_a_run_whose_groups_somebody_destroyed_is_not_given_again(no_run, destroy, seed: int) -> None:
+    initialize(backend="gloo", seed=5)
+    destroy()
+    with pytest.raises(ValueError, match=r"has lost its process groups.*Call megatron_mimo.shutdown\(\)"):
+        initialize(backend="gloo", seed=seed)
+    shutdown()
+    assert initialize(backend="gloo", seed=seed).seed == seed
+
+
+def test_megatron_s_notices_are_answered_from_initialize_to_shutdown(no_run) -> None:
+    before = list(warnings.filters)
+    deprecated = logging.getLogger("megatron.core.models.gpt.gpt_model")
+    initialize(backend="gloo")
+    assert len(warnings.filters) > len(before)
+    assert not deprecated.filter(logging.makeLogRecord({"msg": "GPTModel IS DEPRECATED. GPTModel is only ..."}))
+    assert deprecated.filter(logging.makeLogRecord({"msg": "GPTModel: something else"}))
+    shutdown()
+    assert warnings.filters == before
+    assert not deprecated.filters
 
 
 def test_a_failure_while_building_groups_is_undone(no_run, monkeypatch: pytest.MonkeyPatch) -> None:
