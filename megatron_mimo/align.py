@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from megatron_mimo.compat.torch import has_output_hooks, run_forward_pre_hooks
 from megatron_mimo.deferred import Arrival
 from megatron_mimo.kernels import kernels_for
 from megatron_mimo.placement import Placement, build_placement
@@ -86,8 +87,9 @@ def align_checked(
     vocabulary = _vocabulary(language_embedding, placement) if words is None else words.num_embeddings
     _check_vocabulary(input_ids, placement, vocabulary)
     if words is not None:
-        if language_embedding._forward_pre_hooks or words._forward_pre_hooks:
-            _run_pre_hooks(language_embedding, words, input_ids, position_ids)
+        # Calling the modules would have run these first: Megatron's DDP waits there for gathered parameters.
+        run_forward_pre_hooks(language_embedding, (input_ids, position_ids))
+        run_forward_pre_hooks(words, (input_ids,))
         group = tp_group if tp_group is not None and tp_group.size() > 1 else None
         call = _Call(placement, shard, "lookup", words.vocab_start_index, group)
         return _Align.apply(call, input_ids, words.weight, *tables)
@@ -150,29 +152,10 @@ def plain_lookup(language_embedding: nn.Module) -> VocabParallelEmbedding | None
         and not config.fp32_residual_connection
         and not (language_embedding.training and language_embedding.embedding_dropout.p > 0)
         and words.gtp_remat_size == 1
-        and not _has_output_hooks(language_embedding)
-        and not _has_output_hooks(words)
+        and not has_output_hooks(language_embedding)
+        and not has_output_hooks(words)
     )
     return words if plain else None
-
-
-def _has_output_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or module._forward_pre_hooks_with_kwargs
-    )
-
-
-def _run_pre_hooks(
-    language_embedding: nn.Module, words: nn.Module, input_ids: Tensor, position_ids: Tensor | None
-) -> None:
-    """What calling the modules would have run first: Megatron's DDP waits there for gathered parameters."""
-    for hook in language_embedding._forward_pre_hooks.values():
-        hook(language_embedding, (input_ids, position_ids))
-    for hook in words._forward_pre_hooks.values():
-        hook(words, (input_ids,))
 
 
 def _tables(embeddings: Mapping[str, Tensor], placement: Placement) -> list[Tensor | None]:

@@ -12,6 +12,8 @@ from megatron.core.transformer.utils import (
 )
 from torch import nn
 
+from megatron_mimo.compat.torch import own_state
+
 
 @runtime_checkable
 class Shardable(Protocol):
@@ -35,11 +37,9 @@ def sharded_state_dict(
     """
     metadata = ensure_metadata_has_dp_cp_group(metadata)
     state = {}
-    own = {}
-    module._save_to_state_dict(own, "", keep_vars=True)
     state.update(
         make_sharded_tensors_for_checkpoint(
-            own,
+            own_state(module),
             prefix,
             {},
             sharded_offsets,

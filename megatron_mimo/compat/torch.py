@@ -6,7 +6,7 @@ Checked by `tests/unit/test_compat.py` on the installed version; last read in to
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -25,6 +25,69 @@ def forward_pre_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
         OrderedDict()
     """
     return module._forward_pre_hooks
+
+
+def run_forward_pre_hooks(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Runs what would run before a module's forward pass on `inputs`; what the hooks return is left aside.
+
+    Private, reason, when it goes: see `forward_pre_hooks`.
+    """
+    for hook in forward_pre_hooks(module).values():
+        hook(module, inputs)
+
+
+def has_output_hooks(module: nn.Module) -> bool:
+    """Whether something hangs on a module that may change its output or gradient, or wants its keyword arguments.
+
+    Private: `torch.nn.Module._forward_hooks`, `_backward_hooks` (since torch 0.1), `_backward_pre_hooks`,
+    `_forward_pre_hooks_with_kwargs` (since torch 2.0).
+    Reason: a module whose work we do in its place has to be run as it is where somebody listens.
+    When it goes: run the module as it is in any case; alignment then makes one more pass over the text rows.
+
+    Example:
+        >>> has_output_hooks(nn.Linear(1, 1))
+        False
+    """
+    return bool(
+        module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._forward_pre_hooks_with_kwargs
+    )
+
+
+def own_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A module's own parameters and persistent buffers by name, without its children's; not detached.
+
+    Private: `torch.nn.Module._save_to_state_dict(destination, prefix, keep_vars)`, since torch 0.4, which subclasses
+    override; Megatron calls it likewise.
+    Reason: `state_dict` has the children's too, and detaches.
+    When it goes: `named_parameters(recurse=False)` and the buffers that `state_dict()` has.
+
+    Example:
+        >>> list(own_state(nn.Linear(1, 1)))
+        ['weight', 'bias']
+    """
+    own: dict[str, torch.Tensor] = {}
+    module._save_to_state_dict(own, "", keep_vars=True)
+    return own
+
+
+class KeepsDtype(nn.Module):
+    """A module that moves between devices as any, whose parameters and buffers no cast to another dtype reaches.
+
+    Private: `torch.nn.Module._apply(fn, recurse)`, through which `to`, `half`, `bfloat16` and `cuda` go, since torch
+    0.1 (`recurse` since 2.1).
+    Reason: `Float16Module` casts the whole model; a codec computes in the dtype that it was trained in.
+    When it goes: cast what lies around the codec in place of the whole model.
+    """
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            there = fn(tensor)
+            return there if there.dtype == tensor.dtype else tensor.to(there.device)
+
+        return super()._apply(moved, recurse)
 
 
 def clear_cublas_workspaces() -> None:

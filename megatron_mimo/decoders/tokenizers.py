@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from megatron_mimo.assemble import images_to_patches, patches_to_images
+from megatron_mimo.compat.torch import KeepsDtype
 
 if TYPE_CHECKING:  # Megatron takes seconds to import and is not needed where modules are given built
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -31,7 +31,7 @@ class Codec(Protocol):
     def decode(self, tokens: Tensor) -> Tensor: ...
 
 
-class Tokenizer(nn.Module, ABC):
+class Tokenizer(KeepsDtype, ABC):
     """A frozen module that turns media into rows of tokens and back.
 
     It keeps the dtype it was built in whatever its parent is cast to: a codec trained in float32 gives
@@ -62,15 +62,6 @@ class Tokenizer(nn.Module, ABC):
         """Stays in eval mode: a frozen codec's batch statistics and dropout must not move."""
         del mode
         return super().train(False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves between devices as any module; casts to another dtype pass it by."""
-
-        def moved(tensor: Tensor) -> Tensor:
-            there = fn(tensor)
-            return there if there.dtype == tensor.dtype else tensor.to(there.device)
-
-        return super()._apply(moved, recurse)
 
     def as_codec(self, values: Tensor) -> Tensor:
         """Floating values in the dtype that the codec computes in; codes as they are."""

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_mimo.compat import triton as direct
 from megatron_mimo.kernels.reference import TextRows, given_gradient
 
 __all__ = ["gather", "given_gradient", "plan", "table_gradients", "vocabulary_gradient", "vocabulary_order"]
@@ -27,9 +28,6 @@ PIECE = 64  # rows of one token that one program adds up; a hot token's pieces a
 
 
 # Launching -------------------------------------------------------------------------------------------------------
-
-# Launching a compiled kernel by itself is no documented interface; it is known to take these arguments since 3.6.
-_LAUNCHES_DIRECTLY = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
 
 _compiled: dict[tuple, triton.compiler.CompiledKernel] = {}
 
@@ -70,15 +68,13 @@ def _launch(
     if compiled is None:
         given = (*tensors, tables) if tables else tensors
         compiled = kernel[grid](*given, *sizes, *constants[:-1], num_warps=constants[-1])
-        if addresses & 15 == 0 and _LAUNCHES_DIRECTLY:
+        if addresses & 15 == 0 and direct.DIRECT:
             _compiled[key] = compiled
         return
     if tables:
         count = len(tensors)
         pointers[count:] = [tuple(pointers[count:])]
-    stream = triton.runtime.driver.active.get_current_stream(device)
-    function, metadata = compiled.function, compiled.packed_metadata
-    compiled.run(*grid, stream, function, metadata, None, None, None, *pointers, *sizes, *constants[:-1])
+    direct.launch(compiled, grid, device, (*pointers, *sizes), constants[:-1])
 
 
 @cache
