@@ -1,4 +1,4 @@
-"""How kernels are launched, by stand-ins for what Triton compiles: once by Triton, then directly where that is known."""
+"""Kernels are launched by Triton the first time, then directly where that is known; stand-ins for compiled ones."""
 
 from types import SimpleNamespace
 
