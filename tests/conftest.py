@@ -6,15 +6,21 @@ import pytest
 import torch
 
 from megatron_mimo import launch
+from tests import warm
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips `gpu` tests where there is no GPU."""
+    """Skips `gpu` tests where there is no GPU; multi-rank cases come last, since they run beside the others."""
+    items.sort(key=lambda item: item.path.name == "test_cases.py")
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no GPU here"))
+
+
+def pytest_sessionfinish() -> None:
+    warm.stop()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Many distributed cases in one torchrun, each its own pytest item.
+"""Many distributed cases on ranks that are started once, each its own pytest item.
 
 **To add a case**, write a function in any file of ``tests/distributed/cases/`` and decorate it::
 
@@ -19,31 +19,33 @@ as long as it is not wrapped in DDP it talks to nobody. Compute the reference, t
 
 Temporary files go to the directory that `shared_directory` gives, the same one on every rank.
 
-**How it runs.** `tests/distributed/test_cases.py` starts one torchrun for all selected cases of a world size, when the
-first of them is asked for. Ranks go through the cases in order (``tests/distributed/rank.py``). A rank on which a case
-raises writes its traceback and exits, so nobody waits for it; a case that exceeds its `timeout_s` is ended with the
-stack of every thread. The cases after it then run in a new torchrun.
+**How it runs.** All selected cases of a world size are one job, of ranks that `tests.warm` forks: they have Megatron at
+once, where torchrun's would each import it. Jobs begin with the session and run beside its other tests, one after the
+other (`Jobs`). Ranks go through the cases in order (``tests/distributed/rank.py``). A rank on which a case raises
+writes its traceback and exits, so nobody waits for it; a case that exceeds its `timeout_s` is ended with the stack of
+every thread. The cases after it then run in a new job. That torchrun itself starts our ranks and ends them is
+`tests/unit/test_launch.py`'s to show.
 """
 
 import importlib
 import json
 import os
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_mimo.launch import Run, initialize, shutdown
+from tests import warm
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = warm.ROOT
 CASES = Path(__file__).parent / "cases"
 
-# Starting the ranks and importing Megatron-Core: 10 s for 2 ranks and 20 s for 4 on 2 cores; more when they are busy.
-STARTUP_S = 180
+# The warm process imports for 6 s of a core, which may be busy; then 8 ranks start in 2 s.
+STARTUP_S = 120
 
 _SHORT = {
     "tensor_model_parallel_size": "tp",
@@ -113,10 +115,12 @@ class Outcome:
     Args:
         report: what the ranks say of its failure, None where it passed.
         seconds: how long its slowest rank took; the first case of a job bears the start of the ranks.
+        cpu_seconds: what its ranks computed, together: comparable when the machine is busy.
     """
 
     report: str | None
     seconds: float
+    cpu_seconds: float
 
 
 def run_cases(cases: Sequence[Case]) -> dict[str, Outcome]:
@@ -130,53 +134,72 @@ def run_cases(cases: Sequence[Case]) -> dict[str, Outcome]:
     return outcomes
 
 
+class Jobs:
+    """The cases of a session, which run in the background one world size after the other."""
+
+    def __init__(self, cases: Sequence[Case]) -> None:
+        self._runner = ThreadPoolExecutor(max_workers=1)
+        self._jobs: dict[int, Future[dict[str, Outcome]]] = {
+            ranks: self._runner.submit(run_cases, [case for case in cases if case.ranks == ranks])
+            for ranks in sorted({case.ranks for case in cases})
+        }
+
+    def outcome(self, case: Case) -> Outcome:
+        """How `case` went; waits for its job."""
+        return self._jobs[case.ranks].result()[case.id]
+
+    def stop(self) -> None:
+        """Ends what still runs."""
+        self._runner.shutdown(wait=False, cancel_futures=True)
+
+
 def _run_job(cases: Sequence[Case]) -> dict[str, Outcome]:
-    """Starts one torchrun and gives the outcomes of the cases that it got to, the first at least."""
+    """Starts the ranks and gives the outcomes of the cases that they got to, the first at least."""
     began = time.perf_counter()
     ranks = cases[0].ranks
     with tempfile.TemporaryDirectory(prefix="mimo-cases-") as directory:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command += ["-m", "tests.distributed.rank", *(case.id for case in cases)]
-        environment = os.environ | {"MIMO_CASES_DIRECTORY": directory, "OMP_NUM_THREADS": "1"}
-        with open(Path(directory) / "output", "w+") as output:
-            job = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
-            )
-            try:
-                job.wait(timeout=STARTUP_S + sum(case.timeout_s for case in cases))
-            except subprocess.TimeoutExpired:
-                os.killpg(job.pid, signal.SIGKILL)
-                job.wait()
-            output.seek(0)
-            printed = output.read()
+        try:
+            done = warm.ranks(
+                ranks, "-m", "tests.distributed.rank", *(case.id for case in cases),
+                env=os.environ | {"MIMO_CASES_DIRECTORY": directory},
+                timeout=STARTUP_S + sum(case.timeout_s for case in cases),
+            )  # fmt: skip
+            printed = done.stdout + done.stderr
+        except TimeoutError as error:
+            printed = str(error)
         of_ranks = [_lines(Path(directory), rank) for rank in range(ranks)]
-    start = time.perf_counter() - began - sum(_slowest(of_ranks, case) for case in cases)
+    spent = {case.id: [of_rank[case.id] for of_rank in of_ranks if case.id in of_rank] for case in cases}
+    seconds = {id: max((line.seconds for line in lines), default=0.0) for id, lines in spent.items()}
+    seconds[cases[0].id] += time.perf_counter() - began - sum(seconds.values())
     outcomes: dict[str, Outcome] = {}
     for case in cases:
         report = _report([of_rank.get(case.id) for of_rank in of_ranks], printed)
-        outcomes[case.id] = Outcome(report, _slowest(of_ranks, case) + (0.0 if outcomes else start))
+        cpu_seconds = sum(line.cpu_seconds for line in spent[case.id])
+        outcomes[case.id] = Outcome(report, seconds[case.id], cpu_seconds)
         if report is not None:
             break
     return outcomes
 
 
-#: What a rank wrote of a case: a traceback or an empty string, and how many seconds the case took.
-Line = tuple[str, float]
+class Line(NamedTuple):
+    """What a rank writes of a case: a traceback or an empty string, and what it spent."""
+
+    report: str
+    seconds: float
+    cpu_seconds: float
 
 
 def _report(of_ranks: Sequence[Line | None], printed: str) -> str | None:
     """What the ranks say of a case, None where all of them passed it."""
-    if all(line is not None and line[0] == "" for line in of_ranks):
+    if all(line is not None and line.report == "" for line in of_ranks):
         return None
-    told = [f"rank {rank} of {len(of_ranks)}:\n{line[0]}" for rank, line in enumerate(of_ranks) if line and line[0]]
+    told = [
+        f"rank {rank} of {len(of_ranks)}:\n{line.report}" for rank, line in enumerate(of_ranks) if line and line.report
+    ]
     silent = [rank for rank, line in enumerate(of_ranks) if line is None]
     if not told:
         told = [f"the job died; last output:\n{printed[-6000:]}"]
     return "\n".join([*told, f"ranks that did not finish: {silent}"])
-
-
-def _slowest(of_ranks: Sequence[dict[str, Line]], case: Case) -> float:
-    return max(of_rank.get(case.id, ("", 0.0))[1] for of_rank in of_ranks)
 
 
 def _lines(directory: Path, rank: int) -> dict[str, Line]:
@@ -184,4 +207,4 @@ def _lines(directory: Path, rank: int) -> dict[str, Line]:
     path = directory / f"rank{rank}.jsonl"
     if not path.exists():
         return {}
-    return {id: (report, seconds) for id, report, seconds in map(json.loads, path.read_text().splitlines())}
+    return {id: Line(*line) for id, *line in map(json.loads, path.read_text().splitlines())}
