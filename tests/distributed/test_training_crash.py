@@ -2,16 +2,14 @@
 
 import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import warm
 
-# From the exception to the end of torchrun, which looks after its processes and then stops the others. A rank
+# From the exception to the end of the job: the rank's own end, and then the others' (`tests.warm.GRACE_S`). A rank
 # left waiting waits for the ten minutes of the default timeout.
 SECONDS = 20.0
 
@@ -63,19 +61,13 @@ print("trained to the end")
 """
 
 
+@pytest.mark.process
 @pytest.mark.distributed
 @pytest.mark.parametrize("program", [TRAINER, PRETRAIN], ids=["trainer", "pretrain"])
 def test_a_rank_that_raises_while_it_trains_ends_the_job_within_seconds(program: str, tmp_path: Path) -> None:
     path = tmp_path / "rank.py"
     path.write_text(program.format(raises=RAISES))
-    job = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    job = warm.ranks(2, path, env=os.environ | {"PYTHONPATH": str(warm.ROOT)})
     ended = time.time()
     raised = re.search(r"raised at (\S+)", job.stdout)
     assert raised, job.stderr[-3000:]

@@ -1,19 +1,16 @@
 """The benchmarks run, at toy sizes on the CPU; what they measure there means nothing."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import warm
+
+pytestmark = pytest.mark.process
 
 
 def run(module: str, *arguments: str) -> str:
-    job = subprocess.run(
-        [sys.executable, "-m", module, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=180
-    )
+    job = warm.python("-m", module, *arguments)
     assert job.returncode == 0, job.stderr[-4000:]
     return job.stdout
 

@@ -3,13 +3,12 @@
 import doctest
 import importlib
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import megatron_mimo
+from tests import warm
 
 ROOT = Path(__file__).parents[2]
 MODULES = sorted(
@@ -22,11 +21,13 @@ MODULES = sorted(
 PROCESS_WIDE = ["megatron_mimo.compat.cuda_on_cpu", "megatron_mimo.launch"]  # their examples would end our own run
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", PROCESS_WIDE)
 def test_docstring_examples_in_a_process_of_their_own(name):
     # Not `python -m doctest FILE`, which puts the file's folder first in sys.path, where a neighbour is named torch.
     program = f"import doctest, {name} as module; raise SystemExit(doctest.testmod(module).failed)"
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+    done = warm.python("-c", program)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name not in PROCESS_WIDE])

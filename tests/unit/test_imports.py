@@ -93,11 +93,13 @@ def python(code: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.process
 def test_importing_the_package_prints_nothing_and_loads_nothing():
     loaded = "import sys, megatron_mimo; assert not {'torch', 'megatron'} & set(sys.modules)"
     assert python(loaded) == ""
 
 
+@pytest.mark.process
 def test_importing_the_training_package_loads_nothing_until_a_name_of_it_is_used():
     loaded = "import sys, megatron_mimo.training as t; dir(t); assert not {'torch', 'megatron'} & set(sys.modules)"
     used = (
@@ -106,6 +108,7 @@ def test_importing_the_training_package_loads_nothing_until_a_name_of_it_is_used
     python(f"{loaded}; {used}")
 
 
+@pytest.mark.process
 def test_integer_rooms_and_losses_do_without_megatron():
     imports = "; ".join(f"import megatron_mimo.{room}" for room in WITHOUT_MEGATRON)
     assert python(f"import sys; {imports}; assert 'megatron' not in sys.modules") == ""

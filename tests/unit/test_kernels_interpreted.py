@@ -22,6 +22,7 @@ def test_tensors_on_a_gpu_go_to_the_fused_kernels_and_others_to_the_reference():
     assert kernels.kernels_for(torch.device("cuda")).__name__ == "megatron_mimo.kernels.triton"
 
 
+@pytest.mark.process
 def test_the_interpreted_kernels_equal_the_reference():
     # Triton decides at its import whether it compiles or interprets, so this takes a process of its own.
     command = [sys.executable, "-m", "pytest", "-q", "-x", str(Path(__file__).with_name("interpreted_kernels.py"))]

@@ -267,6 +267,7 @@ with exit_on_error():
 """
 
 
+@pytest.mark.process
 @pytest.mark.distributed
 def test_a_rank_that_raises_takes_the_job_down_at_once(tmp_path: Path) -> None:
     (tmp_path / "rank.py").write_text(_RANK)
@@ -284,6 +285,7 @@ def test_a_rank_that_raises_takes_the_job_down_at_once(tmp_path: Path) -> None:
     assert "rank 1 saw a bad batch" in job.stderr
 
 
+@pytest.mark.process
 def test_importing_the_package_prints_nothing_and_touches_no_cuda() -> None:
     program = (
         "import megatron_mimo, megatron_mimo.launch, megatron_mimo.compat.cuda_on_cpu, sys, torch;"

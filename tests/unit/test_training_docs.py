@@ -2,12 +2,13 @@
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import warm
+
+pytestmark = pytest.mark.process
 ROOT = Path(__file__).parents[2]
 TEXT = ROOT.joinpath("docs/training.md").read_text()
 RECIPE, SCRIPT = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
@@ -35,15 +36,13 @@ if __name__ == "__main__":
 """
 
 
-def run(where: Path, commands: list[str]) -> subprocess.CompletedProcess:
+def run(where: Path, commands: list[str]) -> warm.Done:
     commands = [command.replace("\\\n", " ").replace("$ARGUMENTS", ON_A_CPU) for command in commands]
-    return subprocess.run(
-        [sys.executable, "run.py"],
-        input="\n".join(" ".join(command.split()) for command in commands),
+    return warm.python(
+        where / "run.py",
+        stdin="\n".join(" ".join(command.split()) for command in commands),
         cwd=where,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
 
 

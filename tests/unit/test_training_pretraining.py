@@ -3,8 +3,6 @@
 import inspect
 import os
 import re
-import subprocess
-import sys
 from argparse import ArgumentParser, Namespace
 from functools import partial
 from pathlib import Path
@@ -27,7 +25,7 @@ from megatron_mimo.training.pretraining.loop import (
     with_loss_weights,
 )
 from megatron_mimo.training.pretraining.script import check_in_effect
-from tests import tiny
+from tests import tiny, warm
 
 ROOT = Path(__file__).parents[2]
 
@@ -181,6 +179,7 @@ def test_a_percent_sign_in_a_help_text_is_printed():
     assert "by 10%)." in shown and "100%, by default 3" in shown
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
@@ -214,9 +213,8 @@ def test_the_example_explains_itself(arguments, code, said, tmp_path):
         "broken": "import nope",
     }.items():
         (tmp_path / "mine" / f"{name}.py").write_text(text)
-    command = [sys.executable, "-m", "examples.pretrain_mimo", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    found = warm.python("-m", "examples.pretrain_mimo", *arguments, cwd=tmp_path, env=environment)
     assert found.returncode == code and said in found.stdout + found.stderr
 
 

@@ -275,6 +275,7 @@ trainer.train(lambda step, rank, size: [tiny.batch(step)])
 """
 
 
+@pytest.mark.process
 def test_a_script_without_a_main_guard_keeps_its_run(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(directory=str(tmp_path / "run")))
