@@ -1,16 +1,34 @@
-# `make demo` and `make test` need python3.12 and make; everything else goes into .venv.
+# `make demo`, `make check` and `make test` need python3.12 and make; everything else goes into .venv.
 
 PYTHON ?= python3.12
 BIN := .venv/bin
 RECIPE := pyproject.toml constraints.txt
+QUICK := not process and not gpu and not long
 
-.PHONY: demo test clean
+.PHONY: demo check lint types test test-long clean
 
 demo: .venv/.demo-installed
 	$(BIN)/python -m examples.digits
 
+# Before every commit: what needs no further process. The types are checked beside the tests.
+check: lint
+	@$(BIN)/mypy & types=$$!; \
+	$(BIN)/python -m pytest tests -m "$(QUICK)" --hypothesis-profile=check; tests=$$?; \
+	wait $$types && exit $$tests
+
+lint: .venv/.test-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.test-installed
+	$(BIN)/mypy
+
 test: .venv/.test-installed
 	$(BIN)/python -m pytest tests
+
+# Installation from nothing, soaks, kills: before an issue is resolved. It reaches for the package index.
+test-long: .venv/.test-installed
+	$(BIN)/python -m pytest tests -m long
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

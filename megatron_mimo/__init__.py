@@ -4,6 +4,7 @@ Names are imported at first use, so that integer-only parts never wait for Megat
 """
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from megatron_mimo.compat.notices import Answered
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from megatron_mimo.model import MimoModel
     from megatron_mimo.output import MimoOutput, ModalityOutput, loss_terms
     from megatron_mimo.placement import Placement, build_placement
+
+    __version__: str
 
 _HOMES = {
     "AudioModalitySubmodules": "modality.submodules",
@@ -50,6 +53,8 @@ _ROOMS = ("data", "decoders", "generation", "modality", "specs", "training")
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return version("megatron-mimo")
     with Answered():
         if name in _ROOMS:
             return import_module(f"{__name__}.{name}")
@@ -59,4 +64,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *_HOMES, "__version__"])

@@ -4,9 +4,15 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 from megatron_mimo import launch
 from tests import warm
+
+# How many inputs are drawn where a test does not say: `make check` takes 200, `make test` ten times as many.
+settings.register_profile("check", max_examples=200, deadline=None)
+settings.register_profile("whole", max_examples=2000, deadline=None)
+settings.load_profile("whole")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -63,7 +63,6 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
-@settings(max_examples=2000, deadline=None)
 @given(batches(), st.sampled_from(["now", "deferred"]))
 def test_align_is_bitwise_upstreams(words, batch, validate):
     ids, special, tables = batch

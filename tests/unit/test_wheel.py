@@ -1,0 +1,85 @@
+"""The wheel: what it holds is enough to train a recipe where the checkout is not."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.cases.pretrain import SIZES, TRAINING
+
+ROOT = Path(__file__).parents[2]
+
+TRAIN = """
+import sys
+
+import megatron_mimo
+from examples.recipes import any_to_any_small
+from megatron_mimo.training import pretrain
+
+print("FROM", megatron_mimo.__file__, megatron_mimo.__version__)
+sys.argv[1:] = {arguments}
+pretrain(any_to_any_small)
+"""
+
+
+def run(*command: object, cwd: Path) -> str:
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=outside, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def build(where: Path) -> Path:
+    """The wheel of a copy of the checkout, since building leaves files behind."""
+    source = where / "source"
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        source.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "megatron_mimo", source / "megatron_mimo", ignore=shutil.ignore_patterns("__pycache__"))
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", where, source, cwd=where)
+    (wheel,) = where.glob("*.whl")
+    return wheel
+
+
+def trains(python: Path, where: Path) -> None:
+    """Trains a recipe that was copied out of examples/ for two steps with `python`'s own megatron_mimo."""
+    shutil.copytree(ROOT / "examples" / "recipes", where / "examples" / "recipes")
+    arguments = [*SIZES, *TRAINING, "--train-iters", "2"]
+    (where / "train.py").write_text(TRAIN.format(arguments=arguments))
+    said = run(python, "train.py", cwd=where)
+    home, version = re.search(r"FROM (\S+) (\S+)", said).groups()
+    assert Path(home).is_relative_to(python.parents[1])
+    assert f'version = "{version}"' in ROOT.joinpath("pyproject.toml").read_text()
+    assert len(re.findall(r"\| loss: [-+.\dE]+", said)) == 2
+
+
+@pytest.mark.process
+def test_the_wheel_trains_a_copied_recipe_where_torch_and_megatron_are_installed(tmp_path):
+    wheel = build(tmp_path)
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "env", cwd=tmp_path)
+    python = tmp_path / "env" / "bin" / "python"
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=tmp_path)
+    own = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
+    # A path that a .pth names has its own .pth files left alone: the checkout's editable installation is not seen.
+    (own / "installed.pth").write_text(sysconfig.get_path("purelib"))
+    assert (own / "megatron_mimo" / "py.typed").exists()
+    trains(python, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.process
+def test_an_installation_from_nothing_trains_a_copied_recipe(tmp_path):
+    wheel = build(tmp_path)
+    run(sys.executable, "-m", "venv", tmp_path / "env", cwd=tmp_path)
+    python = tmp_path / "env" / "bin" / "python"
+    # The loop logs to TensorBoard where it is there; a recipe needs nothing beyond the wheel's own dependencies.
+    constraints = ["--constraint", ROOT / "constraints.txt"]
+    run(python, "-m", "pip", "install", wheel, *constraints, cwd=tmp_path)
+    trains(python, tmp_path)
