@@ -316,6 +316,8 @@ def _check_attention_mask(attention_mask: Tensor, input_ids: Tensor) -> None:
     if attention_mask.dtype != torch.bool:
         raise TypeError(f"attention_mask must be bool, True where a position is hidden, got {attention_mask.dtype}")
     batch_size, length = input_ids.shape
+    if attention_mask.dim() == 2 and attention_mask.shape == (length, length) != (batch_size, length):
+        return
     if attention_mask.dim() != 4:
         raise ValueError(
             f"attention_mask must be [B or 1, heads or 1, S or 1, S], got {list(attention_mask.shape)}. From "

@@ -33,13 +33,16 @@ class MimoModelConfig:
         generation_token_ids: modality name -> the id whose hidden states feed its decoders.
             May equal the modality's special token id. Unless a `generation_input` feeds
             these positions, the id is looked up in the vocabulary and must lie inside it.
+        begin_token_ids: output modality -> the text token that stands before a written span, so that the model
+            learns to begin one. Without it the span's first generation token is the label that opens it.
+        end_token_ids: output modality -> the text token behind a written span; what ends one of variable length.
         modality_loss_weights: modality name, or `text`, -> weight of its loss terms in the total,
             default 1.
 
     Raises:
         TypeError: an argument, a spec or an id has the wrong type.
         ValueError: a name without a modality, one id used twice, encoders or decoders without a
-            token, a negative or infinite weight, or a generation token outside the vocabulary.
+            token, a negative or infinite weight, or a generation, begin or end token outside the vocabulary.
 
     Example:
         >>> from megatron.core.transformer.spec_utils import ModuleSpec
@@ -55,6 +58,8 @@ class MimoModelConfig:
     special_token_ids: Mapping[str, int] = field(default_factory=dict)
     generation_token_ids: Mapping[str, int] = field(default_factory=dict)
     modality_loss_weights: Mapping[str, float] = field(default_factory=dict)
+    begin_token_ids: Mapping[str, int] = field(default_factory=dict)
+    end_token_ids: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_spec("language_model", self.language_model)
@@ -63,14 +68,19 @@ class MimoModelConfig:
             "special_token_ids",
             "generation_token_ids",
             "modality_loss_weights",
+            "begin_token_ids",
+            "end_token_ids",
         ):
             _check_mapping(name, getattr(self, name))
         for modality, spec in self.modality_submodules.items():
             _check_modality_spec(modality, spec)
         for name in ("special_token_ids", "generation_token_ids"):
             self._check_names(name, self.modality_submodules)
+        for name in ("begin_token_ids", "end_token_ids"):
+            self._check_names(name, self.generation_token_ids)
         self._check_names("modality_loss_weights", ("text", *self.modality_submodules))
         self._check_token_ids()
+        self._check_span_tokens()
         self._check_weights()
         self._check_connections()
         self._check_vocabulary()
@@ -118,6 +128,32 @@ class MimoModelConfig:
                     raise ValueError(
                         f"token id {token_id} is used by two modalities, {other!r} and "
                         f"{modality!r} ({name}). Give each modality an id of its own."
+                    )
+
+    def _check_span_tokens(self) -> None:
+        """Begin and end tokens are text: inside the vocabulary, no modality's own token, one begin token each."""
+        vocabulary = self.language_model.params.get("vocab_size")
+        own = {*self.special_token_ids.values(), *self.generation_token_ids.values()}
+        begins: dict[int, str] = {}
+        for name in ("begin_token_ids", "end_token_ids"):
+            for modality, token_id in getattr(self, name).items():
+                what = f"{name}[{modality!r}]"
+                if isinstance(token_id, bool) or not isinstance(token_id, int):
+                    raise TypeError(f"{what} must be an int, got {type(token_id).__name__}")
+                if token_id < 0 or (vocabulary is not None and token_id >= vocabulary):
+                    raise ValueError(
+                        f"{what} = {token_id} is outside the vocabulary [0, {vocabulary}). Begin and end tokens are "
+                        "text, which the language model reads and predicts: choose an id inside it."
+                    )
+                if token_id in own or (name == "end_token_ids" and token_id in begins):
+                    raise ValueError(
+                        f"{what} = {token_id} is a special, generation or begin token too. Give it an id of its own."
+                    )
+                other = begins.setdefault(token_id, modality) if name == "begin_token_ids" else modality
+                if other != modality:
+                    raise ValueError(
+                        f"token id {token_id} begins two modalities, {other!r} and {modality!r}: nothing could tell "
+                        "them apart. Give each a begin token of its own."
                     )
 
     def _check_weights(self) -> None:

@@ -6,14 +6,22 @@ import dataclasses
 import functools
 import inspect
 import types
-from typing import Self
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Self
 
+from megatron.core.inference.utils import InferenceMode
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_mimo.build import build, constructor_parameters
+from megatron_mimo.attention_mask import joined_with_causal
+from megatron_mimo.build import build, constructor_parameters, takes_any
+from megatron_mimo.plan import Plan
+
+if TYPE_CHECKING:
+    from megatron.core.inference.contexts import BaseInferenceContext
+    from megatron.core.packed_seq_params import PackedSeqParams
 
 # GPTModel wants a number even where positions are rotary and nothing has that length. This is
 # what Megatron's own multimodal model assumes for a spec without it.
@@ -38,13 +46,37 @@ def build_language_model(
         ValueError: an interleaved schedule over two stages that would mix up its messages.
     """
     check_interleaving(spec.params["config"])
+    taken = constructor_parameters(spec)
     offered = {"pre_process": pre_process, "post_process": post_process, "vp_stage": vp_stage}
+    _check_stage(spec, offered, taken)
     if pg_collection is not None:
         offered["pg_collection"] = pg_collection
-    length = constructor_parameters(spec).get("max_sequence_length")
+    length = taken.get("max_sequence_length")
     if length is not None and length.default is inspect.Parameter.empty:
         offered["max_sequence_length"] = DEFAULT_MAX_SEQUENCE_LENGTH
-    return build(_with_own_layers(spec, vp_stage), offered)
+    return build(_with_own_layers(spec, vp_stage), offered, through_keywords=True)
+
+
+def _check_stage(spec: ModuleSpec, stage: Mapping[str, object], taken: Mapping[str, inspect.Parameter]) -> None:
+    """Refuses a spec that would build another part of the model than this stage's.
+
+    Raises:
+        ValueError: stage arguments in the spec that disagree with the stage, or a class that takes none on a
+            pipeline, where every stage would build the whole model.
+    """
+    for name in ("pre_process", "post_process"):
+        given = spec.params.get(name, stage[name])
+        if given != stage[name]:
+            raise ValueError(
+                f"language_model's params have {name}={given}, but this pipeline stage has {name}={stage[name]}. "
+                "Leave it out: MimoModel says which part a stage builds."
+            )
+        if name not in taken and not takes_any(taken) and not stage[name]:
+            raise ValueError(
+                f"{get_module(spec).__name__} takes no {name}, so that every pipeline stage would build the whole "
+                "model. Give its constructor pre_process and post_process, or **kwargs that it hands on, or use "
+                "pipeline_model_parallel_size=1."
+            )
 
 
 def _with_own_layers(spec: ModuleSpec, vp_stage: int | None) -> ModuleSpec:
@@ -70,6 +102,78 @@ def check_interleaving(config: TransformerConfig) -> None:
             f"found overlap_p2p_comm={config.overlap_p2p_comm}. Otherwise forward and backward "
             "messages between the two stages are taken for each other."
         )
+
+
+class LanguageCall:
+    """Calls a language model with what its `forward` takes of what a batch brings.
+
+    Args:
+        model: this stage's part of the language model.
+    """
+
+    def __init__(self, model: MegatronModule) -> None:
+        self._model = model
+        self._takes = inspect.signature(model.forward).parameters.keys()
+        self._experts = model.config.num_moe_experts is not None
+
+    def __call__(
+        self,
+        decoder_input: Tensor | None,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        loss_mask: Tensor | None,
+        plan: Plan,
+        packed_seq_params: PackedSeqParams | None,
+        inference_context: BaseInferenceContext | None,
+        runtime_gather_output: bool | None,
+    ) -> tuple[Tensor, Tensor]:
+        """What the language model returns (hidden states, logits or per-token loss), and its states.
+
+        Args:
+            decoder_input: `[S_local, B, H]`, rank-local; None behind the first pipeline stage.
+            attention_mask: as `joined_with_causal` takes it, or None.
+            labels, loss_mask: `[B, S / CP]`, rank-local, or None.
+            plan: of the batch.
+            packed_seq_params, inference_context: Megatron's, or None.
+            runtime_gather_output: whether logits are gathered over tensor-parallel ranks; None gathers them in
+                inference and leaves them to the model's own `parallel_output` elsewhere.
+
+        Returns:
+            `(output, states)`. The states are the transformer stack's output `[S_local, B, H]`, on the last pipeline
+            stage after the final norm.
+        """
+        if attention_mask is not None:
+            attention_mask = joined_with_causal(attention_mask, self._model.decoder)
+        if runtime_gather_output is None and (inference_context is not None or InferenceMode.is_active()):
+            runtime_gather_output = True
+        offered = {
+            "loss_mask": loss_mask,
+            "runtime_gather_output": runtime_gather_output,
+            "padding_mask": self._padding_mask(plan),
+        }
+        known = {name: value for name, value in offered.items() if name in self._takes}
+        with HiddenStates(self._model.decoder) as states:
+            output = self._model(
+                input_ids=None,  # decoder_input stands in for the lookup
+                position_ids=plan.positions,
+                attention_mask=attention_mask,
+                decoder_input=decoder_input,
+                labels=labels,
+                packed_seq_params=packed_seq_params,
+                inference_context=inference_context,
+                **known,
+            )
+        return output, states.last
+
+    def _padding_mask(self, plan: Plan) -> Tensor | None:
+        """Bool `[B, S_local]`, which of this rank's positions experts shall not count, or None.
+
+        Beside a `decoder_input` GPTModel does not cut it.
+        """
+        if plan.padding is None or not self._experts:
+            return None
+        padding = plan.padding.expand(plan.batch_size, -1)
+        return padding if plan.shard.is_whole else padding.index_select(1, plan.shard.positions).contiguous()
 
 
 class HiddenStates:

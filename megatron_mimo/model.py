@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Mapping
 
@@ -18,11 +17,12 @@ from megatron_mimo.config import MimoModelConfig, generation_table
 from megatron_mimo.deferred import Checks
 from megatron_mimo.exchange import exchange
 from megatron_mimo.idle import with_idle
-from megatron_mimo.language import HiddenStates, build_language_model
+from megatron_mimo.labels import default_loss_mask
+from megatron_mimo.language import LanguageCall, build_language_model
 from megatron_mimo.modality.submodules import build_submodules
 from megatron_mimo.output import MimoOutput, ModalityOutput
 from megatron_mimo.placement import Placement
-from megatron_mimo.plan import Plan, Planner, default_loss_mask
+from megatron_mimo.plan import Plan, Planner
 from megatron_mimo.route import route
 from megatron_mimo.sharded_state import sharded_state_dict
 from megatron_mimo.sharding import SequenceShard
@@ -88,7 +88,7 @@ class MimoModel(MegatronModule):
         )
         self.language_model = language_model
         self._generates = post_process and bool(config.generation_token_ids)
-        self._language_keywords = inspect.signature(self.language_model.forward).parameters.keys()
+        self._run_language_model = LanguageCall(language_model)
         self._checks = Checks()
         stage = (config, self.modality_submodules, pre_process, post_process)
         self._check = BatchCheck(*stage, self.pg_collection.cp.size(), self._checks)
@@ -108,18 +108,20 @@ class MimoModel(MegatronModule):
         placement: Placement | None = None,
         inference_context=None,
         generation_inputs: Shown | None = None,
+        runtime_gather_output: bool | None = None,
     ) -> tuple[Tensor | MimoOutput, Tensor | None]:
         """Language output and modality outputs of one microbatch, and this rank's loss mask.
 
         Args:
             input_ids: `[B, S]` int64, the whole sequence; so are the next four.
             position_ids: `[B, S]`; None counts from 0 (within each packed sequence).
-            attention_mask: as the language model takes it; None for its own causal mask. A mask
-                replaces the causal one of attention without TransformerEngine.
+            attention_mask: bool, True where a position is hidden; None for the language model's own causal mask.
+                `[B or 1, 1, 1, S]` (padding) joins the causal mask, `[B or 1, heads or 1, S, S]` or `[S, S]`
+                replaces it. Causal layers of TransformerEngine, which would ignore it, refuse it.
             labels: `[B, S]` next-token ids. With them the language model returns per-token loss. Those
                 that count must lie in the vocabulary.
-            loss_mask: `[B, S]`, returned cut to this context-parallel rank; None with labels counts
-                every label that is not negative and not padding of a packed sequence.
+            loss_mask: `[B, S]`, returned cut to this context-parallel rank; None with labels counts every label
+                that is text or opens a written span (`labels.default_loss_mask`).
             modality_inputs: modality -> encoder -> its keyword inputs.
             modality_targets: modality -> decoder -> its keyword targets, for training.
             packed_seq_params: boundaries of packed sequences (`qkv_format="thd"`, B = 1). Where
@@ -128,6 +130,9 @@ class MimoModel(MegatronModule):
             inference_context: passed to the language model.
             generation_inputs: modality -> keyword inputs of its `generation_input`, which the language
                 model shall see without a loss: what was sampled so far. In place of its targets.
+            runtime_gather_output: whether every tensor-parallel rank gets whole logits `[B, S / CP, V]` in place of
+                its shard of the vocabulary `[B, S / CP, V / TP]`. None gathers them where Megatron's `InferenceMode`
+                is active or an `inference_context` is given; elsewhere the language model's `parallel_output` says.
 
         Returns:
             `(outputs, loss_mask)`. `outputs` is what the language model returns if the
@@ -149,9 +154,16 @@ class MimoModel(MegatronModule):
         rows = self.encode(media, targets, plan) if self.pre_process else {}
         rows = exchange(rows)
         decoder_input = self.align(input_ids, rows, plan) if self.pre_process else None
-        labels, loss_mask = self.learned(labels, loss_mask, plan)
-        language, states = self.run_language_model(
-            decoder_input, plan.positions, attention_mask, labels, loss_mask, packed_seq_params, inference_context
+        labels, loss_mask = self.learned(input_ids, labels, loss_mask, media, plan)
+        language, states = self._run_language_model(
+            decoder_input,
+            attention_mask,
+            labels,
+            loss_mask,
+            plan,
+            packed_seq_params,
+            inference_context,
+            runtime_gather_output,
         )
         hidden = self.route(states, plan)
         outputs = self.decode_losses(language, states, hidden, targets, plan) if self._generates else language
@@ -205,7 +217,7 @@ class MimoModel(MegatronModule):
         return align_checked(embedding, input_ids, plan.positions, rows, plan.placement, plan.shard, group)
 
     def learned(
-        self, labels: Tensor | None, loss_mask: Tensor | None, plan: Plan
+        self, input_ids: Tensor, labels: Tensor | None, loss_mask: Tensor | None, media: Media, plan: Plan
     ) -> tuple[Tensor | None, Tensor | None]:
         """Labels and loss mask `[B, S / CP]` of this rank; without a mask every label that can be learned counts.
 
@@ -213,38 +225,12 @@ class MimoModel(MegatronModule):
             ValueError: labels outside the vocabulary that count.
         """
         if labels is not None:
-            loss_mask = default_loss_mask(labels, plan.padding) if loss_mask is None else loss_mask
+            if loss_mask is None:
+                loss_mask = default_loss_mask(
+                    input_ids, labels, plan.padding, self.mimo_config, self.modality_submodules, media.inputs
+                )
             self._check.labels(labels, loss_mask)
         return _cut(plan.shard, labels), _cut(plan.shard, loss_mask)
-
-    def run_language_model(
-        self,
-        decoder_input: Tensor | None,
-        position_ids: Tensor,
-        attention_mask: Tensor | None,
-        labels: Tensor | None,
-        loss_mask: Tensor | None,
-        packed_seq_params: PackedSeqParams | None,
-        inference_context,
-    ) -> tuple[Tensor, Tensor]:
-        """What the language model returns (hidden states, logits or per-token loss), and its states.
-
-        The states are the transformer stack's output `[S_local, B, H]`, on the last pipeline stage
-        after the final norm.
-        """
-        known = {"loss_mask": loss_mask} if "loss_mask" in self._language_keywords else {}
-        with HiddenStates(self.language_model.decoder) as states:
-            output = self.language_model(
-                input_ids=None,  # decoder_input stands in for the lookup
-                position_ids=position_ids,
-                attention_mask=attention_mask,
-                decoder_input=decoder_input,
-                labels=labels,
-                packed_seq_params=packed_seq_params,
-                inference_context=inference_context,
-                **known,
-            )
-        return output, states.last
 
     def route(self, hidden: Tensor, plan: Plan) -> dict[str, Tensor]:
         """Hidden states `[N, H]` at every modality's generation tokens, where their count is known."""

@@ -28,6 +28,7 @@ class Plan:
     """One microbatch, as the stages need it.
 
     Attributes:
+        batch_size: `B`.
         placement: which row fills which position, and which positions generate; on the device of the token ids.
             None on a stage that neither reads nor writes.
         shard: which positions of the sequence are this rank's.
@@ -37,6 +38,7 @@ class Plan:
             that neither reads nor writes.
     """
 
+    batch_size: int
     placement: Placement | None
     shard: SequenceShard
     positions: Tensor
@@ -111,13 +113,13 @@ class Planner:
         if position_ids is None:
             position_ids = default_positions(input_ids, boundaries)
         if not self._uses_placement:
-            return Plan(None, shard, position_ids, padding, {})
+            return Plan(len(input_ids), None, shard, position_ids, padding, {})
         placement = self._adopted(placement, input_ids, packed_seq_params)
         if padding is not None:
             self._check.padding(placement, padding)
         counts = count_generation(placement, media, targets, self._config, self._submodules, training)
         self._check.unfed(media, placement, counts)
-        return Plan(placement, shard, position_ids, padding, counts)
+        return Plan(len(input_ids), placement, shard, position_ids, padding, counts)
 
     def _shard(self, input_ids: Tensor, packed_seq_params: PackedSeqParams | None = None) -> SequenceShard:
         """Which positions of the sequence are this rank's."""
@@ -162,12 +164,6 @@ def default_positions(input_ids: Tensor, cu_seqlens: Tensor | None = None) -> Te
         sequence = torch.searchsorted(cu_seqlens.to(positions), positions, right=True) - 1
         positions = positions - cu_seqlens.to(positions)[sequence]
     return positions.expand_as(input_ids)
-
-
-def default_loss_mask(labels: Tensor, padding: Tensor | None) -> Tensor:
-    """Float `[B, S]`: 1 where a label is to be learned, 0 where it is negative or padding."""
-    counts = labels >= 0
-    return (counts if padding is None else counts & ~padding).float()
 
 
 def padding_of(packed_seq_params: PackedSeqParams | None, input_ids: Tensor) -> Tensor | None:

@@ -32,9 +32,11 @@ ROOMS = [
     "output",
     "check",
     "plan",
+    "labels",
     "exchange",
     "align",
     "route",
+    "attention_mask",
     "language",
     "generation",
     "model",
@@ -52,6 +54,7 @@ WITHOUT_MEGATRON = [
     "sharding",
     "check",
     "plan",
+    "labels",
     "exchange",
 ]
 

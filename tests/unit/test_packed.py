@@ -53,11 +53,22 @@ def codes(**changes) -> tuple[MimoModel, dict]:
     return model_of(kind), {**batch, "modality_targets": targets, **changes}
 
 
+def packed_lengths(batch: dict) -> list[int]:
+    return batch["packed_seq_params"].cu_seqlens_q_padded.diff().tolist()
+
+
 def test_padding_of_packed_sequences_counts_nothing_without_a_mask(single_process):
     model, batch = codes(loss_mask=None)
     _, loss_mask = model(**batch)
-    own = [length for length, _, _, _ in packed.SEQUENCES]
-    assert loss_mask.sum() == sum(own) < loss_mask.numel()
+    text = (batch["labels"] >= 0) & (batch["labels"] != tiny.READ) & (batch["labels"] != tiny.WRITE)
+    written = batch["labels"] == tiny.WRITE
+    own = torch.zeros_like(text)
+    start = 0
+    for length, padded in zip((length for length, _, _, _ in packed.SEQUENCES), packed_lengths(batch), strict=True):
+        own[:, start : start + length] = True
+        start += padded
+    assert torch.equal(loss_mask[own & text], torch.ones(int((own & text).sum())))
+    assert not loss_mask[~own].any() and loss_mask.sum() - (own & text).sum() <= written.sum()
     assert loss_mask[0, 23] == 0 and loss_mask[0, 22] == 1  # the third sequence: 11 of 12
 
 

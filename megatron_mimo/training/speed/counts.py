@@ -13,8 +13,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_mimo.data.step import Batch, Counts
+from megatron_mimo.labels import default_loss_mask
 from megatron_mimo.model import MimoModel
-from megatron_mimo.plan import default_loss_mask, padding_of
+from megatron_mimo.plan import padding_of
 
 TOKENS = "tokens"  # positions that the language loss looks at
 POSITIONS = "positions"
@@ -67,7 +68,9 @@ def count_batch(batch: Batch, model: MimoModel) -> Counts:
             "each position shall predict, and a loss_mask of zeros where nothing is to be learned."
         )
     if mask is None:
-        mask = default_loss_mask(labels, padding_of(batch.get("packed_seq_params"), ids))
+        padding = padding_of(batch.get("packed_seq_params"), ids)
+        reads = [modality for modality, given in (batch.get("modality_inputs") or {}).items() if given]
+        mask = default_loss_mask(ids, labels, padding, model.mimo_config, model.modality_submodules, reads)
     counts = {
         term("text"): float(mask.sum()),
         TOKENS: float(mask.count_nonzero()),
