@@ -7,9 +7,11 @@ import functools
 import inspect
 import types
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Self
 
 from megatron.core.inference.utils import InferenceMode
+from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from megatron_mimo.attention_mask import joined_with_causal
 from megatron_mimo.build import build, constructor_parameters, takes_any
+from megatron_mimo.multi_token import LaterRows, embedding_handed_to
 from megatron_mimo.plan import Plan
 
 if TYPE_CHECKING:
@@ -49,6 +52,7 @@ def build_language_model(
     taken = constructor_parameters(spec)
     offered = {"pre_process": pre_process, "post_process": post_process, "vp_stage": vp_stage}
     _check_stage(spec, offered, taken)
+    _check_multi_token(spec, whole=pre_process and post_process)
     if pg_collection is not None:
         offered["pg_collection"] = pg_collection
     length = taken.get("max_sequence_length")
@@ -77,6 +81,32 @@ def _check_stage(spec: ModuleSpec, stage: Mapping[str, object], taken: Mapping[s
                 "model. Give its constructor pre_process and post_process, or **kwargs that it hands on, or use "
                 "pipeline_model_parallel_size=1."
             )
+
+
+def _check_multi_token(spec: ModuleSpec, whole: bool) -> None:
+    """Refuses multi-token prediction where the rows of later positions are not at hand.
+
+    Raises:
+        ValueError: on a pipeline, whose last stage has no rows; of another class; with mrope on shards.
+    """
+    config = spec.params["config"]
+    if not config.mtp_num_layers:
+        return
+    kind = get_module(spec)
+    if not (isinstance(kind, type) and issubclass(kind, GPTModel)):
+        raise ValueError(
+            f"mtp_num_layers={config.mtp_num_layers} works with GPTModel alone, found {kind}. Set it to None."
+        )
+    if not whole:
+        raise ValueError(
+            f"mtp_num_layers={config.mtp_num_layers} needs the embedded rows on the last pipeline stage, which only "
+            "the first one has. Set it to None, or pipeline_model_parallel_size to 1."
+        )
+    if spec.params.get("position_embedding_type") == "mrope" and config.context_parallel_size > 1:
+        raise ValueError(
+            "mtp_num_layers with mrope under context parallelism would roll positions that are not cut as the ids "
+            "are. Set mtp_num_layers to None, or context_parallel_size to 1."
+        )
 
 
 def _with_own_layers(spec: ModuleSpec, vp_stage: int | None) -> ModuleSpec:
@@ -115,10 +145,13 @@ class LanguageCall:
         self._model = model
         self._takes = inspect.signature(model.forward).parameters.keys()
         self._experts = model.config.num_moe_experts is not None
+        self._predicts_more = bool(model.config.mtp_num_layers) and model.post_process
 
     def __call__(
         self,
+        input_ids: Tensor,
         decoder_input: Tensor | None,
+        rows: Mapping[str, Tensor],
         attention_mask: Tensor | None,
         labels: Tensor | None,
         loss_mask: Tensor | None,
@@ -130,7 +163,9 @@ class LanguageCall:
         """What the language model returns (hidden states, logits or per-token loss), and its states.
 
         Args:
+            input_ids: `[B, S]`, global sequence; read by multi-token prediction alone.
             decoder_input: `[S_local, B, H]`, rank-local; None behind the first pipeline stage.
+            rows: reading table -> `[N, H]`, placed in `decoder_input`.
             attention_mask: as `joined_with_causal` takes it, or None.
             labels, loss_mask: `[B, S / CP]`, rank-local, or None.
             plan: of the batch.
@@ -152,10 +187,16 @@ class LanguageCall:
             "padding_mask": self._padding_mask(plan),
         }
         known = {name: value for name, value in offered.items() if name in self._takes}
-        with HiddenStates(self._model.decoder) as states:
+        ids, positions, more = None, plan.positions, nullcontext()  # decoder_input stands in for the lookup
+        if self._predicts_more and not InferenceMode.is_active():
+            ids, positions = plan.shard.cut(input_ids), plan.shard.cut(positions)
+            later = self._later_rows(rows, plan, packed_seq_params)
+            more = embedding_handed_to(self._model.mtp, later)
+            known["loss_mask"] = later.text if loss_mask is None else loss_mask
+        with HiddenStates(self._model.decoder) as states, more:
             output = self._model(
-                input_ids=None,  # decoder_input stands in for the lookup
-                position_ids=plan.positions,
+                input_ids=ids,
+                position_ids=positions,
                 attention_mask=attention_mask,
                 decoder_input=decoder_input,
                 labels=labels,
@@ -164,6 +205,12 @@ class LanguageCall:
                 **known,
             )
         return output, states.last
+
+    def _later_rows(
+        self, rows: Mapping[str, Tensor], plan: Plan, packed_seq_params: PackedSeqParams | None
+    ) -> LaterRows:
+        groups, split = self._model.pg_collection, self._model.config.sequence_parallel
+        return LaterRows(self._model.embedding, rows, plan, packed_seq_params, groups.cp, groups.tp, split)
 
     def _padding_mask(self, plan: Plan) -> Tensor | None:
         """Bool `[B, S_local]`, which of this rank's positions experts shall not count, or None.

@@ -149,14 +149,19 @@ class MimoModel(MegatronModule):
         self._check.tokens(input_ids, position_ids, attention_mask, labels, loss_mask, inference_context)
         media = self._check.media(modality_inputs, modality_targets, generation_inputs)
         targets = self.prepare(media.targets)
-        plan = self._planner.plan(input_ids, position_ids, packed_seq_params, placement, media, targets, self.training)
+        start = 0 if inference_context is None else inference_context.sequence_len_offset
+        plan = self._planner.plan(
+            input_ids, position_ids, packed_seq_params, placement, media, targets, self.training, start
+        )
 
         rows = self.encode(media, targets, plan) if self.pre_process else {}
         rows = exchange(rows)
         decoder_input = self.align(input_ids, rows, plan) if self.pre_process else None
         labels, loss_mask = self.learned(input_ids, labels, loss_mask, media, plan)
         language, states = self._run_language_model(
+            input_ids,
             decoder_input,
+            rows,
             attention_mask,
             labels,
             loss_mask,

@@ -95,6 +95,7 @@ class Planner:
         media: Media,
         targets: Nested,
         training: bool,
+        start: int,
     ) -> Plan:
         """What the batch asks of this rank, every count held against the others.
 
@@ -103,6 +104,7 @@ class Planner:
             media: what the batch brings.
             targets: prepared targets.
             training: whether every generation token needs a target.
+            start: positions that an inference context holds already, from which those left out go on.
 
         Raises:
             ValueError: counts that differ, naming modality, sample and both; on a device at the latest one step
@@ -111,7 +113,7 @@ class Planner:
         shard, boundaries = self._shard(input_ids, packed_seq_params), _boundaries(packed_seq_params)
         padding = padding_of(packed_seq_params, input_ids)
         if position_ids is None:
-            position_ids = default_positions(input_ids, boundaries)
+            position_ids = default_positions(input_ids, boundaries) + start
         if not self._uses_placement:
             return Plan(len(input_ids), None, shard, position_ids, padding, {})
         placement = self._adopted(placement, input_ids, packed_seq_params)

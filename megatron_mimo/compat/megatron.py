@@ -18,6 +18,8 @@ from megatron_mimo.compat.torch import forward_pre_hooks
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer, ParamKey
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from torch.distributed import ProcessGroup
 
 _DDP = "megatron.core.distributed.distributed_data_parallel"
 
@@ -201,3 +203,21 @@ def norms_chosen_at_import() -> tuple[type, ...]:
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     return (WrappedTorchNorm, vit_layer_specs.LNImpl)
+
+
+# Multi-token prediction ---------------------------------------------------------------------------------------------
+
+
+def roll_to_next(
+    values: torch.Tensor, cp_group: ProcessGroup, packed_seq_params: PackedSeqParams | None
+) -> torch.Tensor:
+    """Values `[B, S / CP]` of each next position of its sequence, zero where there is none; collective over `cp_group`.
+
+    Undocumented: `multi_token_prediction.roll_tensor`, which gives `(rolled, sum)` and crosses shards of context
+    parallelism and stops at packed boundaries.
+    Reason: what rolls beside Megatron's own token ids has to roll as they do.
+    When it goes: see what `MultiTokenPredictionLayer._get_embeddings` rolls ids with.
+    """
+    from megatron.core.transformer.multi_token_prediction import roll_tensor
+
+    return roll_tensor(values, shifts=-1, dims=-1, cp_group=cp_group, packed_seq_params=packed_seq_params)[0]

@@ -37,6 +37,7 @@ ROOMS = [
     "align",
     "route",
     "attention_mask",
+    "multi_token",
     "language",
     "generation",
     "model",
