@@ -167,6 +167,45 @@ def test_cublas_workspaces_can_be_cleared_in_builds_with_cuda() -> None:
     assert hasattr(torch._C, "_cuda_clearCublasWorkspaces") is (torch.version.cuda is not None)
 
 
+# The CPU backend -------------------------------------------------------------------------------------------------
+
+
+def test_everything_that_the_cpu_backend_replaces_is_there() -> None:
+    from megatron_mimo.compat.cuda_answers import answers
+    from megatron_mimo.compat.megatron_on_cpu import mends
+
+    replaced = [*answers(), *mends()]
+    assert len(replaced) > 90
+    missing = [f"{getattr(owner, '__name__', owner)}.{name}" for owner, name, _ in replaced if not hasattr(owner, name)]
+    assert not missing
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("megatron.core.tensor_parallel.random._set_cuda_rng_state", ["new_state", "device", "graph_safe"]),
+        ("megatron.core.tensor_parallel.random._get_share_storage", []),
+        ("megatron.core.tensor_parallel.random.CheckpointWithoutOutput.__init__", ["self", "fp8"]),
+        ("megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.state_dict", ["self"]),
+        ("megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.load_state_dict", ["self", "state_dict"]),
+        (
+            "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states",
+            ["self", "model_param", "tensors"],
+        ),
+        ("torch.utils._device.DeviceContext.__init__", ["self", "device"]),
+        ("torch.load", ["f", "map_location"]),
+    ],
+)
+def test_what_is_mended_takes_what_the_mend_takes(path: str, expected: list[str]) -> None:
+    assert parameters(path)[: len(expected)] == expected
+
+
+def test_the_tracker_s_remark_that_is_dropped_is_still_made() -> None:
+    from megatron_mimo.compat.megatron_on_cpu import OneGenerator
+
+    assert OneGenerator.TEXT in inspect.getsource(importlib.import_module(OneGenerator.LOGGER))
+
+
 # Triton ----------------------------------------------------------------------------------------------------------
 
 
