@@ -9,7 +9,7 @@ import megatron_mimo
 from megatron_mimo import MimoModel, specs
 from tests import packed, tiny
 from tests.distributed.cases import decoders as cases
-from tests.distributed.cases.layouts import token_local_layers
+from tests.distributed.setting import token_local_layers
 
 pytestmark = pytest.mark.gpu
 

@@ -85,7 +85,7 @@ def test_layers_that_the_stages_do_not_share_out_are_refused(no_process_group):
     ],
 )
 def test_sequence_lengths_that_cannot_be_shared_out_are_refused(layout, config, length, parts, no_process_group):
-    from tests.distributed.cases.layouts import token_local_layers
+    from tests.distributed.setting import token_local_layers
 
     language = dict(transformer_layer_spec=token_local_layers(2), position_embedding_type="none")
     message = f"multiple of {parts} .context_parallel_size.*tensor_model_parallel_size.*found {length}.*seq_length"

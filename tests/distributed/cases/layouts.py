@@ -2,9 +2,12 @@
 
 The reference is the same model on one rank without DDP, stepped by torch's own optimizer on the
 whole batch. Then the layout: Megatron's DDP, optimizer and pipeline schedule, and the library's forward
-step, once with `calculate_per_token_loss` and once without. Compared are the loss of three steps, every
-gradient of the first and every weight after the third. Microbatches differ in how many tokens count,
-and half of them have no image.
+step. Compared are the loss and the gradient norm of three steps, every gradient of the first, and every weight after
+the third, which is clipped. Microbatches differ in how many tokens count, and half of them have no image. Before,
+the copies of a parameter that ranks initialised for themselves are compared with each other.
+
+How losses are scaled does not depend on the layout, so `calculate_per_token_loss` is turned off on two layouts
+alone, which have every axis between them.
 
 Adam's epsilon is 0.1, far above rounding, which enters a weight multiplied by learning rate / epsilon
 where a gradient is zero: with 1e-8 the first step is the gradient's sign, and with 1e-3 the rounding of
@@ -13,7 +16,7 @@ a loss that is multiplied by the step's tokens and divided by them again comes t
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -22,122 +25,19 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from megatron_mimo import MimoModel, loss_terms, specs, total_loss
+from megatron_mimo import MimoModel, loss_terms, total_loss
 from megatron_mimo.launch import Run
 from megatron_mimo.training.forward import ForwardStep
 from tests import tiny
 from tests.distributed.harness import case, relayout
+from tests.distributed.setting import Setting
 
 SAMPLES, LENGTH, STEPS, LEARNING_RATE, EPSILON = 4, 16, 3, 1e-2, 0.1
 TOLERANCE = 1e-5  # of a tensor's largest element: float32 keeps 1e-7, summed in other orders
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a layout asks of model and optimizer, beside its parallel sizes."""
-
-    sequence_parallel: bool = False
-    tied: bool = False
-    experts: int | None = None
-    token_local: bool = False
-    distributed_optimizer: bool = False
-    per_token: bool = True
-    stages: dict[str, object] = field(default_factory=dict)  # how layers are dealt out to pipeline stages
-
-    def spec(self, run: Run | None) -> ModuleSpec:
-        """The language model's spec; for one rank without `run`."""
-        layout = None if run is None else run.layout
-        sizes = {} if layout is None else dict(
-            tensor_model_parallel_size=layout.tensor_model_parallel_size,
-            pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
-            virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
-            context_parallel_size=layout.context_parallel_size,
-            expert_model_parallel_size=layout.expert_model_parallel_size,
-            expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
-            sequence_parallel=self.sequence_parallel,
-            **self.stages,
-        )  # fmt: skip
-        if layout is not None and layout.virtual_pipeline_model_parallel_size:
-            sizes |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
-        experts = {} if self.experts is None else dict(
-            num_moe_experts=self.experts,
-            moe_router_topk=2,
-            moe_token_dispatcher_type="alltoall",
-            moe_aux_loss_coeff=0.0,
-            moe_router_load_balancing_type="none",
-            add_bias_linear=False,
-        )  # fmt: skip
-        config = tiny.language_config(
-            num_layers=4,
-            pipeline_dtype=torch.float32,
-            calculate_per_token_loss=self.per_token,
-            **sizes,
-            **experts,
-        )
-        changes = {"share_embeddings_and_output_weights": self.tied}
-        if self.token_local:
-            stages = 1 if layout is None else layout.pipeline_model_parallel_size
-            layers = token_local_layers(4 // stages, None if self.experts is None else config)
-            changes |= {"transformer_layer_spec": layers, "position_embedding_type": "none"}
-        return tiny.language_spec(config, **changes)
-
-    def images(self, run: Run | None) -> ModuleSpec:
-        """Two encoders, each with a tensor-parallel projector, and a decoder."""
-        size = 1 if run is None else run.layout.tensor_model_parallel_size
-        config = tiny.language_config(num_layers=1, tensor_model_parallel_size=size)
-        projector = ModuleSpec(
-            module=MultimodalProjector,
-            params=dict(
-                config=config,
-                submodules=specs.projection_spec(config).submodules,
-                projector_type="mlp",
-                input_size=16,
-            ),
-        )
-        encoder = ModuleSpec(module=tiny.PatchEncoder)
-        return tiny.image_spec(
-            encoders={"patches": encoder, "strokes": encoder}, input_projections=[projector, projector]
-        )
-
-    def mimo_config(self, run: Run | None):
-        """The whole model's configuration; for one rank without `run`."""
-        return tiny.mimo_config(
-            self.spec(run), modality_submodules={"images": self.images(run), "audio": tiny.audio_spec()}
-        )
-
-
-def token_local_layers(count: int, experts: TransformerConfig | None = None) -> ModuleSpec:
-    """Layers without attention: what context parallelism can run without TransformerEngine.
-
-    Args:
-        count: how many.
-        experts: a configuration with experts, which these layers then have.
-    """
-    mlp = ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    )
-    if experts is not None:
-        mlp = specs.language_layer_spec(experts).submodules.layer_specs[0].submodules.mlp
-    layer = ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            pre_mlp_layernorm=specs.norm("torch"), mlp=mlp, mlp_bda=get_bias_dropout_add
-        ),
-    )
-    block = TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=specs.norm("torch"))
-    return ModuleSpec(module=TransformerBlock, submodules=block)
 
 
 def whole_batch() -> list[dict]:
@@ -181,6 +81,7 @@ def loss_of(model: MimoModel, outputs, loss_mask, counts) -> Tensor:
 class Reference:
     initial: dict[str, Tensor]
     losses: list[Tensor]
+    norms: list[Tensor]
     gradients: dict[str, Tensor]
     final: dict[str, Tensor]
 
@@ -192,7 +93,7 @@ def reference(setting: Setting) -> Reference:
     initial = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, eps=EPSILON)
     batch = whole_batch()
-    counts, losses, gradients = step_counts(batch), [], {}
+    counts, losses, norms, gradients = step_counts(batch), [], [], {}
     for step in range(STEPS):
         optimizer.zero_grad()
         loss = torch.zeros(())
@@ -203,9 +104,16 @@ def reference(setting: Setting) -> Reference:
         losses.append(loss)
         if step == 0:
             gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip(step, norms[-1]))
         optimizer.step()
     final = {name: p.detach().clone() for name, p in model.named_parameters()}
-    return Reference(initial, losses, gradients, final)
+    return Reference(initial, losses, norms, gradients, final)
+
+
+def clip(step: int, norm: Tensor) -> float:
+    """The largest gradient norm that a step keeps: all of it, but for the last step, which keeps half."""
+    return norm.item() / 2 if step == STEPS - 1 else 1e9
 
 
 def chunks(run: Run, setting: Setting) -> list[DistributedDataParallel]:
@@ -270,6 +178,7 @@ def whole_main_gradients(model: DistributedDataParallel) -> None:
 def train(run: Run, setting: Setting, expected: Reference) -> None:
     models = chunks(run, setting)
     for model in models:
+        copies_are_equal(model.module, run)
         with torch.no_grad():
             for parameter, part, _ in own_part(model.module, run, setting, expected.initial):
                 parameter.copy_(part)
@@ -278,7 +187,7 @@ def train(run: Run, setting: Setting, expected: Reference) -> None:
     config.no_sync_func = [model.no_sync for model in models] if len(models) > 1 else models[0].no_sync
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
-            optimizer="adam", lr=LEARNING_RATE, adam_eps=EPSILON, weight_decay=0.0, clip_grad=0.0,
+            optimizer="adam", lr=LEARNING_RATE, adam_eps=EPSILON, weight_decay=0.0,
             use_distributed_optimizer=setting.distributed_optimizer, overlap_param_gather=setting.distributed_optimizer,
         ),
         models,
@@ -306,12 +215,28 @@ def train(run: Run, setting: Setting, expected: Reference) -> None:
             close(loss, expected.losses[step], f"loss of step {step}")
         if step == 0:
             compare_gradients(models, run, setting, expected)
-        optimizer.step()
+        for part in optimizer.chained_optimizers:
+            part.config.clip_grad = clip(step, expected.norms[step])
+        _, norm, _ = optimizer.step()
+        close(torch.tensor(norm), expected.norms[step], f"gradient norm of step {step}")
     for model in models:
         if setting.distributed_optimizer:
             model.start_param_sync(force_sync=True)
         for parameter, part, name in own_part(model.module, run, setting, expected.final):
             close(parameter.detach(), part, f"{name} after {STEPS} steps")
+
+
+def copies_are_equal(model: MimoModel, run: Run) -> None:
+    """What ranks share they have initialised alike, each for itself."""
+    for name, parameter in model.named_parameters():
+        of_expert = not getattr(parameter, "allreduce", True)
+        groups = [run.groups.expt_dp if of_expert else run.groups.dp_cp]
+        if not getattr(parameter, "tensor_model_parallel", False):
+            groups.append(run.groups.expt_tp if of_expert else run.groups.tp)
+        for group in groups:
+            copies = [torch.empty_like(parameter) for _ in range(group.size())]
+            dist.all_gather(copies, parameter.detach().contiguous(), group=group)
+            assert all(copy.equal(parameter) for copy in copies), f"{name}: copies differ at the start"
 
 
 def compare_gradients(models, run: Run, setting: Setting, expected: Reference) -> None:
@@ -322,6 +247,7 @@ def compare_gradients(models, run: Run, setting: Setting, expected: Reference) -
             close(parameter.main_grad, part, f"gradient of {name}")
 
 
+EVERY_AXIS = Setting(sequence_parallel=True, experts=4)
 #: name -> ranks, parallel sizes, setting. One line a layout; each is a test.
 LAYOUTS = {
     "tp2": (2, dict(tensor_model_parallel_size=2), Setting()),
@@ -388,7 +314,7 @@ LAYOUTS = {
             expert_model_parallel_size=2,
             expert_tensor_parallel_size=1,
         ),
-        Setting(sequence_parallel=True, experts=4),
+        EVERY_AXIS,
     ),
     "tp2_pp2_cp2_ep2": (
         8,
@@ -399,7 +325,7 @@ LAYOUTS = {
             expert_model_parallel_size=2,
             expert_tensor_parallel_size=1,
         ),
-        Setting(sequence_parallel=True, experts=4, token_local=True),
+        replace(EVERY_AXIS, token_local=True),
     ),
 }
 
@@ -407,7 +333,7 @@ LAYOUTS = {
 def register(name: str, ranks: int, sizes: dict, setting: Setting) -> None:
     def equals_one_rank(run: Run) -> None:
         expected = reference(setting)
-        for per_token in (True, False):
+        for per_token in (True, False) if ranks == 8 else (True,):
             train(relayout(**sizes), replace(setting, per_token=per_token), expected)
 
     equals_one_rank.__name__ = f"{name}_equals_one_rank"

@@ -17,8 +17,9 @@ from megatron_mimo.sharding import sequence_shard
 from tests import packed
 from tests.distributed.cases.align import LargestResult
 from tests.distributed.cases.decoders import build, copy_part, kinds, spread
-from tests.distributed.cases.layouts import Setting, close, own_part
+from tests.distributed.cases.layouts import close, own_part
 from tests.distributed.harness import case, relayout
+from tests.distributed.setting import Setting
 
 
 def language(setting: Setting, run: Run | None) -> ModuleSpec:

@@ -17,8 +17,8 @@ from megatron_mimo.training.parts.compiled import CompiledForward
 from megatron_mimo.training.speed.flops import part_sizes
 from tests import tiny
 from tests.compiling import compiling, results, vision_transformer
-from tests.distributed.cases.layouts import token_local_layers
 from tests.distributed.harness import case, relayout, shared_directory
+from tests.distributed.setting import token_local_layers
 
 LENGTH = 16
 PIPELINE = {"pipeline_model_parallel_size": 2}
