@@ -199,7 +199,7 @@ def ranks_of(case: str) -> str:
 
 def copied(where: Path) -> Path:
     """The tree without what running leaves behind."""
-    for name in ("megatron_mimo", "tests", "examples"):
+    for name in ("megatron_mimo", "tests", "examples", "docs"):
         shutil.copytree(ROOT / name, where / name, ignore=shutil.ignore_patterns("__pycache__"))
     return where
 

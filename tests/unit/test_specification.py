@@ -110,7 +110,10 @@ def tiny_model(modality_submodules) -> megatron_mimo.MimoModel:
 
 
 def test_there_is_a_test_for_each_snippet():
-    assert len(SNIPPETS) == 7
+    run = re.findall(r'snippet\(\s*"([^"]+)"', Path(__file__).read_text())
+    constructed = ("MimoModel(\n", "MimoModelConfig(\n")  # whose signatures are compared
+    untested = [text for text in SNIPPETS if not any(part in text for part in run) and not text.startswith(constructed)]
+    assert SNIPPETS and not untested
 
 
 def test_base_class_signature(single_process):

@@ -1,4 +1,6 @@
-"""What a capture of an encoder may serve, with a stand-in for the graphs, which need a GPU (`tests/gpu`)."""
+"""What a capture of an encoder serves, with recordings for the graphs, which need a GPU (`tests/gpu`)."""
+
+import copy
 
 import pytest
 import torch
@@ -7,33 +9,53 @@ from torch import nn
 
 from megatron_mimo import specs
 from megatron_mimo.compat.megatron import tracker_without_forks
-from megatron_mimo.training.parts import graphed
 from megatron_mimo.training.parts.graphed import GraphedForward
 from tests import tiny
-
-
-class Eager:
-    """In place of a capture: runs what would have been captured."""
-
-    def __init__(self, key, call, inputs, parameters) -> None:
-        self.key, self.busy, self.call = key, False, call
-
-    def replay(self, tensors):
-        return self.call(*tensors)
+from tests.recorded_graphs import record_graphs
 
 
 @pytest.fixture
 def captures(monkeypatch):
-    """Gives an encoder's `GraphedForward` and its captures."""
-    monkeypatch.setattr(graphed, "_Capture", Eager)
-    monkeypatch.setattr(graphed, "_check", lambda encoder: None)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    """Gives an encoder's `GraphedForward` and its captures, which are recordings."""
+    record_graphs(monkeypatch)
 
-    def make(encoder: nn.Module) -> tuple[GraphedForward, list]:
-        forward = GraphedForward(encoder.requires_grad_(False))
+    def make(encoder: nn.Module, trains: bool = False) -> tuple[GraphedForward, list]:
+        forward = GraphedForward(encoder.requires_grad_(trains))
         return forward, forward._captures
 
     return make
+
+
+def test_replays_give_the_outputs_and_add_up_the_gradients_of_the_encoder_itself(captures):
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 3))
+    itself = copy.deepcopy(encoder)
+    forward, kept = captures(encoder, trains=True)
+    for step in range(3):
+        images, direction = torch.randn(5, 4), torch.randn(5, 3)
+        ours, theirs = forward(images), itself(images)
+        torch.testing.assert_close(ours, theirs)
+        (ours * direction).sum().backward()
+        (theirs * direction).sum().backward()
+        for mine, other in zip(encoder.parameters(), itself.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, other.grad)
+            with torch.no_grad():  # a replay reads the weights of its time
+                mine -= 0.1 * (step + 1)
+                other -= 0.1 * (step + 1)
+    assert len(kept) == 1
+
+
+def test_a_second_forward_pass_before_the_backward_pass_leaves_the_first_ones_memory_alone(captures):
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4))
+    itself = copy.deepcopy(encoder)
+    forward, kept = captures(encoder, trains=True)
+    first, second = torch.randn(2, 4), torch.randn(2, 4)
+    (forward(first).sum() - 2 * forward(second).sum()).backward()
+    (itself(first).sum() - 2 * itself(second).sum()).backward()
+    for mine, other in zip(encoder.parameters(), itself.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
+    assert len(kept) == 2
 
 
 class Summed(nn.Module):

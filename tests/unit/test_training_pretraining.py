@@ -5,6 +5,7 @@ import os
 import re
 from argparse import ArgumentParser, Namespace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -242,11 +243,19 @@ def test_arguments_that_nothing_would_follow_in_a_script_of_ones_own_are_refused
     check_in_effect(args_of("--freeze", "encoders"))
 
 
-@pytest.mark.parametrize("name", ["add_mimo_args", "forward_step", "loss_func", "model_provider", "pretrain"])
-def test_training_has_what_a_pretrain_script_passes_to_megatron(name):
-    from megatron_mimo.training import forward  # whose import takes no name from the package
-
-    assert forward and callable(getattr(training, name)) and getattr(training, name).__name__ == name
+@pytest.mark.parametrize(
+    ("name", "home"),
+    [
+        ("add_mimo_args", "pretraining.arguments"),
+        ("forward_step", "pretraining.script"),
+        ("loss_func", "scale"),
+        ("model_provider", "pretraining.script"),
+        ("pretrain", "pretraining.loop"),
+    ],
+)
+def test_training_has_what_a_pretrain_script_passes_to_megatron(name, home):
+    import_module("megatron_mimo.training.forward")  # takes no name from the package
+    assert getattr(training, name) is getattr(import_module(f"megatron_mimo.training.{home}"), name)
 
 
 def test_megatron_calls_the_model_provider_as_its_own():
