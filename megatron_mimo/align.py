@@ -82,6 +82,7 @@ def align_checked(
     tp_group: ProcessGroup | None,
 ) -> Tensor:
     """What `align` gives, for a placement, a shard and counts of rows that the caller has checked."""
+    input_ids = input_ids.contiguous()
     tables = _tables(embeddings, placement)
     words = plain_lookup(language_embedding)
     vocabulary = _vocabulary(language_embedding, placement) if words is None else words.num_embeddings

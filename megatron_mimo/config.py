@@ -123,6 +123,8 @@ class MimoModelConfig:
             for modality, token_id in getattr(self, name).items():
                 if isinstance(token_id, bool) or not isinstance(token_id, int):
                     raise TypeError(f"{name}[{modality!r}] must be an int, got {type(token_id).__name__}")
+                if not -(2**63) <= token_id < 2**63:
+                    raise ValueError(f"{name}[{modality!r}] = {token_id} does not fit the int64 of input_ids.")
                 other = users.setdefault(token_id, modality)
                 if other != modality:
                     raise ValueError(

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Self
 
+import torch
 from megatron.core.inference.utils import InferenceMode
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import MegatronModule
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from megatron_mimo.attention_mask import joined_with_causal
 from megatron_mimo.build import build, constructor_parameters, takes_any
+from megatron_mimo.check.positions import PositionKind
 from megatron_mimo.multi_token import LaterRows, embedding_handed_to
 from megatron_mimo.plan import Plan
 
@@ -107,6 +109,20 @@ def _check_multi_token(spec: ModuleSpec, whole: bool) -> None:
             "mtp_num_layers with mrope under context parallelism would roll positions that are not cut as the ids "
             "are. Set mtp_num_layers to None, or context_parallel_size to 1."
         )
+
+
+def position_kind(spec: ModuleSpec) -> PositionKind:
+    """What the language model of a spec makes of position ids, read from its params and its constructor."""
+    taken = constructor_parameters(spec)
+
+    def setting(name: str) -> object:
+        parameter = taken.get(name)
+        default = None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
+        return spec.params.get(name, default)
+
+    kind = setting("position_embedding_type")
+    table = (setting("max_sequence_length") or DEFAULT_MAX_SEQUENCE_LENGTH) if kind == "learned_absolute" else None
+    return PositionKind(kind, table)
 
 
 def _with_own_layers(spec: ModuleSpec, vp_stage: int | None) -> ModuleSpec:
@@ -200,7 +216,7 @@ class LanguageCall:
                 attention_mask=attention_mask,
                 decoder_input=decoder_input,
                 labels=labels,
-                packed_seq_params=packed_seq_params,
+                packed_seq_params=_with_int32(packed_seq_params),
                 inference_context=inference_context,
                 **known,
             )
@@ -221,6 +237,16 @@ class LanguageCall:
             return None
         padding = plan.padding.expand(plan.batch_size, -1)
         return padding if plan.shard.is_whole else padding.index_select(1, plan.shard.positions).contiguous()
+
+
+def _with_int32(packed: PackedSeqParams | None) -> PackedSeqParams | None:
+    """The same boundaries as int32, which is what attention kernels read them as."""
+    if packed is None:
+        return None
+    given = {field.name: getattr(packed, field.name) for field in dataclasses.fields(packed)}
+    wide = {name: x.int() for name, x in given.items() if isinstance(x, Tensor) and x.dtype == torch.int64}
+    bounds = {name: value for name, value in wide.items() if name.startswith("cu_seqlens")}
+    return dataclasses.replace(packed, **bounds) if bounds else packed
 
 
 class HiddenStates:

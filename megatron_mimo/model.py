@@ -18,7 +18,7 @@ from megatron_mimo.deferred import Checks
 from megatron_mimo.exchange import exchange
 from megatron_mimo.idle import with_idle
 from megatron_mimo.labels import default_loss_mask
-from megatron_mimo.language import LanguageCall, build_language_model
+from megatron_mimo.language import LanguageCall, build_language_model, position_kind
 from megatron_mimo.modality.submodules import build_submodules
 from megatron_mimo.output import MimoOutput, ModalityOutput
 from megatron_mimo.placement import Placement
@@ -91,7 +91,8 @@ class MimoModel(MegatronModule):
         self._run_language_model = LanguageCall(language_model)
         self._checks = Checks()
         stage = (config, self.modality_submodules, pre_process, post_process)
-        self._check = BatchCheck(*stage, self.pg_collection.cp.size(), self._checks)
+        positions = position_kind(config.language_model)
+        self._check = BatchCheck(*stage, self.pg_collection.cp.size(), self._checks, positions)
         self._planner = Planner(*stage, self.config.sequence_parallel, self.pg_collection, self._check, self._checks)
         logger.info("MimoModel: %s", self.extra_repr())
 
@@ -145,8 +146,10 @@ class MimoModel(MegatronModule):
                 a mismatch is raised at the latest one step later.
         """
         # The one place that waits for checks, those of earlier steps: this step's own would stall the device.
-        self._checks.report(current=None if placement is None else placement.arrival)
-        self._check.tokens(input_ids, position_ids, attention_mask, labels, loss_mask, inference_context)
+        self._checks.report(current=placement.arrival if isinstance(placement, Placement) else None)
+        self._check.tokens(
+            input_ids, position_ids, attention_mask, labels, loss_mask, packed_seq_params, inference_context
+        )
         media = self._check.media(modality_inputs, modality_targets, generation_inputs)
         targets = self.prepare(media.targets)
         start = 0 if inference_context is None else inference_context.sequence_len_offset
@@ -287,6 +290,11 @@ class MimoModel(MegatronModule):
             ValueError: options for a modality or decoder that the model lacks, or generation tokens of a
                 sample that are no whole number of images or clips.
         """
+        if not isinstance(outputs, MimoOutput):
+            raise TypeError(
+                f"decode takes a MimoOutput, found {type(outputs).__name__}: give what forward returned first, "
+                "`outputs, _ = model(...)`, on the last pipeline stage of a model that writes."
+            )
         options = options or {}
         check_modalities("options", options, outputs.modalities)
         for modality, of_decoders in options.items():

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_mimo.deferred import Arrival, Checks
 from megatron_mimo.kernels import kernels_for
-from megatron_mimo.tally import HostFacts, verify_media, verify_rows, verify_spans, verify_vocabulary
+from megatron_mimo.tally import HostFacts, verify_boundaries, verify_media, verify_rows, verify_spans, verify_vocabulary
 
 
 @dataclass(frozen=True)
@@ -341,6 +341,7 @@ def build_placement(
         raise ValueError(f"validate should be 'now' or 'deferred', found {validate!r}.")
     if validate is None:
         validate = "now" if input_ids.device.type == "cpu" else "deferred"
+    input_ids = input_ids.contiguous()
     reading_ids = tuple(special_token_ids.values())
     generation_ids = tuple(generation_token_ids.values())
     source, row, positions, counts = kernels_for(input_ids.device).plan(
@@ -352,6 +353,8 @@ def build_placement(
     facts = None
     if validate == "now":
         boundaries = None if cu_seqlens is None else cu_seqlens.tolist()
+        if boundaries is not None:
+            verify_boundaries("cu_seqlens", boundaries, input_ids.shape[1])
         facts = HostFacts(counts.tolist(), positions.cpu(), boundaries)
     placement = Placement(
         names=names,

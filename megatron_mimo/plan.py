@@ -112,8 +112,7 @@ class Planner:
         """
         shard, boundaries = self._shard(input_ids, packed_seq_params), _boundaries(packed_seq_params)
         padding = padding_of(packed_seq_params, input_ids)
-        if position_ids is None:
-            position_ids = default_positions(input_ids, boundaries) + start
+        position_ids = self._check.positions(position_ids, default_positions(input_ids, boundaries) + start, media)
         if not self._uses_placement:
             return Plan(len(input_ids), None, shard, position_ids, padding, {})
         placement = self._adopted(placement, input_ids, packed_seq_params)
@@ -144,7 +143,7 @@ class Planner:
         """The caller's placement, checked and on the ids' device, or a new one."""
         if made is None:
             return self.place(input_ids, packed_seq_params)
-        if made.device != input_ids.device:
+        if isinstance(made, Placement) and made.device != input_ids.device:
             made = made.to(input_ids.device, non_blocking=True)
         self._check.placement(made, input_ids, packed=_boundaries(packed_seq_params) is not None)
         return replace(made, checks=self._checks)

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import pairwise
 from math import lcm
 
 import torch
 from torch import Tensor
 
 from megatron_mimo.deferred import Arrival, Checks
+from megatron_mimo.tally import verify_boundaries
 
 
 @dataclass(frozen=True)
@@ -229,18 +229,7 @@ def _check_boundaries(cu_seqlens: Tensor, sequence_length: int, chunks: int, che
     """Raises `ValueError` now on the CPU, deferred on the device, if the packing cannot be cut."""
 
     def verify(boundaries: Tensor) -> None:
-        bounds = boundaries.tolist()
-        if bounds[0] != 0 or bounds[-1] != sequence_length:
-            raise ValueError(
-                f"cu_seqlens runs from {bounds[0]} to {bounds[-1]}: expected 0 to the sequence length "
-                f"{sequence_length}. Pass the padded boundaries (cu_seqlens_q_padded)."
-            )
-        for i, (start, stop) in enumerate(pairwise(bounds)):
-            if stop < start or (stop - start) % chunks:
-                raise ValueError(
-                    f"packed sequence {i} runs from {start} to {stop}: its length {stop - start} should be a "
-                    f"multiple of 2 * context-parallel size = {chunks}. Pad every packed sequence to one."
-                )
+        verify_boundaries("cu_seqlens", boundaries.tolist(), sequence_length, chunks)
 
     if checks is None:
         verify(cu_seqlens)

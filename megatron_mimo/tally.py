@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -73,6 +74,33 @@ def verify_vocabulary(what: str, counts: Sequence[int], size: int, advice: str) 
         if count:
             raise ValueError(
                 f"text: sample {sample} has {count} {what} outside the vocabulary (0 to {size - 1}). {advice}"
+            )
+
+
+def verify_boundaries(name: str, bounds: Sequence[int], length: int | None, multiple: int = 1) -> None:
+    """Raises for boundaries that do not cut a sequence into packed ones.
+
+    Args:
+        name: of the boundaries, for the message.
+        bounds: `[sequences + 1]`.
+        length: `S`, where the last one lies; None leaves that open.
+        multiple: what every packed length is a multiple of.
+
+    Raises:
+        ValueError: naming the boundaries or the packed sequence.
+    """
+    if bounds[0] != 0 or (length is not None and bounds[-1] != length):
+        raise ValueError(
+            f"{name} runs from {bounds[0]} to {bounds[-1]}, expected 0 to the sequence length {length}: every position "
+            "belongs to one packed sequence. Count the tail's padding to the last one (cu_seqlens_q_padded)."
+        )
+    for index, (start, stop) in enumerate(pairwise(bounds)):
+        if stop < start:
+            raise ValueError(f"{name} falls from {start} to {stop} at packed sequence {index}, expected it to rise.")
+        if (stop - start) % multiple:
+            raise ValueError(
+                f"packed sequence {index} runs from {start} to {stop}: its length {stop - start} should be a multiple "
+                f"of 2 * context-parallel size = {multiple}. Pad every packed sequence to one."
             )
 
 

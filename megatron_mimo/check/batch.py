@@ -9,20 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from megatron_mimo.check.positions import PositionKind
+from megatron_mimo.check.tokens import check_loss_mask, check_packed, check_token_tensors
 from megatron_mimo.config import MimoModelConfig, generation_table
 from megatron_mimo.deferred import Arrival, Checks
 from megatron_mimo.output import MimoOutput
 from megatron_mimo.placement import Placement
 from megatron_mimo.tally import outside_vocabulary, verify_vocabulary
 
+if TYPE_CHECKING:
+    from megatron.core.packed_seq_params import PackedSeqParams
+
 Nested = Mapping[str, Mapping[str, Mapping[str, Tensor]]]
 Shown = Mapping[str, Mapping[str, Tensor]]
-
-_INTEGERS = (torch.int64, torch.int32)
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class BatchCheck:
         first, last: whether encoders and decoders are on this stage.
         context_parallel: size of the context-parallel group.
         checks: who owns the checks that wait for the device.
+        positions: what the language model makes of position ids.
     """
 
     def __init__(
@@ -59,10 +64,12 @@ class BatchCheck:
         last: bool,
         context_parallel: int,
         checks: Checks,
+        positions: PositionKind = PositionKind(),
     ) -> None:
         self._config, self._submodules = config, submodules
         self._first, self._last = first, last
         self._context_parallel, self._checks = context_parallel, checks
+        self._positions = positions
         self._vocabulary_size = config.language_model.params.get("vocab_size")
 
     def tokens(
@@ -72,20 +79,31 @@ class BatchCheck:
         attention_mask: Tensor | None,
         labels: Tensor | None,
         loss_mask: Tensor | None,
+        packed_seq_params: PackedSeqParams | None,
         inference_context: object,
     ) -> None:
         """Refuses token tensors that do not belong together, and what attention cannot do on shards of a sequence.
 
         Args:
             input_ids, position_ids, attention_mask, labels, loss_mask: as `check_token_tensors` takes them.
-            inference_context: Megatron's, or None.
+            packed_seq_params, inference_context: Megatron's, or None.
 
         Raises:
-            TypeError, ValueError: as `check_token_tensors`; a mask or an inference context under context parallelism.
+            TypeError, ValueError: as `check_token_tensors`, `check_loss_mask`, `check_packed`; a mask, an inference
+                context or packed sequences with mrope under context parallelism.
         """
         check_token_tensors(input_ids, position_ids, attention_mask, labels, loss_mask)
+        if loss_mask is not None and self._last:
+            check_loss_mask(loss_mask, self._checks)
+        if packed_seq_params is not None:
+            check_packed(packed_seq_params, input_ids.shape[1], self._checks)
         if self._context_parallel == 1:
             return
+        if packed_seq_params is not None and self._positions.kind == "mrope":
+            raise ValueError(
+                "packed_seq_params with mrope under context parallelism: Megatron 0.19 restarts each packed sequence "
+                "at angle 0 of angles that are cut already. Use context_parallel_size=1, or do not pack."
+            )
         if attention_mask is not None:
             raise ValueError(
                 "attention_mask must be None under context parallelism: attention there works on "
@@ -105,7 +123,7 @@ class BatchCheck:
         named = {"modality_inputs": inputs, "modality_targets": targets, "generation_inputs": shown}
         for name, given in named.items():
             check_modalities(name, given, self._submodules)
-        media = Media(_present(inputs), _present(targets), _present(shown))
+        media = Media(_with_data(inputs), _present(targets), _present(shown))
         self._check_connected("modality_targets", media.targets, "generation_token_ids", "decoder")
         self._check_connected("modality_inputs", media.inputs, "special_token_ids", "encoder")
         for modality, submodule in self._submodules.items():
@@ -115,6 +133,17 @@ class BatchCheck:
                 submodule.check_targets(modality, media.targets[modality])
         self._check_shown(media)
         return media
+
+    def positions(self, given: Tensor | None, default: Tensor, media: Media) -> Tensor:
+        """Position ids as the language model takes them, as `PositionKind.chosen` says.
+
+        Args:
+            given: int64 `[B, S]` or `[k, B, S]`, or None.
+            default: `[B, S]`, counted from 0 (within each packed sequence), or from what is cached.
+            media: what the batch brings.
+        """
+        present = sorted({*media.inputs, *media.targets, *media.shown})
+        return self._positions.chosen(given, default, present, self._checks)
 
     def placement(self, made: Placement, input_ids: Tensor, packed: bool) -> None:
         """Refuses another model's or another batch's placement; one without `ids` travelled with them.
@@ -127,6 +156,8 @@ class BatchCheck:
         Raises:
             ValueError: saying how to make the right one; other ids on a device are reported one step later.
         """
+        if not isinstance(made, Placement):
+            raise TypeError(f"placement must be a Placement, found {type(made).__name__}; make it with model.place")
         if (made.cu_seqlens is None) == packed:
             raise ValueError(
                 "placement and packed_seq_params disagree on whether sequences are packed; make the "
@@ -250,52 +281,6 @@ class BatchCheck:
                 )
 
 
-def check_token_tensors(
-    input_ids: Tensor,
-    position_ids: Tensor | None,
-    attention_mask: Tensor | None,
-    labels: Tensor | None,
-    loss_mask: Tensor | None,
-) -> None:
-    """Refuse token tensors that do not belong together.
-
-    Args:
-        input_ids: `[B, S]` int64 or int32, global sequence.
-        position_ids: `[B, S]`, or `[k, B, S]` for rotary embeddings with k sections.
-        attention_mask: bool `[B or 1, heads or 1, S or 1, S]`, True where a position is hidden.
-        labels, loss_mask: `[B, S]`.
-
-    Raises:
-        TypeError: not a tensor, ids that are no integers, or an attention mask that is not bool.
-        ValueError: an empty batch, or shapes that differ from `input_ids`'.
-    """
-    given = {"input_ids": input_ids}
-    optional = {
-        "position_ids": position_ids,
-        "attention_mask": attention_mask,
-        "labels": labels,
-        "loss_mask": loss_mask,
-    }
-    given.update((name, value) for name, value in optional.items() if value is not None)
-    for name, value in given.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if input_ids.dtype not in _INTEGERS:
-        raise TypeError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
-    if input_ids.dim() != 2:
-        raise ValueError(f"input_ids must be [B, S], got {list(input_ids.shape)}")
-    if input_ids.numel() == 0:
-        raise ValueError(f"empty batch: input_ids has shape {list(input_ids.shape)}")
-    for name in ("labels", "loss_mask"):
-        if name in given:
-            _check_shape(name, given[name], given[name].shape == input_ids.shape, input_ids)
-    if position_ids is not None:
-        fits = position_ids.dim() in (2, 3) and position_ids.shape[-2:] == input_ids.shape
-        _check_shape("position_ids", position_ids, fits, input_ids)
-    if attention_mask is not None:
-        _check_attention_mask(attention_mask, input_ids)
-
-
 def check_modalities(name: str, given: Mapping[str, object] | None, known: Mapping) -> None:
     """Refuse `modality_inputs` or `modality_targets` for a modality that the model lacks.
 
@@ -312,27 +297,29 @@ def check_modalities(name: str, given: Mapping[str, object] | None, known: Mappi
             raise ValueError(f"{name} has modality {modality!r}, but the model's modalities are {sorted(known)}")
 
 
-def _check_attention_mask(attention_mask: Tensor, input_ids: Tensor) -> None:
-    if attention_mask.dtype != torch.bool:
-        raise TypeError(f"attention_mask must be bool, True where a position is hidden, got {attention_mask.dtype}")
-    batch_size, length = input_ids.shape
-    if attention_mask.dim() == 2 and attention_mask.shape == (length, length) != (batch_size, length):
-        return
-    if attention_mask.dim() != 4:
-        raise ValueError(
-            f"attention_mask must be [B or 1, heads or 1, S or 1, S], got {list(attention_mask.shape)}. From "
-            "a [B, S] mask of tokens to keep, make ~keep[:, None, None, :] and join the causal mask."
-        )
-    samples, _, queries, keys = attention_mask.shape
-    fits = samples in (1, batch_size) and queries in (1, length) and keys == length
-    _check_shape("attention_mask", attention_mask, fits, input_ids)
+def _is_nothing(value: object) -> bool:
+    """Whether an input holds no data: None, an empty sequence or tensor, or a mapping of such."""
+    match value:
+        case None:
+            return True
+        case Tensor():
+            return value.numel() == 0
+        case Mapping():
+            return all(_is_nothing(part) for part in value.values())
+        case list() | tuple():
+            return len(value) == 0
+    return False
 
 
-def _check_shape(name: str, value: Tensor, fits: bool, input_ids: Tensor) -> None:
-    if not fits:
-        raise ValueError(
-            f"{name} has shape {list(value.shape)}, which does not fit input_ids {list(input_ids.shape)} ([B, S])"
-        )
+def _with_data(inputs: Nested | None) -> dict:
+    """Inputs of the modalities, and of their encoders, that hold any data: zero images are no images."""
+    return {
+        modality: {name: given for name, given in encoders.items() if not _is_nothing(given)}
+        if isinstance(encoders, Mapping)
+        else encoders
+        for modality, encoders in (inputs or {}).items()
+        if not _is_nothing(encoders)
+    }
 
 
 def _present(given: Mapping | None) -> dict:
