@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_mimo.compat import megatron, megatron_training, notices
+from megatron_mimo.compat import checkpoints, megatron, megatron_training, notices
 from megatron_mimo.compat import torch as torch_names
 from tests import tiny
 
@@ -77,6 +77,13 @@ NAMES = {
     "megatron_training.arguments_of_checkpoint": (
         "megatron.training.checkpointing._load_base_checkpoint", ["load_dir", "args", "rank0"]
     ),
+    "checkpoints.megatron_globals": ("megatron.core.safe_globals.register_safe_globals", []),
+    "checkpoints.checkpoints_by": (
+        "megatron.core.dist_checkpointing.load", ["sharded_state_dict", "checkpoint_dir", "sharded_strategy"]
+    ),
+    "checkpoints.directory_to_load": (
+        "megatron.training.checkpointing.get_checkpoint_name", ["checkpoints_path", "iteration", "release"]
+    ),
 }  # fmt: skip
 
 
@@ -88,7 +95,12 @@ def test_the_name_is_there_with_its_parameters(ours: str) -> None:
     assert parameters(path)[: len(first)] == first
 
 
-MODULES = {"torch": torch_names, "megatron": megatron, "megatron_training": megatron_training}
+MODULES = {
+    "torch": torch_names,
+    "megatron": megatron,
+    "megatron_training": megatron_training,
+    "checkpoints": checkpoints,
+}
 FUNCTIONS = [
     (module, name)
     for module, content in MODULES.items()
@@ -282,6 +294,38 @@ def test_the_queue_of_writers_is_the_module_s_own_where_it_has_one() -> None:
     with megatron.writers_report_here():
         assert filesystem_async.get_write_results_queue() is filesystem_async._results_queue is not before
     assert filesystem_async._results_queue is before
+
+
+def test_megatrons_loop_looks_up_what_it_loads_and_saves_by(monkeypatch) -> None:
+    from megatron.core import dist_checkpointing
+    from megatron.training import checkpointing
+
+    before = dist_checkpointing.load
+    with checkpoints.checkpoints_by(load=print):
+        assert checkpointing.dist_checkpointing.load is print
+    assert dist_checkpointing.load is before
+    source = inspect.getsource(checkpointing)
+    assert all(f"dist_checkpointing.{name}(" in source for name in ("load", "load_common_state_dict", "save"))
+
+
+@pytest.mark.parametrize(
+    ("tracked", "step", "found"),
+    [("3", None, "iter_0000003"), ("3", 2, "iter_0000002"), ("release", None, "release"), (None, 2, "iter_0000002")],
+)
+def test_the_directory_that_megatron_loads_is_that_of_its_tracker_or_of_ckpt_step(tracked, step, found, tmp_path):
+    for name in ("iter_0000002", "iter_0000003", "release"):
+        (tmp_path / name).mkdir()
+    if tracked is not None:
+        (tmp_path / "latest_checkpointed_iteration.txt").write_text(tracked)
+    assert checkpoints.directory_to_load(argparse.Namespace(ckpt_step=step), str(tmp_path)) == tmp_path / found
+    assert checkpoints.directory_to_load(argparse.Namespace(ckpt_step=None), str(tmp_path / "new")) is None
+    assert checkpoints.directory_to_load(argparse.Namespace(ckpt_step=9), str(tmp_path)) is None
+
+
+def test_the_names_of_a_description_and_of_a_tensor_are_there() -> None:
+    for table in (checkpoints.DESCRIPTION_NAMES, checkpoints.TENSOR_NAMES):
+        for module, names in table.items():
+            assert all(named(f"{module}.{name}") for name in names)
 
 
 def test_layers_ask_the_tracker_for_forks(single_process) -> None:

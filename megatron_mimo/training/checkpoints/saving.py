@@ -25,6 +25,8 @@ from megatron_mimo.compat.megatron import describe_momentum, writers_report_here
 from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.launch import Run
 from megatron_mimo.model import MimoModel
+from megatron_mimo.training.checkpoints import identity
+from megatron_mimo.training.checkpoints.reading import agree, problems_of, read
 from megatron_mimo.training.parts.control import TrainingControl
 
 logger = logging.getLogger(__name__)
@@ -93,6 +95,7 @@ def save(
         dist_checkpointing.save(state, str(written), content_metadata=_saved(_metadata(run)))
     dist.barrier()
     if run.rank == 0:
+        identity.write(written, chunks[0].mimo_config)
         (written / _COMPLETE).touch()
         _replace(path, written)
         logger.info("saved step %d to %s", step, path)
@@ -124,17 +127,19 @@ def load(
 
     Raises:
         FileNotFoundError: there is no complete checkpoint at `path`.
-        ValueError: the optimizer's state there is of other parameters than those that train now, or of an
-            optimizer that is distributed otherwise. Nothing has changed then.
+        ValueError: loading it would run what the file says, it is of another model, or the optimizer's state
+            there is of other parameters than those that train now, or of an optimizer that is distributed
+            otherwise. Nothing has changed then.
     """
     _check_complete(path)
+    agree(problems_of(path, chunks[0].mimo_config))
     common = dist_checkpointing.load_common_state_dict(str(path))
     if common["updated"]:
         check_trained(path, Trained(**common["trained"]), trained, _WEIGHTS_ONLY)
     same_layout = common["layout"] == vars(run.layout)
     updated = common["updated"]
     wanted = _state(chunks, optimizer if updated else None, run, loading=True, random=same_layout)
-    state = dist_checkpointing.load(wanted, str(path))
+    state = read(wanted, path, chunks[0].mimo_config)
     for index, chunk in enumerate(chunks):
         chunk.load_state_dict(state[f"model{index}"])
     if updated:
@@ -153,9 +158,10 @@ def load_weights(path: Path, chunks: Sequence[MimoModel], optimizer: MegatronOpt
 
     Raises:
         FileNotFoundError: there is no complete checkpoint at `path`.
+        ValueError: loading it would run what the file says, or it is of another model. Nothing has changed then.
     """
     _check_complete(path)
-    state = dist_checkpointing.load(_state(chunks, None, run, loading=True, random=False), str(path))
+    state = read(_state(chunks, None, run, loading=True, random=False), path, chunks[0].mimo_config)
     for index, chunk in enumerate(chunks):
         chunk.load_state_dict(state[f"model{index}"])
     optimizer.reload_model_params()  # its own float32 copies of half-precision weights

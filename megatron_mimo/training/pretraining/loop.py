@@ -22,6 +22,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_mimo.compat.checkpoints import checkpoints_by
 from megatron_mimo.compat.cuda_on_cpu import disable_cpu_backend, enable_cpu_backend
 from megatron_mimo.compat.megatron_training import (
     arguments_of_checkpoint,
@@ -38,6 +39,7 @@ from megatron_mimo.draws import STATE, seed_draws
 from megatron_mimo.launch import exit_on_error, initialize
 from megatron_mimo.layout import check_layout
 from megatron_mimo.model import MimoModel
+from megatron_mimo.training.checkpoints import loop as checkpoints
 from megatron_mimo.training.checkpoints.saving import Trained, check_trained
 from megatron_mimo.training.forward import ForwardStep
 from megatron_mimo.training.parts.control import TrainingControl
@@ -287,7 +289,15 @@ def adapt_megatron(model_config: ModelConfig) -> Iterator[None]:
             until_trained.enter_context(initialized_on_the_cpu(_initialize_cpu))
         until_trained.enter_context(optimizer_config_by(lambda ask: PartOverrides(ask, model_config)))
         until_trained.enter_context(compiled_dataset_helpers())
+        until_trained.enter_context(checkpoints_by(**checkpoints.functions(lambda: _running_model(model_config))))
         yield
+
+
+def _running_model(model_config: ModelConfig) -> MimoModelConfig:
+    """The model of the run in progress."""
+    from megatron.training import get_args
+
+    return model_config(get_args())
 
 
 @dataclass(frozen=True)
@@ -356,9 +366,9 @@ def check_used(args: Namespace) -> None:
 
 
 def check_resumed(args: Namespace, control: TrainingControl, config: MimoModelConfig) -> None:
-    """Refuses to go on with the optimizer state of a run in which other parts or embedding rows trained.
+    """Refuses a checkpoint of another model, or one whose optimizer state is of other parts or embedding rows.
 
-    Checkpoints that hold none of our arguments, such as those of Megatron's own scripts, are not checked.
+    What trained is not known of checkpoints that hold none of our arguments, such as those of Megatron's own scripts.
 
     Args:
         args: Megatron's, which name the checkpoint.
@@ -366,8 +376,9 @@ def check_resumed(args: Namespace, control: TrainingControl, config: MimoModelCo
         config: of the model.
 
     Raises:
-        ValueError: naming both, and how to begin with the weights alone.
+        ValueError: naming both, and how to begin with the weights alone; or loading would run what a file says.
     """
+    checkpoints.check_loadable(args, config)
     path, theirs = _written_with(args)
     if theirs is None or getattr(theirs, "no_save_optim", False) or not hasattr(theirs, "train_embedding_rows"):
         return

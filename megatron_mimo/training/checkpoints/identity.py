@@ -1,0 +1,135 @@
+"""What the model is: kept beside its weights as JSON, and compared before they are loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import FunctionType, MethodType
+from typing import Any
+
+from megatron.core.transformer.spec_utils import ModuleSpec, get_module
+
+from megatron_mimo.config import MimoModelConfig
+
+#: In a checkpoint's directory.
+FILE = "mimo.json"
+#: Of that file. A higher one is refused; checkpoints of release 0.1 have no such file.
+FORMAT = 1
+
+#: Fields of the configuration that give token ids, by name.
+_TOKEN_IDS = ("special_token_ids", "generation_token_ids")
+
+
+def identity_of(config: MimoModelConfig) -> dict[str, Any]:
+    """What a checkpoint's weights mean: they are another model's where one of these differs.
+
+    The one place that lists them.
+
+    Returns:
+        `vocabulary` (None where the language model does not say), token ids by modality, the names of the modalities,
+        and of each its decoders with their classes; as JSON has it.
+
+    Example:
+        >>> from megatron.core.transformer.spec_utils import ModuleSpec
+        >>> config = MimoModelConfig(language_model=ModuleSpec(module=object, params={"vocab_size": 64}),
+        ...     modality_submodules={"images": ModuleSpec(module=object)}, special_token_ids={"images": -200})
+        >>> identity_of(config)["vocabulary"], identity_of(config)["special_token_ids"]
+        (64, {'images': -200})
+    """
+    ids = {name: dict(sorted(getattr(config, name).items())) for name in _TOKEN_IDS}
+    decoders = {
+        modality: {name: _kind(decoder) for name, decoder in sorted(_decoders(config, modality).items())}
+        for modality in sorted(config.modality_submodules)
+    }
+    return {"vocabulary": config.language_model.params.get("vocab_size"), **ids, "decoders": decoders}
+
+
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """How the model of a checkpoint differs from this one, a line each; empty where its weights fit.
+
+    A larger vocabulary of ours fits: its new rows are not in the checkpoint.
+
+    Args:
+        theirs: of the checkpoint.
+        ours: of the model to load into.
+
+    Example:
+        >>> differences({"vocabulary": 72, "decoders": {}}, {"vocabulary": 64, "decoders": {}})
+        ['vocabulary: 72 tokens there, 64 here; a smaller vocabulary cannot hold its rows']
+    """
+    found = []
+    for name in sorted({*theirs, *ours} - {"vocabulary", "decoders"}):
+        found += _ids_that_differ(name, theirs.get(name, {}), ours.get(name, {}))
+    there, here = theirs.get("vocabulary"), ours.get("vocabulary")
+    if there is not None and here is not None and there > here:
+        found.append(f"vocabulary: {there} tokens there, {here} here; a smaller vocabulary cannot hold its rows")
+    for modality in sorted({*theirs["decoders"], *ours["decoders"]}):
+        found += _decoders_that_differ(modality, theirs["decoders"].get(modality), ours["decoders"].get(modality))
+    return found
+
+
+def write(directory: Path, config: MimoModelConfig) -> None:
+    """Writes what the model is into a checkpoint's directory."""
+    content = {"format": FORMAT, "model": identity_of(config)}
+    (directory / FILE).write_text(json.dumps(content, indent=1, sort_keys=True))
+
+
+def read(directory: Path) -> dict[str, Any] | None:
+    """What the model of a checkpoint is; None where it does not say, as those of release 0.1 and of others.
+
+    Raises:
+        ValueError: the file is not what `write` writes, or of a later format.
+    """
+    file = directory / FILE
+    if not file.exists():
+        return None
+    try:
+        content = json.loads(file.read_bytes())
+        number, model = content["format"], content["model"]
+        if number <= FORMAT:
+            differences(model, model)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} does not say what the model is: {error!r}. The checkpoint is damaged.") from error
+    if number > FORMAT:
+        raise ValueError(
+            f"{file} has format {number}, expected at most {FORMAT}: a later release of megatron-mimo wrote it. Load "
+            "it with that release."
+        )
+    return model
+
+
+def _ids_that_differ(name: str, theirs: Mapping[str, int], ours: Mapping[str, int]) -> list[str]:
+    return [
+        f"{name}[{modality!r}]: {_said(theirs.get(modality))} there, {_said(ours.get(modality))} here"
+        for modality in sorted({*theirs, *ours})
+        if theirs.get(modality) != ours.get(modality)
+    ]
+
+
+def _decoders_that_differ(modality: str, theirs: Mapping[str, str] | None, ours: Mapping[str, str] | None) -> list[str]:
+    if theirs is None or ours is None:
+        return [f"modality {modality!r}: {'not there' if theirs is None else 'there'}, {_here(ours)}"]
+    return [
+        f"decoder {name!r} of {modality!r}: {_said(theirs.get(name))} there, {_said(ours.get(name))} here"
+        for name in sorted({*theirs, *ours})
+        if theirs.get(name) != ours.get(name)
+    ]
+
+
+def _here(ours: object) -> str:
+    return "not here" if ours is None else "here"
+
+
+def _said(value: object) -> str:
+    return "none" if value is None else str(value)
+
+
+def _decoders(config: MimoModelConfig, modality: str) -> Mapping[str, Any]:
+    return config.submodule_specs(modality).get("decoders") or {}
+
+
+def _kind(decoder: Any) -> str:
+    """The class, or the function, that a decoder is built by; of a built one its class."""
+    made_by = get_module(decoder) if isinstance(decoder, ModuleSpec) else decoder
+    return made_by.__name__ if isinstance(made_by, type | FunctionType | MethodType) else type(made_by).__name__
