@@ -48,6 +48,9 @@ _HOMES = {
 
 __all__ = sorted(_HOMES)
 
+# Modules of version 0.1 that are gone; the last place that is looked into.
+__path__.append(f"{__path__[0]}/moved")
+
 # `from megatron_mimo import specs` comes here first, so that Megatron is imported within `Answered`.
 _ROOMS = ("data", "decoders", "generation", "modality", "specs", "training")
 

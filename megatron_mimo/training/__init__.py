@@ -37,6 +37,9 @@ _HOMES = {
 
 __all__ = sorted(_HOMES)
 
+# Modules of version 0.1 that are gone; the last place that is looked into.
+__path__.append(f"{__path__[0]}/../moved/training")
+
 
 def __getattr__(name: str) -> object:
     if name not in _HOMES:

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "megatron_mimo"
 
 # A room imports only rooms above it in this list.
 ROOMS = [
+    "moved",
     "axes",
     "compat",
     "config",

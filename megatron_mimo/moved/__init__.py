@@ -1,0 +1,90 @@
+"""Names of version 0.1 at the places where they stood then; they give a DeprecationWarning, and go with version 0.3.
+
+A module that is gone has a file of its name in this folder, which `megatron_mimo.__path__` and
+`megatron_mimo.training.__path__` end with. A module that is still there and has lost names ends with
+``__getattr__ = names_of(__name__)``. Both look into the tables below.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from importlib import import_module
+
+#: Old module -> the module that has its names now; all below `megatron_mimo`.
+MODULES = {
+    "batch": "check",
+    "checkpoint": "sharded_state",
+    "cpu": "compat.cuda_on_cpu",
+    "sampling": "generation.in_the_loop",
+    "submodules": "modality.submodules",
+    "training.arguments": "training.pretraining.arguments",
+    "training.batches": "data.step",
+    "training.checkpoints": "training.checkpoints.saving",
+    "training.compiled": "training.parts.compiled",
+    "training.control": "training.parts.control",
+    "training.counts": "training.speed.counts",
+    "training.flops": "training.speed.flops",
+    "training.graphed": "training.parts.graphed",
+    "training.layouts": "layout",
+    "training.loss": "training.scale",
+    "training.pretraining": "training.pretraining.loop",
+    "training.sampling": "data.order",
+    "training.script": "training.pretraining.script",
+    "training.throughput": "training.speed.throughput",
+    "training.transfer": "data.transfer",
+    "widths": "modality.fit",
+}
+
+#: Names that went elsewhere than their module's others: old module and name -> new module.
+NAMES = {
+    ("batch", "default_loss_mask"): "labels",
+    ("batch", "default_positions"): "plan",
+    ("batch", "packed_padding"): "plan",
+    ("training.pretraining", "with_printable_help"): "compat.megatron_training",
+}
+
+#: Names without a successor: old module and name -> what to do instead.
+REMOVED = {
+    ("batch", "check_labels"): "MimoModel.forward checks its labels, by functions of megatron_mimo.check",
+    ("deferred", "check"): "megatron_mimo.deferred.Checks holds the checks of one owner",
+    ("deferred", "report"): "megatron_mimo.deferred.Checks.report() reports those of one owner",
+    ("training.pretraining", "Replacement"): "megatron_mimo.compat.megatron_training replaces functions one by one",
+    ("training.pretraining", "check_no_config"): "build_stage of the same module refuses a configuration",
+}
+
+
+def names_of(module: str) -> Callable[[str], object]:
+    """`__getattr__` of an old module, which gives its names where they are now.
+
+    Args:
+        module: its ``__name__``.
+
+    Example:
+        >>> get = names_of("megatron_mimo.widths")
+        >>> with warnings.catch_warnings(record=True):
+        ...     get("input_width").__module__
+        'megatron_mimo.modality.fit'
+    """
+    old = module.removeprefix("megatron_mimo.").removeprefix("moved.")
+
+    def __getattr__(name: str) -> object:
+        instead = REMOVED.get((old, name))
+        home = NAMES.get((old, name), MODULES.get(old))
+        if name.startswith("_") or instead is not None or home is None:
+            raise AttributeError(
+                f"module {module!r} has no attribute {name!r}" + (f" any more: {instead}" if instead else "")
+            )
+        try:
+            found = getattr(import_module(f"megatron_mimo.{home}"), name)
+        except AttributeError:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}") from None
+        warnings.warn(
+            f"megatron_mimo.{old}.{name} has moved to megatron_mimo.{home}.{name}; import it from there. "
+            "The old place goes with version 0.3.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return found
+
+    return __getattr__
