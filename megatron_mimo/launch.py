@@ -66,7 +66,7 @@ class _Current:
 
     run: Run
     enabled_cpu_backend: bool
-    world: dist.ProcessGroup
+    world: dist.ProcessGroup | None
 
 
 _current: _Current | None = None

@@ -36,7 +36,12 @@ _OF_FFT = ("fftfreq", "rfftfreq")
 
 def answers() -> Iterator[tuple[object, str, Any]]:
     """Everything that is answered, as (owner, attribute, replacement)."""
-    for owner, names in ((torch, _FACTORIES), (torch.Tensor, _OF_TENSORS), (torch.fft, _OF_FFT)):
+    factories: tuple[tuple[Any, tuple[str, ...]], ...] = (
+        (torch, _FACTORIES),
+        (torch.Tensor, _OF_TENSORS),
+        (torch.fft, _OF_FFT),
+    )
+    for owner, names in factories:
         for name in names:
             yield owner, name, _named(owner, name, _on_cpu(getattr(owner, name)))
     tensor = torch.Tensor
@@ -51,8 +56,8 @@ def answers() -> Iterator[tuple[object, str, Any]]:
     yield _device.DeviceContext, "__init__", _device_context_init(_device.DeviceContext.__init__)
     distributed = torch.distributed
     yield distributed, "all_to_all_single", _all_to_all_single(distributed.all_to_all_single)
-    for owner, name, answer in _of_cuda():
-        yield owner, name, answer if isinstance(answer, type) else _named(owner, name, answer)
+    for module, name, answer in _of_cuda():
+        yield module, name, answer if isinstance(answer, type) else _named(module, name, answer)
 
 
 def _of_cuda() -> Iterator[tuple[object, str, Any]]:

@@ -14,6 +14,7 @@ import logging
 import re
 import warnings
 from dataclasses import dataclass
+from typing import Any, cast
 
 __all__ = ["LOGGED", "WARNED", "Answered", "Notice"]
 
@@ -123,10 +124,9 @@ class Answered:
             return
         # Not warnings.catch_warnings, which would take away with ours what the program has set meanwhile.
         ours = {_patterns(notice) for notice in WARNED}
-        warnings.filters[:] = [
-            (action, text, kind, said_by, line)
-            for action, text, kind, said_by, line in warnings.filters
-            if (getattr(text, "pattern", None), getattr(said_by, "pattern", None)) not in ours
+        filters = cast("list[tuple[Any, ...]]", warnings.filters)
+        filters[:] = [
+            entry for entry in filters if tuple(getattr(entry[at], "pattern", None) for at in (1, 3)) not in ours
         ]
         for notice, unsaid in _filters.items():
             logging.getLogger(notice.said_by).removeFilter(unsaid)

@@ -7,9 +7,11 @@ import torch
 
 from megatron_mimo.kernels import reference
 
-_on_gpu = reference
+_on_gpu: ModuleType = reference
 if find_spec("triton") is not None:
-    from megatron_mimo.kernels import triton as _on_gpu
+    from megatron_mimo.kernels import triton
+
+    _on_gpu = triton
 
 
 def kernels_for(device: torch.device) -> ModuleType:

@@ -95,12 +95,13 @@ def gather(
     text_R = source_R < 0
     if text_rows == "lookup":
         ids_R = _local(input_ids_BS, held) - vocabulary_start
-        owned_R = text_R & (ids_R >= 0) & (ids_R < text.shape[0])
+        words_VH = needed(text, text_rows)
+        owned_R = text_R & (ids_R >= 0) & (ids_R < words_VH.shape[0])
         # One pass over all rows; the table rows are overwritten below.
-        torch.index_select(text.to(out_RH.dtype), 0, torch.where(owned_R, ids_R, 0), out=out_RH)
+        torch.index_select(words_VH.to(out_RH.dtype), 0, torch.where(owned_R, ids_R, 0), out=out_RH)
         _zero(out_RH, ~owned_R if not tables else text_R & ~owned_R)
     elif text_rows == "given":
-        out_RH.copy_(text.reshape(out_RH.shape))
+        out_RH.copy_(needed(text, text_rows).reshape(out_RH.shape))
         if not tables:
             _zero(out_RH, ~text_R)
     elif text_rows == "zero":
@@ -116,6 +117,17 @@ def gather(
             out_RH.index_copy_(0, torch.empty_like(at_R).index_copy_(0, row_R.long(), at_R), table_NH)
         else:
             out_RH.index_copy_(0, at_R, table_NH.index_select(0, row_R))
+
+
+def needed(text: Tensor | None, text_rows: TextRows) -> Tensor:
+    """`text`, which `gather` cannot do without for these `text_rows`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if text is None:
+        raise ValueError(f"gather: expected `text` for text_rows={text_rows!r}, found None. Give it, or 'zero'.")
+    return text
 
 
 def table_gradients(

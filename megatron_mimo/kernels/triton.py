@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -17,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_mimo.compat import triton as direct
-from megatron_mimo.kernels.reference import TextRows, given_gradient
+from megatron_mimo.kernels.reference import TextRows, given_gradient, needed
 
 __all__ = ["gather", "given_gradient", "plan", "table_gradients", "vocabulary_gradient", "vocabulary_order"]
 
@@ -35,7 +36,7 @@ _compiled: dict[tuple, triton.compiler.CompiledKernel] = {}
 def _launch(
     kernel,
     grid: tuple[int, int, int],
-    tensors: tuple[Tensor | None, ...],
+    tensors: tuple[Tensor, *tuple[Tensor | None, ...]],
     sizes: tuple[int, ...],
     constants: tuple,
     tables: tuple[Tensor, ...] = (),
@@ -53,17 +54,18 @@ def _launch(
         tables: tensors that the kernel takes as one tuple.
     """
     device = tensors[0].get_device()
-    key = [kernel, device, constants]
-    pointers, addresses = [], 0
+    described: list[object] = [kernel, device, constants]
+    pointers: list[Any] = []
+    addresses = 0
     for x in (*tensors, *tables):
         if x is None:
-            key.append(None)
+            described.append(None)
             pointers.append(None)
         else:
-            key.append(x.dtype)
+            described.append(x.dtype)
             pointers.append(pointer := x.data_ptr())
             addresses |= pointer
-    key = tuple(key)
+    key = tuple(described)
     compiled = _compiled.get(key) if addresses & 15 == 0 else None
     if compiled is None:
         given = (*tensors, tables) if tables else tensors
@@ -261,16 +263,16 @@ def gather(
         return
     text_stride, vocabulary = 0, 0
     if text_rows == "given":
-        text = text.contiguous()
+        text = needed(text, text_rows).contiguous()
     elif text_rows == "lookup":
-        text = _unit_stride(text)
+        text = _unit_stride(needed(text, text_rows))
         text_stride, vocabulary = text.stride(0), text.shape[0]
     else:
         text = None
     block, blocks, warps = _row_blocks(hidden)
     sizes = (batch_size, input_ids_BS.shape[1], vocabulary_start, vocabulary)
     for first in range(0, max(len(tables), 1), TABLES_PER_LAUNCH):
-        group = [_unit_stride(x) for x in tables[first : first + TABLES_PER_LAUNCH]]
+        group = [None if x is None else _unit_stride(x) for x in tables[first : first + TABLES_PER_LAUNCH]]
         rows = [0 if x is None else x.shape[0] for x in group]
         rows += [0] * (TABLES_PER_LAUNCH - len(rows))
         strides = tuple([0 if x is None else x.stride(0) for x in group])
@@ -281,14 +283,15 @@ def gather(
             (out_LBH, text, input_ids_BS, source_BS, row_BS, held),
             (*sizes, *rows),
             (text_rows, text_stride, strides, first, hidden, block, warps),
-            tables=tuple([x if n else out_LBH for x, n in zip(group, rows, strict=False)]) or (out_LBH,),
+            tables=tuple([x if n and x is not None else out_LBH for x, n in zip(group, rows, strict=False)])
+            or (out_LBH,),
         )
         text, text_rows, text_stride = None, "keep", 0
 
 
-def _unit_stride(x: Tensor | None) -> Tensor | None:
+def _unit_stride(x: Tensor) -> Tensor:
     """`x` with its columns side by side; copied only if they are not."""
-    return x if x is None or x.stride(1) == 1 else x.contiguous()
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 @triton.jit(do_not_specialize=["batch_size", "length", "vocabulary_start", "vocabulary", "n0", "n1", "n2", "n3"])

@@ -119,3 +119,12 @@ def test_an_unaligned_tensor_takes_the_same_way(fused):
     for kernel, out in ((reference, expected), (fused, ours)):
         kernel.gather(out, None, [table], ids, source, row, None, text_rows="zero")
     assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("text_rows", ["lookup", "given"])
+def test_text_that_is_asked_for_must_be_given(fused, text_rows):
+    ids = draw_ids(1, 9, TOKENS[:1])
+    source, row, *_ = planned(ids, TOKENS[:1])
+    for kernel in (reference, fused):
+        with pytest.raises(ValueError, match=f"expected `text` for text_rows='{text_rows}', found None"):
+            kernel.gather(torch.zeros(9, 1, 5), None, [], ids, source, row, None, text_rows=text_rows)

@@ -475,6 +475,7 @@ def readme_example() -> str:
     return code
 
 
+@pytest.mark.process
 def test_the_readme_s_example_prints_nothing(tmp_path: Path) -> None:
     script = tmp_path / "example.py"
     script.write_text(readme_example())
@@ -487,6 +488,7 @@ def child_environment() -> dict[str, str]:
     return kept | {"PYTHONPATH": str(ROOT)}
 
 
+@pytest.mark.process
 def test_importing_the_package_answers_nothing_for_good() -> None:
     program = (
         "import logging, warnings; before = list(warnings.filters); import megatron_mimo;"

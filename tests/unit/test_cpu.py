@@ -287,6 +287,7 @@ def test_tensors_are_pickled_and_copied(backend, tensor: torch.Tensor, protocol:
             assert torch.equal(again.to_dense(), tensor.to_dense())
 
 
+@pytest.mark.process
 def test_functions_that_are_replaced_are_pickled_by_the_names_that_they_stand_for(backend) -> None:
     functions = [
         torch.zeros, torch.as_tensor, torch.randn_like, torch.fft.fftfreq, torch.load, torch.cuda.current_device,
