@@ -13,7 +13,7 @@ from importlib import import_module
 
 #: Old module -> the module that has its names now; all below `megatron_mimo`.
 MODULES = {
-    "batch": "check",
+    "batch": "check.batch",
     "checkpoint": "sharded_state",
     "cpu": "compat.cuda_on_cpu",
     "sampling": "generation.in_the_loop",
@@ -38,6 +38,7 @@ MODULES = {
 
 #: Names that went elsewhere than their module's others: old module and name -> new module.
 NAMES = {
+    ("batch", "check_token_tensors"): "check.tokens",
     ("batch", "default_loss_mask"): "labels",
     ("batch", "default_positions"): "plan",
     ("batch", "packed_padding"): "plan",
