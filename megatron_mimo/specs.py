@@ -5,6 +5,7 @@ a wrapper of torch's that refuses sequence parallelism. The specs here are Megat
 was asked for in every place, the final norm included.
 """
 
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal
 
@@ -16,11 +17,14 @@ from megatron.core.models.vision import vit_layer_specs
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_mimo.compat.hybrid import StackWithNorm, stack_layers
 from megatron_mimo.compat.megatron import norms_chosen_at_import
 
 __all__ = [
@@ -28,6 +32,8 @@ __all__ = [
     "TorchNorm",
     "choose_backend",
     "clip_vit_spec",
+    "core_attention",
+    "hybrid_stack_spec",
     "language_layer_spec",
     "norm",
     "projection_spec",
@@ -132,6 +138,25 @@ def norm(backend: Backend = "auto", normalization: str = "LayerNorm") -> type:
     return TorchNorm
 
 
+def core_attention(backend: Backend = "auto") -> type:
+    """The module between queries, keys and values and what attention gives, in every language layer of a backend.
+
+    The one place where it is chosen: `language_layer_spec` and `hybrid_stack_spec` put it into their layers.
+
+    Raises:
+        ValueError: `backend` is unknown or not installed.
+
+    Example:
+        >>> core_attention("torch").__name__
+        'DotProductAttention'
+    """
+    if choose_backend(backend) == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+        return TEDotProductAttention
+    return DotProductAttention
+
+
 def language_layer_spec(
     config: TransformerConfig,
     backend: Backend = "auto",
@@ -168,7 +193,39 @@ def language_layer_spec(
         vp_stage=vp_stage,
         pp_rank=pp_rank,
     )
-    return ModuleSpec(module=TransformerBlock, submodules=_with_norm(block, norm(backend, config.normalization)))
+    return ModuleSpec(module=TransformerBlock, submodules=_of_backend(block, backend, config))
+
+
+def hybrid_stack_spec(config: TransformerConfig, backend: Backend = "auto") -> ModuleSpec:
+    """The layers of Megatron's `HybridModel`, to pass as ``HybridModel(hybrid_stack_spec=...)``; causal attention.
+
+    The model's ``hybrid_layer_pattern`` says in which order they come: ``*`` attention, ``-`` MLP, ``E`` experts.
+    Unlike `language_layer_spec` it is the same on every pipeline stage.
+
+    Args:
+        config: the language model's configuration; ``num_moe_experts`` for experts, ``qk_layernorm`` for normalised
+            queries and keys.
+        backend: what the layers compute with.
+
+    Raises:
+        ValueError: `backend` is unknown or not installed, or `config` asks for multi-latent attention.
+
+    Example:
+        >>> config = TransformerConfig(num_layers=2, hidden_size=32, num_attention_heads=4)
+        >>> hybrid_stack_spec(config, backend="torch").submodules.mlp_layer.module.__name__
+        'MLPLayer'
+    """
+    backend = choose_backend(backend)
+    if config.multi_latent_attention:
+        raise ValueError(
+            "hybrid_stack_spec: expected multi_latent_attention=False, found True. Set it to False, or use GPTModel "
+            "with language_layer_spec."
+        )
+    return ModuleSpec(
+        module=StackWithNorm,
+        params={"norm": norm(backend, config.normalization)},
+        submodules=_of_backend(stack_layers(config, backend == "transformer_engine"), backend, config),
+    )
 
 
 def vision_layer_spec(config: TransformerConfig, backend: Backend = "auto") -> ModuleSpec:
@@ -290,12 +347,26 @@ def clip_vit_spec(
     )
 
 
+def _of_backend(node: Any, backend: Backend, config: TransformerConfig) -> Any:
+    """`node`, the specs of a language model's layers, with the backend's norm and core attention in their places."""
+    attention = core_attention(backend)
+
+    def attend(part: Any) -> Any:
+        return replace(part, core_attention=attention) if isinstance(part, SelfAttentionSubmodules) else part
+
+    return _each(_with_norm(node, norm(backend, config.normalization)), attend)
+
+
 def _with_norm(node: Any, chosen: type) -> Any:
     """`node`, a tree of specs, with `chosen` wherever Megatron put the norm that it found at import."""
-    if node in norms_chosen_at_import():
-        return chosen
+    found = norms_chosen_at_import()
+    return _each(node, lambda part: chosen if part in found else part)
+
+
+def _each(node: Any, change: Callable[[Any], Any]) -> Any:
+    """`node`, a tree of specs, with `change` applied to every part, children first."""
     if isinstance(node, list):
-        return [_with_norm(item, chosen) for item in node]
-    if is_dataclass(node) and not isinstance(node, type):
-        return replace(node, **{field.name: _with_norm(getattr(node, field.name), chosen) for field in fields(node)})
-    return node
+        node = [_each(item, change) for item in node]
+    elif is_dataclass(node) and not isinstance(node, type):
+        node = replace(node, **{field.name: _each(getattr(node, field.name), change) for field in fields(node)})
+    return change(node)

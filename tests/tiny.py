@@ -2,6 +2,7 @@
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -69,6 +70,18 @@ def language_spec(config: TransformerConfig | None = None, **changes) -> ModuleS
         position_embedding_type="rope",
     )
     return ModuleSpec(module=GPTModel, params={**params, **changes})
+
+
+def hybrid_spec(config: TransformerConfig, pattern: str = "*-*-", **changes) -> ModuleSpec:
+    params = dict(
+        config=config,
+        hybrid_stack_spec=specs.hybrid_stack_spec(config),
+        hybrid_layer_pattern=pattern,
+        vocab_size=VOCABULARY,
+        max_sequence_length=64,
+        position_embedding_type="rope",
+    )
+    return ModuleSpec(module=HybridModel, params={**params, **changes})
 
 
 def linear(inputs: int, outputs: int) -> ModuleSpec:

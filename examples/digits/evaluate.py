@@ -15,7 +15,7 @@ from megatron_mimo import MimoModel, MimoOutput, sample_one_by_one
 
 NOTHING: Tensor = torch.empty(0)
 TEMPERATURE = 0.4
-"""Of the codes. Higher draws more diverse digits, fewer of which the judge recognises (docs/log.md)."""
+"""Of the codes. Higher draws more diverse digits, fewer of which the judge recognises (dev/log.md)."""
 
 
 class Session:

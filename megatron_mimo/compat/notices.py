@@ -66,7 +66,7 @@ LOGGED = (
     Notice(
         "GPTModel IS DEPRECATED.",
         "megatron.core.models.gpt.gpt_model",
-        "docs/parallelism.md says which of GPTModel and HybridModel to choose",
+        "docs/language_models.md says which of GPTModel and HybridModel to choose",
     ),
     Notice(
         "No CUDA runtime is found, using CUDA_HOME=",

@@ -24,6 +24,7 @@ class Setting:
     sequence_parallel: bool = False
     tied: bool = False
     experts: int | None = None
+    pattern: str | None = None  # of a HybridModel's four layers; None: GPTModel
     token_local: bool = False
     distributed_optimizer: bool = False
     per_token: bool = True
@@ -59,6 +60,8 @@ class Setting:
             **sizes,
             **experts,
         )
+        if self.pattern is not None:
+            return tiny.hybrid_spec(config, self.pattern, share_embeddings_and_output_weights=self.tied)
         changes = {"share_embeddings_and_output_weights": self.tied}
         if self.token_local:
             stages = 1 if layout is None else layout.pipeline_model_parallel_size

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_mimo.compat import checkpoints, megatron, megatron_training, notices
+from megatron_mimo.compat import checkpoints, hybrid, megatron, megatron_training, notices
 from megatron_mimo.compat import torch as torch_names
 from tests import tiny
 
@@ -68,6 +68,13 @@ NAMES = {
     "megatron.writers_report_here": (
         "megatron.core.dist_checkpointing.strategies.filesystem_async.get_write_results_queue", ["mp_mode"]
     ),
+    "hybrid.StackWithNorm": (
+        "megatron.core.models.hybrid.hybrid_block.HybridStack", ["config", "submodules", "pre_process"]
+    ),
+    "hybrid.stack_layers": (
+        "megatron.core.models.gpt.gpt_layer_specs.get_gpt_layer_local_submodules",
+        ["num_experts", "moe_grouped_gemm", "qk_layernorm"],
+    ),
     "megatron_training.optimizer_config_by": ("megatron.training.training.get_megatron_optimizer_config", ["args"]),
     "megatron_training.train_step_by": (
         "megatron.training.training.train_step", ["forward_step_func", "data_iterator", "model", "optimizer"]
@@ -100,6 +107,7 @@ MODULES = {
     "megatron": megatron,
     "megatron_training": megatron_training,
     "checkpoints": checkpoints,
+    "hybrid": hybrid,
 }
 FUNCTIONS = [
     (module, name)
@@ -347,6 +355,32 @@ def test_norms_chosen_at_import_are_those_of_megatron_s_own_specs(single_process
 
     for spec in (get_gpt_layer_local_spec(), get_vit_layer_with_local_spec()):
         assert spec.submodules.input_layernorm in megatron.norms_chosen_at_import()
+
+
+def test_a_hybrid_stack_reads_its_final_norm_where_ours_puts_it(single_process) -> None:
+    from megatron.core.models.hybrid.hybrid_block import HybridStack
+
+    source = inspect.getsource(HybridStack)
+    assert "self.final_norm = TENorm(" in source
+    assert source.count("if self.post_process and self.post_layer_norm:") == 2
+
+
+def test_the_halves_of_a_gpt_layer_are_all_of_it(single_process) -> None:
+    """A field that a new version adds belongs to one of `stack_layers`' halves, or this fails."""
+    from dataclasses import fields
+
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
+    from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+    layer, nothing = get_gpt_layer_local_submodules(), TransformerLayerSubmodules()
+    stack = hybrid.stack_layers(tiny.language_config(), transformer_engine=False)
+    for field in fields(layer):
+        if field.name == "sharded_state_dict_keys_map":
+            continue
+        halves = (getattr(half.submodules, field.name) for half in (stack.attention_layer, stack.mlp_layer))
+        default = getattr(nothing, field.name)
+        given = [half for half in halves if half is not default]
+        assert len(given) == (getattr(layer, field.name) is not default), field.name
 
 
 def test_a_tied_copy_is_marked_where_megatron_marks_it() -> None:
