@@ -1,0 +1,363 @@
+"""A data source for training: samples in order, read ahead by workers, packed, and back after a crash.
+
+What a run has behind it is a few integers: the next position in the order, the positions whose samples wait in the
+packing buffer, and those of packs that are made and not taken. They go into the checkpoint as JSON. Samples come back
+from workers in the order they were asked for, so packs do not depend on how many workers there are.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch.utils.data import DataLoader, Dataset
+
+from megatron_mimo.data.blend import Order, Place
+from megatron_mimo.data.messages import SampleError, conversation_of
+from megatron_mimo.data.packing import Packer, PackShape
+from megatron_mimo.data.packs import Pack, packed
+from megatron_mimo.data.progress import Progress, State, redealt
+from megatron_mimo.data.samples import Policy, Sample, SampleProcessor, fitted
+from megatron_mimo.data.sources import Source
+from megatron_mimo.data.transfer import pack as flattened
+from megatron_mimo.data.transfer import unpack
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A sample that was left out, with the kind it is counted under and the reason."""
+
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ReadingOptions:
+    """How samples are read.
+
+    Args:
+        corrupt: "skip" leaves an unusable sample out and counts it, "stop" ends the run with its error.
+        too_long: "drop" treats a sample that fits no pack as an unusable one, "refuse" ends the run, "cut" shortens its
+            text.
+        workers: processes that read ahead; 0 reads in this one.
+        prefetch: samples that each worker is ahead, and packs that are made ahead.
+        seed: of the order.
+        shuffle: False keeps records as they stand.
+
+    Raises:
+        ValueError: a word or number that is none of these.
+    """
+
+    corrupt: Literal["skip", "stop"] = "skip"
+    too_long: Policy = "drop"
+    workers: int = 0
+    prefetch: int = 4
+    seed: int = 0
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        if self.corrupt not in ("skip", "stop"):
+            raise ValueError(f"corrupt: expected 'skip' or 'stop', found {self.corrupt!r}")
+        if self.too_long not in ("drop", "refuse", "cut"):
+            raise ValueError(f"too_long: expected 'drop', 'refuse' or 'cut', found {self.too_long!r}")
+        if self.workers < 0 or self.prefetch < 1:
+            raise ValueError(f"expected workers >= 0 and prefetch >= 1, found {self.workers} and {self.prefetch}")
+
+
+@dataclass(frozen=True, eq=False)
+class _Read:
+    """A sample that came back, or what became of it, at its position."""
+
+    position: int
+    sample: Sample | Skipped
+
+    @property
+    def tokens(self) -> int:
+        return len(self.sample)
+
+    @property
+    def cost(self) -> float:
+        return self.sample.cost
+
+
+class _Samples(Dataset):
+    """Samples by place; what workers run."""
+
+    def __init__(self, sources: Sequence[Source], process: SampleProcessor, shape: PackShape, policy: Policy) -> None:
+        self._sources, self._process, self._shape, self._policy = sources, process, shape, policy
+
+    def __getitem__(self, asked: tuple[int, Place]) -> tuple[int, Any]:
+        position, place = asked
+        source = self._sources[place.source]
+        name = source.where(place.index)
+        try:
+            conversation = conversation_of(source.record(place.index), columns=source.columns)
+            sample = self._process(conversation, source.media_root, name)
+            longest = self._shape.length - self._shape.length % self._shape.multiple
+            sample = fitted(sample, longest, self._shape.budget, self._policy)
+        except SampleError as error:
+            return position, Skipped(error.kind, f"{name}: {error}")
+        # One flat buffer: each tensor that comes from a worker holds a file open until it is let go.
+        return position, flattened(sample)
+
+
+class PackedData:
+    """Packs of one data-parallel rank, without end or for a number of samples.
+
+    Args:
+        sources: one or more.
+        process: makes samples of conversations.
+        shape: of the packs.
+        weights: share of each source; None: one after another as one, each record once an epoch.
+        rank, size: of the data-parallel group. Ranks of one data-parallel rank share one `PackedData`.
+        options: how samples are read.
+        samples: end after so many of the order, over all ranks; None: never.
+        pad_id: token between samples.
+
+    Raises:
+        ValueError: sources, weights or a rank that do not fit.
+
+    Example:
+        >>> data = PackedData([source], processor, PackShape(length=4096))        # doctest: +SKIP
+        >>> pack = next(data)                                                     # doctest: +SKIP
+        >>> data.load_state_dict(state)                                           # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        process: SampleProcessor,
+        shape: PackShape,
+        *,
+        weights: Sequence[float] | None = None,
+        rank: int = 0,
+        size: int = 1,
+        options: ReadingOptions = ReadingOptions(),
+        samples: int | None = None,
+        pad_id: int = 0,
+    ) -> None:
+        if not 0 <= rank < size:
+            raise ValueError(f"expected a rank below the size of its group, found rank {rank} of {size}")
+        self._lengths = [len(source) for source in sources]
+        self._weights = None if weights is None else [float(weight) for weight in weights]
+        self._order = Order(self._lengths, weights=weights, seed=options.seed, shuffle=options.shuffle)
+        self._samples = _Samples(sources, process, shape, options.too_long)
+        self._shape, self._options, self._limit, self._pad_id = shape, options, samples, pad_id
+        self._rank, self._size = rank, size
+        self._progress = Progress(next=rank)
+        self._taken = self._progress.state()
+        self._running: Iterator[tuple[Pack, State]] | None = None
+
+    def __iter__(self) -> PackedData:
+        return self
+
+    def __next__(self) -> Pack:
+        """The next pack.
+
+        Raises:
+            StopIteration: `samples` are through.
+            SampleError: a sample cannot be used and the options say to stop.
+        """
+        if self._running is None:
+            progress = Progress.of(self._progress.state())
+            made = self._made(progress, self._reads(progress))
+            self._running = _Ahead(made, self._options.prefetch) if self._options.workers else made
+        pack, self._taken = next(self._running)
+        return pack
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Samples that were left out up to the last pack taken, by kind."""
+        return dict(self._taken["skipped"])
+
+    def state_dict(self) -> State:
+        """What this rank has behind it, as plain JSON: the order it stands for, and where in it."""
+        return {"order": self._identity(), "size": self._size, "ranks": {str(self._rank): self._taken}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state of all ranks, of as many ranks as now or of another number.
+
+        Args:
+            state: from `joined_states` of every rank's `state_dict`; with one rank from `state_dict` itself.
+
+        Raises:
+            ValueError: the state is of other data or of another order, or lacks a rank.
+        """
+        found = state["order"]
+        if found != self._identity():
+            raise ValueError(
+                f"this state is of other data: expected {self._identity()}, found {found}. Sources, weights, seed and "
+                "shuffling must be those of the run that wrote it."
+            )
+        ranks = {int(rank): one for rank, one in state["ranks"].items()}
+        if sorted(ranks) != list(range(state["size"])):
+            raise ValueError(f"expected the states of {state['size']} ranks, found {sorted(ranks)}; see joined_states")
+        self.close()
+        same = state["size"] == self._size
+        mine = ranks[self._rank] if same else redealt(ranks, self._rank, self._size, self._limit)
+        self._progress, self._taken = Progress.of(mine), mine
+
+    def close(self) -> None:
+        """Ends workers and what was read ahead."""
+        if isinstance(self._running, _Ahead):
+            self._running.stop()
+        self._running = None
+
+    # Below: reading and packing -------------------------------------------------------------------
+
+    def _identity(self) -> State:
+        options = self._options
+        return {
+            "lengths": self._lengths,
+            "weights": self._weights,
+            "seed": options.seed,
+            "shuffle": options.shuffle,
+            "limit": self._limit,
+        }
+
+    def _made(self, progress: Progress, reads: Iterator[_Read]) -> Iterator[tuple[Pack, State]]:
+        """Packs, each with the state of a run that has taken it."""
+        packer = Packer(self._shape)
+        ready: deque[list[_Read]] = deque()
+        for positions in progress.ready:
+            if known := self._again(reads, positions, progress):
+                ready.append(known)
+        packer.waiting = self._again(reads, progress.waiting, progress)
+        while True:
+            while ready:
+                samples = ready.popleft()
+                progress.ready = [[read.position for read in pack] for pack in ready]
+                yield self._packed(samples), progress.state()
+            read = next(reads, None)
+            if read is None:
+                break
+            progress.passed(read.position, self._size)
+            if isinstance(read.sample, Skipped):
+                self._leave_out(read.sample, progress)
+                continue
+            ready.extend(packer.add(read))
+            progress.waiting = [one.position for one in packer.waiting]
+        for samples in packer.flush():
+            ready.append(samples)
+        while ready:
+            samples = ready.popleft()
+            progress.waiting, progress.ready = [], [[read.position for read in pack] for pack in ready]
+            yield self._packed(samples), progress.state()
+
+    def _again(self, reads: Iterator[_Read], positions: Sequence[int], progress: Progress) -> list[_Read]:
+        """Samples that were read before the run was resumed; one whose file is gone since is left out now."""
+        found = [next(reads) for _ in positions]
+        for read in found:
+            if isinstance(read.sample, Skipped):
+                self._leave_out(read.sample, progress)
+        return [read for read in found if not isinstance(read.sample, Skipped)]
+
+    def _packed(self, reads: Sequence[_Read]) -> Pack:
+        return packed(
+            [read.sample for read in reads],
+            self._shape,
+            pad_id=self._pad_id,
+            positions=[read.position for read in reads],
+        )
+
+    def _leave_out(self, skipped: Skipped, progress: Progress) -> None:
+        stops = self._options.corrupt == "stop" and skipped.kind not in ("too_long", "too_costly")
+        if stops or (skipped.kind in ("too_long", "too_costly") and self._options.too_long == "refuse"):
+            raise SampleError(skipped.kind, skipped.reason)
+        if progress.skipped[skipped.kind] == 0:
+            logger.warning("data: left out as %s, and counted from now on: %s", skipped.kind, skipped.reason)
+        progress.skipped[skipped.kind] += 1
+
+    def _reads(self, progress: Progress) -> Iterator[_Read]:
+        """Samples in order. Workers start now, in the caller's thread: a fork from another one may not end well."""
+        again = [position for pack in progress.ready for position in pack] + progress.waiting
+        asked = _Asked(self._order, [*again, *progress.backlog], progress.next, self._size, self._limit)
+        workers = self._options.workers
+        loader = DataLoader(
+            self._samples,
+            sampler=asked,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            prefetch_factor=self._options.prefetch if workers else None,
+            worker_init_fn=_quiet_tokenizers,
+        )
+        read = iter(loader)
+        return (_Read(position, found if isinstance(found, Skipped) else unpack(*found)) for position, found in read)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Positions in the order in which they are read, each with its place."""
+
+    order: Order
+    first: Sequence[int]
+    start: int
+    size: int
+    limit: int | None
+
+    def __iter__(self) -> Iterator[tuple[int, Place]]:
+        for position in self.first:
+            yield position, self.order.at(position)
+        position = self.start
+        while self.limit is None or position < self.limit:
+            yield position, self.order.at(position)
+            position += self.size
+
+
+class _Ahead:
+    """An iterator that a thread runs ahead of, by `count` items."""
+
+    def __init__(self, made: Iterator[Any], count: int) -> None:
+        self._queue: queue.Queue = queue.Queue(maxsize=count)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(made,), name="packs ahead", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> _Ahead:
+        return self
+
+    def __next__(self) -> Any:
+        item, error = self._queue.get()
+        if error is not None:
+            self._queue.put((item, error))  # it ended: the next call says the same
+            raise error
+        return item
+
+    def stop(self) -> None:
+        """Ends the thread and what it was reading."""
+        self._stopped.set()
+        while self._thread.is_alive():
+            try:
+                self._queue.get(timeout=0.05)
+            except queue.Empty:
+                continue
+        self._thread.join()
+
+    def _run(self, made: Iterator[Any]) -> None:
+        try:
+            for item in made:
+                self._queue.put((item, None))
+                if self._stopped.is_set():
+                    return
+            self._queue.put((None, StopIteration()))
+        except BaseException as error:
+            self._queue.put((None, error))
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _quiet_tokenizers(worker: int) -> None:
+    """A forked worker tokenises in one thread, and need not be told so for every sample."""
+    del worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
