@@ -1,1 +1,70 @@
-"""Batches on the host: their order, their way to the ranks."""
+"""Real data: from a folder to packed, positioned batches, and back after a crash.
+
+    source -> conversation -> sample (tokens and media) -> pack -> batch
+
+`open_source` reads files, `SampleProcessor` makes samples of their conversations, `PackedData` packs them for one
+data-parallel rank and resumes exactly. Nothing here imports Megatron-Core.
+"""
+
+from megatron_mimo.data.blend import Order
+from megatron_mimo.data.chat import PLAIN_TEMPLATE, ChatText
+from megatron_mimo.data.loading import PackedData, ReadingOptions
+from megatron_mimo.data.media import Limits, Sound, Video
+from megatron_mimo.data.messages import Conversation, Medium, Part, SampleError, Turn, conversation_of
+from megatron_mimo.data.packing import Packer, PackShape, first_fit_decreasing
+from megatron_mimo.data.packs import Pack, packed, padded
+from megatron_mimo.data.positions import Constant, GridPositions, Sequential, Span, TimeAligned, positions
+from megatron_mimo.data.progress import joined_states
+from megatron_mimo.data.readers import ImageReader, ProcessorReader, Reader, Reading, SoundReader
+from megatron_mimo.data.samples import Handling, Item, Sample, SampleProcessor
+from megatron_mimo.data.sources import Folder, JsonLines, Records, Source, Table, open_source
+from megatron_mimo.data.writers import ImageWriter, SoundWriter, Writer, Writing
+
+__all__ = [
+    "PLAIN_TEMPLATE",
+    "ChatText",
+    "Constant",
+    "Conversation",
+    "Folder",
+    "GridPositions",
+    "Handling",
+    "ImageReader",
+    "ImageWriter",
+    "Item",
+    "JsonLines",
+    "Limits",
+    "Medium",
+    "Order",
+    "Pack",
+    "PackShape",
+    "PackedData",
+    "Packer",
+    "Part",
+    "ProcessorReader",
+    "Reader",
+    "Reading",
+    "ReadingOptions",
+    "Records",
+    "Sample",
+    "SampleError",
+    "SampleProcessor",
+    "Sequential",
+    "Sound",
+    "SoundReader",
+    "SoundWriter",
+    "Source",
+    "Span",
+    "Table",
+    "TimeAligned",
+    "Turn",
+    "Video",
+    "Writer",
+    "Writing",
+    "conversation_of",
+    "first_fit_decreasing",
+    "joined_states",
+    "open_source",
+    "packed",
+    "padded",
+    "positions",
+]

@@ -14,7 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch.utils.data import DataLoader, Dataset
 
@@ -74,10 +74,10 @@ class ReadingOptions:
 
 @dataclass(frozen=True, eq=False)
 class _Read:
-    """A sample that came back, or what became of it, at its position."""
+    """A sample that came back, at its position."""
 
     position: int
-    sample: Sample | Skipped
+    sample: Sample
 
     @property
     def tokens(self) -> int:
@@ -86,6 +86,14 @@ class _Read:
     @property
     def cost(self) -> float:
         return self.sample.cost
+
+
+@dataclass(frozen=True)
+class _Left:
+    """A position whose sample was left out."""
+
+    position: int
+    skipped: Skipped
 
 
 class _Samples(Dataset):
@@ -223,7 +231,7 @@ class PackedData:
             "limit": self._limit,
         }
 
-    def _made(self, progress: Progress, reads: Iterator[_Read]) -> Iterator[tuple[Pack, State]]:
+    def _made(self, progress: Progress, reads: Iterator[_Read | _Left]) -> Iterator[tuple[Pack, State]]:
         """Packs, each with the state of a run that has taken it."""
         packer = Packer(self._shape)
         ready: deque[list[_Read]] = deque()
@@ -240,8 +248,8 @@ class PackedData:
             if read is None:
                 break
             progress.passed(read.position, self._size)
-            if isinstance(read.sample, Skipped):
-                self._leave_out(read.sample, progress)
+            if isinstance(read, _Left):
+                self._leave_out(read.skipped, progress)
                 continue
             ready.extend(packer.add(read))
             progress.waiting = [one.position for one in packer.waiting]
@@ -252,13 +260,13 @@ class PackedData:
             progress.waiting, progress.ready = [], [[read.position for read in pack] for pack in ready]
             yield self._packed(samples), progress.state()
 
-    def _again(self, reads: Iterator[_Read], positions: Sequence[int], progress: Progress) -> list[_Read]:
+    def _again(self, reads: Iterator[_Read | _Left], positions: Sequence[int], progress: Progress) -> list[_Read]:
         """Samples that were read before the run was resumed; one whose file is gone since is left out now."""
         found = [next(reads) for _ in positions]
         for read in found:
-            if isinstance(read.sample, Skipped):
-                self._leave_out(read.sample, progress)
-        return [read for read in found if not isinstance(read.sample, Skipped)]
+            if isinstance(read, _Left):
+                self._leave_out(read.skipped, progress)
+        return [read for read in found if isinstance(read, _Read)]
 
     def _packed(self, reads: Sequence[_Read]) -> Pack:
         return packed(
@@ -276,7 +284,7 @@ class PackedData:
             logger.warning("data: left out as %s, and counted from now on: %s", skipped.kind, skipped.reason)
         progress.skipped[skipped.kind] += 1
 
-    def _reads(self, progress: Progress) -> Iterator[_Read]:
+    def _reads(self, progress: Progress) -> Iterator[_Read | _Left]:
         """Samples in order. Workers start now, in the caller's thread: a fork from another one may not end well."""
         again = [position for pack in progress.ready for position in pack] + progress.waiting
         asked = _Asked(self._order, [*again, *progress.backlog], progress.next, self._size, self._limit)
@@ -291,7 +299,7 @@ class PackedData:
             worker_init_fn=_quiet_tokenizers,
         )
         read = iter(loader)
-        return (_Read(position, found if isinstance(found, Skipped) else unpack(*found)) for position, found in read)
+        return (_read(position, found) for position, found in read)
 
 
 @dataclass(frozen=True)
@@ -351,6 +359,12 @@ class _Ahead:
             self._queue.put((None, StopIteration()))
         except BaseException as error:
             self._queue.put((None, error))
+
+
+def _read(position: int, found: Any) -> _Read | _Left:
+    if isinstance(found, Skipped):
+        return _Left(position, found)
+    return _Read(position, cast(Sample, unpack(*found)))
 
 
 def _as_it_is(item: Any) -> Any:

@@ -62,7 +62,7 @@ class Pack:
 
     def batch(self) -> dict[str, object]:
         """Keyword arguments of `MimoModel.forward`, without those that need Megatron (`packed_seq_params`)."""
-        given = {
+        given: dict[str, object] = {
             "input_ids": self.input_ids,
             "labels": self.labels,
             "loss_mask": self.loss_mask,

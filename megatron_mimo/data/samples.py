@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor
 
 from megatron_mimo.data.chat import ChatText, ChatTokens
-from megatron_mimo.data.media import open_image, open_sound, open_video
+from megatron_mimo.data.media import Sound, Video, open_image, open_sound, open_video
 from megatron_mimo.data.messages import MEDIA_KINDS, Conversation, Kind, Medium, Part, SampleError
 from megatron_mimo.data.positions import SEQUENTIAL, PositionRule, Span, positions
 from megatron_mimo.data.readers import Inputs, Reader, Reading
-from megatron_mimo.data.writers import Writer, Writing
+from megatron_mimo.data.writers import Writer
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -198,7 +201,8 @@ class SampleProcessor:
 
     def _read(self, layout: _Layout, part: Part, root: Path | None) -> None:
         handling = self.handling[part.kind]
-        reading = handling.reader(_opened(part, handling.reader, root))
+        reader = cast(Reader, handling.reader)  # media without one were refused before
+        reading = reader(_opened(part, reader, root))
         layout.text(handling.read_begin)
         self._place_reading(layout, handling, reading)
         layout.text(handling.read_end)
@@ -210,18 +214,19 @@ class SampleProcessor:
         for run_start, run_stop in _runs(tokens):
             grid = grids.pop(0) if grids else None
             layout.spans.append(Span(start + run_start, run_stop - run_start, handling.rule, grid, reading.step))
-        layout.text(tuple(handling.special if token is None else token for token in tokens))
+        special = cast(int, handling.special)
+        layout.text(tuple(special if token is None else token for token in tokens))
         layout.cost += reading.cost
         layout.items.append(Item(handling.modality, False, start, len(tokens), reading.rows, reading.inputs))
 
     def _write(self, layout: _Layout, part: Part, root: Path | None, *, learn: bool) -> None:
         handling = self.handling[part.kind]
-        opened = _opened(part, handling.writer, root)
-        writing: Writing = handling.writer(opened)
+        writer, generation = cast(Writer, handling.writer), cast(int, handling.generation)
+        writing = writer(_opened(part, writer, root))
         layout.text(handling.begin, learn)
         start = len(layout.ids)
         layout.spans.append(Span(start, writing.rows, handling.rule, writing.grid))
-        layout.text((handling.generation,) * writing.rows)
+        layout.text((generation,) * writing.rows)
         if not handling.begin and learn:
             layout.learn[start] = True  # it is what opens the span
         layout.text(handling.end, learn)
@@ -242,8 +247,8 @@ def _runs(tokens: tuple[int | None, ...]) -> list[tuple[int, int]]:
     return list(zip(edges[::2], edges[1::2]))
 
 
-def _opened(part: Part, by: Reader | Writer, root: Path | None) -> object:
-    medium: Medium = part.medium
+def _opened(part: Part, by: Reader | Writer, root: Path | None) -> Image | Sound | Video:
+    medium = cast(Medium, part.medium)
     if part.kind == "image":
         return open_image(medium, root, by.limits)
     if part.kind == "audio":

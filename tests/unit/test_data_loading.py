@@ -126,6 +126,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("workers", [0, 2])
 def test_after_kill_9_the_packs_go_on_bit_for_bit(tmp_path, path, packs, workers):
     found: list[str] = []

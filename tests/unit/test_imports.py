@@ -47,6 +47,7 @@ ROOMS = [
     "training",
 ]
 WITHOUT_MEGATRON = [
+    "data",
     "config",
     "losses",
     "deferred",
