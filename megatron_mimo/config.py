@@ -210,7 +210,7 @@ def _check_spec(name: str, spec: object) -> None:
         raise TypeError(f"{name} must be a ModuleSpec, got {type(spec).__name__}")
 
 
-def _check_modality_spec(modality: str, spec: object) -> None:
+def _check_modality_spec(modality: str, spec: ModuleSpec) -> None:
     if not isinstance(modality, str):
         raise TypeError(f"modality names must be strings, got {modality!r}")
     if modality == "text" or "/" in modality or "." in modality or not modality:

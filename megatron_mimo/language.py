@@ -7,7 +7,7 @@ import functools
 import inspect
 import types
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -203,7 +203,8 @@ class LanguageCall:
             "padding_mask": self._padding_mask(plan),
         }
         known = {name: value for name, value in offered.items() if name in self._takes}
-        ids, positions, more = None, plan.positions, nullcontext()  # decoder_input stands in for the lookup
+        ids, positions = None, plan.positions  # decoder_input stands in for the lookup
+        more: AbstractContextManager[None] = nullcontext()
         if self._predicts_more and not InferenceMode.is_active():
             ids, positions = plan.shard.cut(input_ids), plan.shard.cut(positions)
             later = self._later_rows(rows, plan, packed_seq_params)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
 from types import FunctionType
@@ -160,6 +160,7 @@ def _first_layers(spec: ModuleSpec) -> object:
 
 def _nodes(node: object) -> Iterator[object]:
     """Every leaf of a tree of specs."""
+    children: Iterable[object]
     if isinstance(node, Mapping):
         children = node.values()
     elif isinstance(node, (list, tuple)):

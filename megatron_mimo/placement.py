@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -95,7 +95,7 @@ class Placement:
 
     def _moved(self, move: Callable[[Tensor], Tensor]) -> Placement:
         tensors = ("source", "row", "positions", "counts_table", "cu_seqlens", "ids")
-        moved = {name: None if (x := getattr(self, name)) is None else move(x) for name in tensors}
+        moved: dict[str, Any] = {name: None if (x := getattr(self, name)) is None else move(x) for name in tensors}
         return replace(self, **moved)
 
     def bound(self) -> Placement:

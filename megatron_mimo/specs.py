@@ -80,7 +80,7 @@ class TorchNorm(torch.nn.Module):
         if config.normalization == "LayerNorm":
             self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
         for parameter in self.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # Megatron's mark
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Gives `x [..., hidden_size]` normalised, in its own dtype."""
@@ -102,7 +102,7 @@ def choose_backend(backend: Backend = "auto") -> Backend:
     """
     if backend not in ("auto", "transformer_engine", "apex", "torch"):
         raise ValueError(f"backend: expected 'auto', 'transformer_engine', 'apex' or 'torch', found {backend!r}.")
-    installed = {"transformer_engine": HAVE_TE, "apex": HAVE_FUSED_LAYER_NORM, "torch": True}
+    installed: dict[Backend, bool] = {"transformer_engine": HAVE_TE, "apex": HAVE_FUSED_LAYER_NORM, "torch": True}
     if backend == "auto":
         # Both extensions compute on a GPU only.
         if not torch.cuda.is_available():

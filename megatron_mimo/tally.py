@@ -170,7 +170,7 @@ def verify_rows(
 
 def _rows_by_total(counts: Sequence[int], n_rows: int) -> list[int]:
     """How many rows each sample gets if they are dealt out in order; the last one takes what is left over."""
-    found = []
+    found: list[int] = []
     for tokens in counts:
         found.append(min(tokens, n_rows - sum(found)))
     found[-1] = n_rows - sum(found[:-1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,7 +117,7 @@ def _described(node: object, where: str, tensors: list[tuple[Slot, Tensor]]) -> 
     return node
 
 
-def _rebuilt(node: object, buffer: Tensor) -> object:
+def _rebuilt(node: object, buffer: Tensor) -> Any:
     if isinstance(node, Slot):
         return _view(buffer, node)
     if isinstance(node, Record):

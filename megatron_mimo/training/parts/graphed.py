@@ -155,7 +155,7 @@ class _Capture:
         # The parameters' memory under other names: autograd hangs a node on each leaf that remembers
         # the stream of its first use, and one of an earlier, ordinary pass would break the capture.
         # They are parameters too, so that what is compiled for them serves an ordinary pass.
-        aliases = {
+        aliases: dict[str, Tensor] = {
             name: nn.Parameter(parameter.detach(), parameter.requires_grad and bool(parameters))
             for name, parameter in call.named_parameters()
         }
