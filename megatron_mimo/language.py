@@ -155,10 +155,11 @@ class LanguageCall:
 
     Args:
         model: this stage's part of the language model.
+        parallel_output: whether it leaves logits cut over tensor-parallel ranks by itself.
     """
 
-    def __init__(self, model: MegatronModule) -> None:
-        self._model = model
+    def __init__(self, model: MegatronModule, parallel_output: bool = True) -> None:
+        self._model, self._parallel_output = model, parallel_output
         self._takes = inspect.signature(model.forward).parameters.keys()
         self._experts = model.config.num_moe_experts is not None
         self._predicts_more = bool(model.config.mtp_num_layers) and model.post_process
@@ -195,6 +196,7 @@ class LanguageCall:
         """
         if attention_mask is not None:
             attention_mask = joined_with_causal(attention_mask, self._model.decoder)
+        self._check_gathered(labels, runtime_gather_output)
         if runtime_gather_output is None and (inference_context is not None or InferenceMode.is_active()):
             runtime_gather_output = True
         offered = {
@@ -222,6 +224,16 @@ class LanguageCall:
                 **known,
             )
         return output, states.last
+
+    def _check_gathered(self, labels: Tensor | None, gathered: bool | None) -> None:
+        """Refuses labels beside gathered logits, of which Megatron's loss over vocabulary shards makes another loss."""
+        if gathered is None:
+            gathered = not self._parallel_output
+        if labels is not None and gathered and self._model.post_process and self._model.pg_collection.tp.size() > 1:
+            raise ValueError(
+                "labels are given with gathered logits (runtime_gather_output=True or parallel_output=False) on "
+                "several tensor-parallel ranks: the loss is taken over shards of the vocabulary. Leave one of them out."
+            )
 
     def _later_rows(
         self, rows: Mapping[str, Tensor], plan: Plan, packed_seq_params: PackedSeqParams | None

@@ -88,7 +88,9 @@ class MimoModel(MegatronModule):
         )
         self.language_model = language_model
         self._generates = post_process and bool(config.generation_token_ids)
-        self._run_language_model = LanguageCall(language_model)
+        self._run_language_model = LanguageCall(
+            language_model, parallel_output=config.language_model.params.get("parallel_output", True)
+        )
         self._checks = Checks()
         stage = (config, self.modality_submodules, pre_process, post_process)
         positions = position_kind(config.language_model)
@@ -110,6 +112,7 @@ class MimoModel(MegatronModule):
         inference_context=None,
         generation_inputs: Shown | None = None,
         runtime_gather_output: bool | None = None,
+        padding_mask: Tensor | None = None,
     ) -> tuple[Tensor | MimoOutput, Tensor | None]:
         """Language output and modality outputs of one microbatch, and this rank's loss mask.
 
@@ -134,6 +137,8 @@ class MimoModel(MegatronModule):
             runtime_gather_output: whether every tensor-parallel rank gets whole logits `[B, S / CP, V]` in place of
                 its shard of the vocabulary `[B, S / CP, V / TP]`. None gathers them where Megatron's `InferenceMode`
                 is active or an `inference_context` is given; elsewhere the language model's `parallel_output` says.
+            padding_mask: bool `[B, S]`, True where a position holds nothing: no label is learned there without a loss
+                mask, and experts do not count it. Attention does see it; hide it by attention_mask or pack.
 
         Returns:
             `(outputs, loss_mask)`. `outputs` is what the language model returns if the
@@ -148,13 +153,20 @@ class MimoModel(MegatronModule):
         # The one place that waits for checks, those of earlier steps: this step's own would stall the device.
         self._checks.report(current=placement.arrival if isinstance(placement, Placement) else None)
         self._check.tokens(
-            input_ids, position_ids, attention_mask, labels, loss_mask, packed_seq_params, inference_context
+            input_ids,
+            position_ids,
+            attention_mask,
+            labels,
+            loss_mask,
+            packed_seq_params,
+            padding_mask,
+            inference_context,
         )
         media = self._check.media(modality_inputs, modality_targets, generation_inputs)
         targets = self.prepare(media.targets)
         start = 0 if inference_context is None else inference_context.sequence_len_offset
         plan = self._planner.plan(
-            input_ids, position_ids, packed_seq_params, placement, media, targets, self.training, start
+            input_ids, position_ids, packed_seq_params, padding_mask, placement, media, targets, self.training, start
         )
 
         rows = self.encode(media, targets, plan) if self.pre_process else {}

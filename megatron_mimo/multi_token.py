@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, scatter_to_sequence_parallel_region
 from torch import Tensor, nn
 
 from megatron_mimo.compat.megatron import roll_to_next
@@ -68,6 +68,8 @@ class LaterRows:
         """Rows `[S_local, B, H]` of the tokens `[B, S / CP]`, which MTP rolled by one more than in the last call."""
         self._code = roll_to_next(self._code, self._cp_group, self._packed)
         text = self._embedding(input_ids=input_ids.masked_fill(self._code > 0, 0), position_ids=position_ids)
+        if self._split and text.shape[0] == self._code.shape[1]:  # an embedding that leaves scattering to its caller
+            text = scatter_to_sequence_parallel_region(text, group=self._tp_group)
         if not any(table.shape[0] for table in self._tables):
             return text
         code = self._code

@@ -33,7 +33,7 @@ class Plan:
             None on a stage that neither reads nor writes.
         shard: which positions of the sequence are this rank's.
         positions: int64 `[B, S]` or `[k, B, S]`, position ids, global.
-        padding: bool `[1, S]`, padding between packed sequences; None where there is none.
+        padding: bool `[1 or B, S]`, positions that hold nothing; None where there are none.
         counts: modality -> its generation tokens in the batch; None where only the device knows. Empty on a stage
             that neither reads nor writes.
     """
@@ -91,6 +91,7 @@ class Planner:
         input_ids: Tensor,
         position_ids: Tensor | None,
         packed_seq_params: PackedSeqParams | None,
+        padding_mask: Tensor | None,
         placement: Placement | None,
         media: Media,
         targets: Nested,
@@ -100,7 +101,7 @@ class Planner:
         """What the batch asks of this rank, every count held against the others.
 
         Args:
-            input_ids, position_ids, packed_seq_params, placement: as `MimoModel.forward` takes them.
+            input_ids, position_ids, packed_seq_params, padding_mask, placement: as `MimoModel.forward` takes them.
             media: what the batch brings.
             targets: prepared targets.
             training: whether every generation token needs a target.
@@ -111,13 +112,13 @@ class Planner:
                 later.
         """
         shard, boundaries = self._shard(input_ids, packed_seq_params), _boundaries(packed_seq_params)
-        padding = padding_of(packed_seq_params, input_ids)
+        padding = padding_of(packed_seq_params, input_ids, padding_mask)
         position_ids = self._check.positions(position_ids, default_positions(input_ids, boundaries) + start, media)
         if not self._uses_placement:
             return Plan(len(input_ids), None, shard, position_ids, padding, {})
         placement = self._adopted(placement, input_ids, packed_seq_params)
         if padding is not None:
-            self._check.padding(placement, padding)
+            self._check.padding(placement, padding.expand_as(input_ids))
         counts = count_generation(placement, media, targets, self._config, self._submodules, training)
         self._check.unfed(media, placement, counts)
         return Plan(len(input_ids), placement, shard, position_ids, padding, counts)
@@ -167,18 +168,22 @@ def default_positions(input_ids: Tensor, cu_seqlens: Tensor | None = None) -> Te
     return positions.expand_as(input_ids)
 
 
-def padding_of(packed_seq_params: PackedSeqParams | None, input_ids: Tensor) -> Tensor | None:
-    """Padding between packed sequences, bool `[1, S]` on the ids' device, or None where there is none.
+def padding_of(
+    packed_seq_params: PackedSeqParams | None, input_ids: Tensor, padding_mask: Tensor | None = None
+) -> Tensor | None:
+    """Positions that hold nothing, bool `[B, S]` on the ids' device, or None where there are none.
 
     Args:
-        packed_seq_params: of the batch.
-        input_ids: `[1, S]`.
+        packed_seq_params: of the batch, whose sequences may have padding between them.
+        input_ids: `[B, S]`.
+        padding_mask: bool `[B, S]`, or None.
     """
     padded = _boundaries(packed_seq_params)
     own = None if packed_seq_params is None else packed_seq_params.cu_seqlens_q
     if padded is None or own is None or own is padded:
-        return None
-    return packed_padding(input_ids.shape[1], own, padded.to(input_ids.device))
+        return padding_mask
+    between = packed_padding(input_ids.shape[1], own, padded.to(input_ids.device))
+    return between if padding_mask is None else between | padding_mask
 
 
 def packed_padding(length: int, cu_seqlens: Tensor, cu_seqlens_padded: Tensor) -> Tensor:

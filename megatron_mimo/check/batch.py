@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_mimo.check.positions import PositionKind
-from megatron_mimo.check.tokens import check_loss_mask, check_packed, check_token_tensors
+from megatron_mimo.check.tokens import check_loss_mask, check_packed, check_padding_mask, check_token_tensors
 from megatron_mimo.config import MimoModelConfig, generation_table
 from megatron_mimo.deferred import Arrival, Checks
 from megatron_mimo.output import MimoOutput
@@ -80,13 +80,14 @@ class BatchCheck:
         labels: Tensor | None,
         loss_mask: Tensor | None,
         packed_seq_params: PackedSeqParams | None,
+        padding_mask: Tensor | None,
         inference_context: object,
     ) -> None:
         """Refuses token tensors that do not belong together, and what attention cannot do on shards of a sequence.
 
         Args:
             input_ids, position_ids, attention_mask, labels, loss_mask: as `check_token_tensors` takes them.
-            packed_seq_params, inference_context: Megatron's, or None.
+            packed_seq_params, padding_mask, inference_context: as `MimoModel.forward` takes them, or None.
 
         Raises:
             TypeError, ValueError: as `check_token_tensors`, `check_loss_mask`, `check_packed`; a mask, an inference
@@ -95,6 +96,8 @@ class BatchCheck:
         check_token_tensors(input_ids, position_ids, attention_mask, labels, loss_mask)
         if loss_mask is not None and self._last:
             check_loss_mask(loss_mask, self._checks)
+        if padding_mask is not None:
+            check_padding_mask(padding_mask, input_ids)
         if packed_seq_params is not None:
             check_packed(packed_seq_params, input_ids.shape[1], self._checks)
         if self._context_parallel == 1:
@@ -181,23 +184,24 @@ class BatchCheck:
         self._checks.check(Arrival((made.ids != input_ids).any()), verify, "placement")
 
     def padding(self, placement: Placement, padding: Tensor) -> None:
-        """Refuses tokens in padding of packed sequences: attention leaves it out, nothing is read or written there.
+        """Refuses tokens of modalities in padding: nothing is read or written there.
 
         Args:
             placement: of the batch.
-            padding: bool `[1, S]`.
+            padding: bool `[B, S]`.
 
         Raises:
             ValueError: naming modality and position; on a device at the latest one step later.
         """
+        padded = padding.flatten()
         special = self._config.special_token_ids
         listings = {f"{name}: its special token": placement.reading[name] for name in special}
         listings |= {f"{name}: its generation token": listing for name, listing in placement.generation.items()}
         for what, listing in listings.items():
             positions = placement.positions[listing.index].long()
-            inside = padding[0][positions.clamp(min=0)] & (positions >= 0)
+            inside = padded[positions.clamp(min=0)] & (positions >= 0)
             found = torch.where(inside, positions, -1).amax()
-            self._checks.check(Arrival(found), lambda at, what=what: _refuse_padding(what, at), what)
+            self._checks.check(Arrival(found), lambda at, what=what: _refuse_padding(what, at, padding.shape[1]), what)
 
     def unfed(self, media: Media, placement: Placement, counts: Mapping[str, int | None]) -> None:
         """Refuses special tokens that nothing in this batch fills, on the stage that places rows.
@@ -331,9 +335,10 @@ def _present(given: Mapping | None) -> dict:
     }
 
 
-def _refuse_padding(what: str, position: Tensor) -> None:
+def _refuse_padding(what: str, position: Tensor, length: int) -> None:
     if position >= 0:
+        sample, at = divmod(int(position), length)
         raise ValueError(
-            f"{what} at position {int(position)} stands in the padding of a packed sequence (between "
-            "cu_seqlens_q and cu_seqlens_q_padded), where nothing is read or written. Pad with a text token."
+            f"{what} at position {at} of sample {sample} stands in padding (of padding_mask, or between cu_seqlens_q "
+            "and cu_seqlens_q_padded), where nothing is read or written. Pad with a text token."
         )

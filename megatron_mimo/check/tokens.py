@@ -113,6 +113,19 @@ def check_loss_mask(loss_mask: Tensor, checks: Checks) -> None:
     checks.check(Arrival(bad.sum(dim=1)), verify, "loss mask")
 
 
+def check_padding_mask(padding_mask: Tensor, input_ids: Tensor) -> None:
+    """Refuses a padding mask that is not bool `[B, S]`.
+
+    Raises:
+        TypeError: not a tensor, or not bool.
+        ValueError: another shape.
+    """
+    if not isinstance(padding_mask, Tensor) or padding_mask.dtype != torch.bool:
+        found = padding_mask.dtype if isinstance(padding_mask, Tensor) else type(padding_mask).__name__
+        raise TypeError(f"padding_mask must be a bool tensor, True where a position is padding, found {found}")
+    _check_shape("padding_mask", padding_mask, padding_mask.shape == input_ids.shape, input_ids)
+
+
 def check_packed(packed_seq_params: PackedSeqParams, length: int, checks: Checks) -> None:
     """Refuses boundaries of packed sequences that do not describe a sequence of this length.
 

@@ -93,7 +93,7 @@ def test_what_is_written_in_padding_is_reported(run):
     batch["input_ids"][0, written[-1]] = 1
     batch["input_ids"][0, 31] = tiny.WRITE
     batch = on_gpu(batch)
-    with pytest.raises(ValueError, match="images: its generation token at position 31 stands in the padding"):
+    with pytest.raises(ValueError, match="images: its generation token at position 31 of sample 0 stands in padding"):
         model(**batch, modality_targets={"images": {"out": targets}})
         torch.cuda.synchronize()
         model.finish_checks()

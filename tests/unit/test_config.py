@@ -87,3 +87,8 @@ def test_replacing_submodules_leaves_the_original_alone():
     replaced = original.with_submodules({"images": other})
     assert replaced.modality_submodules["images"] is other
     assert original.modality_submodules["images"] is IMAGES
+
+
+def test_a_language_spec_without_its_configuration_is_refused():
+    with pytest.raises(ValueError, match="language_model's params have no config"):
+        _ = config(language_model=ModuleSpec(module=object, params={"vocab_size": 8})).language_config

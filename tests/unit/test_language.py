@@ -196,3 +196,29 @@ def test_multi_token_prediction_sees_the_rows_that_were_placed(single_process):
 def test_multi_token_prediction_that_cannot_work_is_refused(single_process, changes, stage, message):
     with pytest.raises(ValueError, match=message):
         build(replace(mtp_spec(), **changes), **stage)
+
+
+# Experts
+
+
+def test_padding_counts_in_no_balance_of_experts(single_process):
+    """The balance loss of a padded batch moves the router as that of the batch without its padding."""
+    config = tiny.language_config(
+        num_moe_experts=4,
+        moe_router_load_balancing_type="aux_loss",
+        moe_aux_loss_coeff=1.0,
+        moe_router_topk=2,
+        moe_ffn_hidden_size=16,
+        add_bias_linear=False,
+    )
+    model = MimoModel(MimoModelConfig(tiny.language_spec(config)))
+    gradients = []
+    for length, padding in ((12, None), (16, torch.arange(16)[None] >= 12)):
+        model.zero_grad()
+        ids = torch.cat([IDS, torch.full((1, length - 12), 7)], dim=1)
+        loss, _ = model(ids, labels=ids, loss_mask=torch.zeros_like(ids).float(), padding_mask=padding)
+        (loss * 0).sum().backward()
+        gradients.append([p.grad.clone() for name, p in model.named_parameters() if "router" in name])
+    assert gradients[0] and all(gradient.any() for gradient in gradients[0])
+    for alone, padded in zip(*gradients, strict=True):
+        torch.testing.assert_close(padded, alone, rtol=1e-5, atol=1e-7)

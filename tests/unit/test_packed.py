@@ -76,7 +76,7 @@ def test_padding_of_packed_sequences_counts_nothing_without_a_mask(single_proces
 def test_what_is_read_or_written_in_padding_is_refused(single_process, token, what):
     model, batch = codes()
     batch["input_ids"][0, 31] = token
-    with pytest.raises(ValueError, match=f"images: its {what} token at position 31 stands in the padding"):
+    with pytest.raises(ValueError, match=f"images: its {what} token at position 31 of sample 0 stands in padding"):
         model(**batch)
 
 
