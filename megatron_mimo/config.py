@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # megatron.core takes seconds to import and is not needed to check a configuration
     from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 SUBMODULE_KEYS = (
     "encoders",
@@ -84,6 +85,20 @@ class MimoModelConfig:
         self._check_weights()
         self._check_connections()
         self._check_vocabulary()
+
+    @property
+    def language_config(self) -> TransformerConfig:
+        """The language model's configuration.
+
+        Raises:
+            ValueError: the spec's params have none.
+        """
+        if "config" not in (self.language_model.params or {}):
+            raise ValueError(
+                f"language_model's params have no config, found {sorted(self.language_model.params or {})}. Give it the "
+                "TransformerConfig of the language model."
+            )
+        return self.language_model.params["config"]
 
     @property
     def reading_tables(self) -> dict[str, int]:

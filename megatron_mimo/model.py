@@ -60,7 +60,7 @@ class MimoModel(MegatronModule):
         pg_collection=None,
     ) -> None:
         config = config.with_submodules(modality_submodules or {})
-        super().__init__(config.language_model.params["config"])
+        super().__init__(config.language_config)
         self.mimo_config = config
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage

@@ -61,9 +61,8 @@ CONSTRUCTORS = {
 @pytest.mark.parametrize("argument", CONSTRUCTORS)
 def test_what_only_the_language_model_reads_gives_gptmodels_loss(single_process, argument):
     spec = tiny.language_spec(**CONSTRUCTORS[argument])
-    theirs = GPTModel(
-        **{**spec.params, "transformer_layer_spec": spec.params["transformer_layer_spec"](spec.params["config"])}
-    )
+    layers = spec.params["transformer_layer_spec"](spec.params["config"])
+    theirs = GPTModel(**{**spec.params, "transformer_layer_spec": layers})
     groups = single_process.groups if argument == "pg_collection" else None
     ours = MimoModel(MimoModelConfig(spec), pg_collection=groups)
     ours.language_model.load_state_dict(theirs.state_dict())
