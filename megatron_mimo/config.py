@@ -95,8 +95,8 @@ class MimoModelConfig:
         """
         if "config" not in (self.language_model.params or {}):
             raise ValueError(
-                f"language_model's params have no config, found {sorted(self.language_model.params or {})}. Give it the "
-                "TransformerConfig of the language model."
+                f"language_model's params have no config, found {sorted(self.language_model.params or {})}. Give it "
+                "the TransformerConfig of the language model."
             )
         return self.language_model.params["config"]
 
