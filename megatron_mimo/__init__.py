@@ -14,11 +14,8 @@ if TYPE_CHECKING:
     from megatron_mimo.generation.in_the_loop import sample_flow, sample_one_by_one
     from megatron_mimo.launch import exit_on_error, initialize, shutdown
     from megatron_mimo.losses import LossTerm, global_counts, total_loss
-    from megatron_mimo.modality.submodules import (
-        AudioModalitySubmodules,
-        ModalitySubmodules,
-        VisionModalitySubmodules,
-    )
+    from megatron_mimo.modality.kinds import AudioModalitySubmodules, VisionModalitySubmodules
+    from megatron_mimo.modality.submodules import ModalitySubmodules
     from megatron_mimo.model import MimoModel
     from megatron_mimo.output import MimoOutput, ModalityOutput, loss_terms
     from megatron_mimo.placement import Placement, build_placement
@@ -26,7 +23,7 @@ if TYPE_CHECKING:
     __version__: str
 
 _HOMES = {
-    "AudioModalitySubmodules": "modality.submodules",
+    "AudioModalitySubmodules": "modality.kinds",
     "LossTerm": "losses",
     "MimoModel": "model",
     "MimoModelConfig": "config",
@@ -34,7 +31,7 @@ _HOMES = {
     "ModalityOutput": "output",
     "ModalitySubmodules": "modality.submodules",
     "Placement": "placement",
-    "VisionModalitySubmodules": "modality.submodules",
+    "VisionModalitySubmodules": "modality.kinds",
     "build_placement": "placement",
     "exit_on_error": "launch",
     "global_counts": "losses",

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from megatron_mimo.align import align_by_token_positions, align_checked
 from megatron_mimo.check import BatchCheck, Media, Nested, Shown, check_modalities
 from megatron_mimo.config import MimoModelConfig, generation_table
+from megatron_mimo.decoders.targets import Prepared
 from megatron_mimo.deferred import Checks
 from megatron_mimo.exchange import exchange
 from megatron_mimo.idle import with_idle
 from megatron_mimo.labels import default_loss_mask
 from megatron_mimo.language import LanguageCall, build_language_model, position_kind
-from megatron_mimo.modality.submodules import build_submodules
+from megatron_mimo.modality.build import build_submodules
 from megatron_mimo.output import MimoOutput, ModalityOutput
 from megatron_mimo.placement import Placement
 from megatron_mimo.plan import Plan, Planner
@@ -193,8 +194,8 @@ class MimoModel(MegatronModule):
 
     # The stages, in the order of the flow --------------------------------------------------
 
-    def prepare(self, targets: Nested) -> Nested:
-        """Targets completed with this microbatch's random draws."""
+    def prepare(self, targets: Nested) -> dict[str, dict[str, Prepared]]:
+        """Targets that this stage reads, checked, counted and completed with this microbatch's random draws."""
         return {
             modality: self.modality_submodules[modality].prepare(target, stream=modality)
             for modality, target in targets.items()
@@ -310,7 +311,8 @@ class MimoModel(MegatronModule):
         options = options or {}
         check_modalities("options", options, outputs.modalities)
         for modality, of_decoders in options.items():
-            self.modality_submodules[modality].check_decoder_names(f"options[{modality!r}]", of_decoders)
+            for name in of_decoders:
+                self.modality_submodules[modality].decoder_name(name, where=f"options[{modality!r}]")
         if outputs.placement is not None:
             self._check.whole_media(outputs)
         return {
@@ -395,13 +397,13 @@ class MimoModel(MegatronModule):
         submodule = self.modality_submodules[modality]
         if given is None:
             return submodule.encode_nothing(self._rows_like)
-        rows, rows_per_item = submodule.encode_items(given)
+        encoded = submodule.encode_items(given, f"modality_inputs[{modality!r}]")
+        rows_per_item = encoded.rows_per_item
         if rows_per_item is not None and len(rows_per_item) == 1:
             rows_per_item = None  # one item may hold the rows of several samples, packed
-        plan.placement.check_rows(modality, rows.shape[0], rows_per_item)
-        if submodule.encode_is_overridden:  # it may leave out modules that other ranks use
-            return with_idle(rows, [submodule.encode_nothing(self._rows_like)])
-        return rows
+        plan.placement.check_rows(modality, encoded.rows.shape[0], rows_per_item)
+        # These rows may leave out parameters that others use, or a layer that nothing reads: they get zeros.
+        return with_idle(encoded.rows, [submodule.encode_nothing(self._rows_like)])
 
     def _row_groups(self):
         """Groups whose ranks own different rows, and the one whose ranks decode different rows."""

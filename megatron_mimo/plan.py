@@ -227,7 +227,7 @@ def count_generation(
     Args:
         placement: of the batch.
         media: what the batch brings.
-        targets: prepared targets, modality -> decoder -> values.
+        targets: modality -> decoder -> prepared targets.
         config: of the model.
         submodules: modality -> its `ModalitySubmodules` on this stage.
         training: whether every generation token needs a target. Without, a count that only the device knows is
@@ -261,13 +261,12 @@ def _rows_brought(
     """Rows that targets or shown inputs of a modality stand for, checked; None without either."""
     known = None
     if modality in targets:
-        for name, count in submodule.count_target_rows(targets[modality]).items():
-            placement.check_generation(modality, count, submodule.span_of(name), submodule.medium_of(name))
-            known = count
+        for name, prepared in targets[modality].items():
+            known = prepared.num_rows
+            placement.check_generation(modality, known, submodule.span_of(name), submodule.medium_of(name))
     elif modality in media.shown:
-        known = submodule.count_generation_inputs(modality, media.shown[modality])
-        if known is not None:
-            placement.check_generation(modality, known)
+        known = media.shown[modality].num_rows
+        placement.check_generation(modality, known)
     return known
 
 

@@ -188,7 +188,7 @@ def code_images_spec(codec: Path) -> ModuleSpec:
     return ModuleSpec(
         module=VisionModalitySubmodules,
         submodules={
-            "generation_input": ModuleSpec(module=CodeInput, params={"hidden_size": HIDDEN, "codebook_sizes": CODES}),
+            "generation_input": ModuleSpec(module=CodeInput, params={"hidden_size": HIDDEN}),
             "decoders": {
                 "codes": ModuleSpec(
                     module=DiscreteDecoder,

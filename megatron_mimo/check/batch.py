@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from megatron_mimo.check.positions import PositionKind
 from megatron_mimo.check.tokens import check_loss_mask, check_packed, check_padding_mask, check_token_tensors
 from megatron_mimo.config import MimoModelConfig, generation_table
+from megatron_mimo.decoders.targets import Prepared
 from megatron_mimo.deferred import Arrival, Checks
 from megatron_mimo.output import MimoOutput
 from megatron_mimo.placement import Placement
@@ -36,12 +37,12 @@ class Media:
     Attributes:
         inputs: modality -> encoder -> its keyword inputs.
         targets: modality -> decoder -> its keyword targets.
-        shown: modality -> keyword inputs of its generation input, in place of targets.
+        shown: modality -> inputs of its generation input, in place of targets.
     """
 
     inputs: Nested
     targets: Nested
-    shown: Shown
+    shown: Mapping[str, Prepared]
 
 
 class BatchCheck:
@@ -126,15 +127,14 @@ class BatchCheck:
         named = {"modality_inputs": inputs, "modality_targets": targets, "generation_inputs": shown}
         for name, given in named.items():
             check_modalities(name, given, self._submodules)
-        media = Media(_with_data(inputs), _present(targets), _present(shown))
+        media = Media(_with_data(inputs), _present(targets), self._shown(_present(shown), _present(targets)))
         self._check_connected("modality_targets", media.targets, "generation_token_ids", "decoder")
         self._check_connected("modality_inputs", media.inputs, "special_token_ids", "encoder")
-        for modality, submodule in self._submodules.items():
-            if self._first and modality in media.inputs:
-                submodule.check_inputs(modality, media.inputs[modality])
-            if self._last and modality in media.targets:
-                submodule.check_targets(modality, media.targets[modality])
-        self._check_shown(media)
+        for modality, given in media.inputs.items():
+            if not isinstance(given, Mapping):
+                raise TypeError(
+                    f"modality_inputs[{modality!r}] must map encoder name -> its inputs, got {type(given).__name__}"
+                )
         return media
 
     def positions(self, given: Tensor | None, default: Tensor, media: Media) -> Tensor:
@@ -267,22 +267,25 @@ class BatchCheck:
                     f"Configure its token and a {what}, or leave them out."
                 )
 
-    def _check_shown(self, media: Media) -> None:
-        for modality, keywords in media.shown.items():
-            if not isinstance(keywords, Mapping):
-                raise TypeError(
-                    f"generation_inputs[{modality!r}] must map keyword -> value, got {type(keywords).__name__}"
-                )
-            if modality in media.targets:
+    def _shown(self, shown: Shown, targets: Nested) -> dict[str, Prepared]:
+        """Inputs of generation inputs, checked and counted once, on the stage that has the generation inputs."""
+        prepared = {}
+        for modality, given in shown.items():
+            if modality in targets:
                 raise ValueError(
                     f"both generation_inputs and modality_targets have {modality!r}. Targets are shown to "
                     "the language model by themselves; give generation_inputs where nothing is learned."
                 )
-            if self._first and self._submodules[modality].generation_input is None:
+            submodule = self._submodules[modality]
+            if self._first and submodule.generation_input is None:
                 raise ValueError(
                     f"generation_inputs has {modality!r}, whose spec has no generation_input: its "
                     "generation tokens are looked up in the vocabulary"
                 )
+            rows = submodule.prepare_shown(modality, given)
+            if rows is not None:
+                prepared[modality] = rows
+        return prepared
 
 
 def check_modalities(name: str, given: Mapping[str, object] | None, known: Mapping) -> None:

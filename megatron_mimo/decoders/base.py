@@ -7,37 +7,39 @@ Shapes: `N` rows of one modality in this data-parallel rank's microbatch, `W` th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from math import prod
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from megatron_mimo.decoders.arguments import at_least_one, one_of
+from megatron_mimo.decoders.targets import Prepared, TargetDescription, Targets
 from megatron_mimo.idle import stand_in
 from megatron_mimo.losses import LossTerm
 
-Targets = Mapping[str, Tensor]
 PositionRule = Literal["own", "predecessor"]
 
 
 class Decoder(nn.Module, ABC):
     """Turns rows `[N, W]` at generation tokens into a loss (training) or an output (inference).
 
-    A training step calls, in this order: `num_rows` (to check the targets against the generation
-    tokens), `prepare` once a microbatch (frozen tokenizers and random draws), `share` (under context
-    parallelism, this rank's items), `loss`. Inference calls `sample`. Rows and targets are equal on
-    all tensor- and context-parallel ranks up to `share`.
+    A training step calls, in this order: `prepare` once a microbatch (checks and counts, frozen tokenizers, random
+    draws), `share` (under context parallelism, this rank's items), `loss`. Inference calls `sample`. Rows and
+    targets are equal on all tensor- and context-parallel ranks up to `share`.
 
-    Subclasses define `num_rows` and `loss`, and `loss_shape` where the loss is not one number a row;
-    those that can generate define `sample` with the options they take in its signature.
+    Subclasses define `loss` and are given a description of their targets, or define `num_rows`, and `loss_shape`
+    where the loss is not one number a row; those that can generate define `sample` with the options they take in
+    its signature.
 
     Args:
         width: `W`, the width of the rows the decoder takes.
         position_rule: `"own"` reads the hidden state at each generation token, `"predecessor"`
             that at the position before it, as next-token prediction does.
         rows_per_item: rows that belong together and stay on one rank: 1 where every row is an
-            output of its own, the span's length where a whole span is decoded at once.
+            output of its own, the span's length where a whole span is decoded at once. A description knows.
+        targets: describes what is learned; None where a subclass defines `num_rows`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -53,35 +55,59 @@ class Decoder(nn.Module, ABC):
         tensor(9.)
     """
 
-    def __init__(self, *, width: int, position_rule: PositionRule = "own", rows_per_item: int = 1) -> None:
+    def __init__(
+        self,
+        *,
+        width: int,
+        position_rule: PositionRule = "own",
+        rows_per_item: int = 1,
+        targets: TargetDescription | None = None,
+    ) -> None:
         super().__init__()
+        rows_per_item = rows_per_item if targets is None else targets.rows_per_item
         at_least_one(type(self).__name__, width=width, rows_per_item=rows_per_item)
         one_of(type(self).__name__, "position_rule", position_rule, ("own", "predecessor"))
         self.width = width
         self.position_rule = position_rule
         self.rows_per_item = rows_per_item
+        self.targets = None if targets is None else targets.built()
+        self.tokenizer = None if self.targets is None else self.targets.tokenizer
 
-    @abstractmethod
+    @classmethod
+    def describe(cls, params: Mapping[str, object]) -> TargetDescription | None:
+        """What a decoder of these constructor params learns, without building it: for a generation input on a
+        pipeline stage that the decoder is not on. None where they do not tell."""
+        return params.get("targets")
+
     def num_rows(self, targets: Targets) -> int:
-        """How many generation tokens these targets stand for, read from shapes alone."""
+        """How many generation tokens these targets stand for, read from shapes alone.
+
+        Raises:
+            TypeError, ValueError: targets that are none of this decoder's.
+        """
+        if self.targets is None:
+            raise NotImplementedError(
+                f"{type(self).__name__} must define num_rows or be given a description of targets"
+            )
+        return self.targets.num_rows(targets)
 
     @property
     def rows_per_medium(self) -> int:
         """Rows that one image, clip, ... takes: of one sample, though not always in a row."""
-        return self.rows_per_item
+        return self.rows_per_item if self.targets is None else self.targets.rows_per_medium
 
     @property
     def sampled_rows(self) -> tuple[int, int] | None:
         """Of samples that are rows `[M, D]`, of which a modality assembles images or clips: how many an
         item gives, and `D`. None where samples are whole media, or rows of unknown width."""
-        return None
+        return None if self.targets is None else self.targets.sampled_rows
 
     def loss_shape(self, targets: Targets) -> tuple[int, ...]:
         """Shape of the losses that `loss` sums up for these targets, read from shapes alone.
 
-        One loss a row, unless a subclass says otherwise.
+        One loss a target (a row, where nothing describes them), unless a subclass says otherwise.
         """
-        return (self.num_rows(targets),)
+        return (self.num_rows(targets),) if self.targets is None else self.targets.loss_shape(targets)
 
     def count(self, targets: Targets) -> float:
         """The count of the term that `loss` will give for these targets, before anything runs.
@@ -96,31 +122,44 @@ class Decoder(nn.Module, ABC):
             return float(prod(shape))
         return float(weight.sum()) * prod(shape[weight.ndim :])
 
-    def prepare(self, targets: Targets, stream: str = "") -> dict[str, Tensor]:
-        """The targets with everything added that is computed once a microbatch, outside autograd.
+    def prepare(self, targets: Targets, stream: str = "") -> Prepared:
+        """The targets checked, counted, and with everything added that is computed once a microbatch, outside
+        autograd.
 
         Args:
             targets: what the batch brought, for all `N` rows. Left unchanged.
             stream: prefix of the random stream, `"<modality>/<decoder>"`.
 
         Returns:
-            A new mapping. Draws already given in `targets` are used as they are.
-        """
-        del stream  # a decoder without draws has no use for it
-        return dict(targets)
+            Targets that `loss` does not check again. Draws already given in `targets` are used as they are.
 
-    def share(self, targets: Targets, start_item: int, stop_item: int) -> dict[str, Tensor]:
+        Raises:
+            TypeError, ValueError: targets that are none of this decoder's.
+        """
+        if self.targets is None:
+            return Prepared(dict(targets), self.num_rows(targets), self.rows_per_item)
+        return self.targets.prepare(targets, phase(self, stream))
+
+    def prepared(self, targets: Targets, stream: str = "") -> Prepared:
+        """Prepared targets as they are, others prepared: for a `loss` that may be given either."""
+        if isinstance(targets, Prepared):
+            return targets
+        made = self.prepare(targets, stream)
+        # A `prepare` of one's own may give a plain mapping.
+        return made if isinstance(made, Prepared) else Prepared(made, self.num_rows(made), self.rows_per_item)
+
+    def share(self, targets: Targets, start_item: int, stop_item: int) -> Targets:
         """The targets of items `start_item` up to `stop_item`: one rank's part of the loss.
 
         Args:
-            targets: prepared targets for all items; the first dim of every tensor is a multiple
-                of the number of items.
+            targets: for all items; the first dim of every tensor is a multiple of the number of items.
+
+        Returns:
+            Prepared targets of prepared ones, else a mapping.
         """
-        items = self.num_rows(targets) // self.rows_per_item
-        return {
-            name: value if items == 0 else _item_slice(value, items, start_item, stop_item)
-            for name, value in targets.items()
-        }
+        if isinstance(targets, Prepared):
+            return targets.share(start_item, stop_item)
+        return Prepared(targets, self.num_rows(targets), self.rows_per_item).share(start_item, stop_item).tensors
 
     @abstractmethod
     def loss(self, rows: Tensor, targets: Targets) -> LossTerm:
@@ -128,7 +167,7 @@ class Decoder(nn.Module, ABC):
 
         Args:
             rows: `[N, W]`, this rank's share, with gradient; `N` may be 0.
-            targets: prepared targets of the same rows.
+            targets: of the same rows; prepared ones, or a plain mapping, which is prepared here.
 
         Returns:
             A term whose backward gives every trainable parameter a gradient, zero if `N` is 0.
@@ -186,24 +225,6 @@ class Decoder(nn.Module, ABC):
                 "set `rows_per_item` to the span's length."
             )
 
-    def check_targets(self, targets: Targets, required: Iterable[str], optional: Iterable[str] = ()) -> None:
-        """Refuses targets with a keyword missing or unknown, and those that are no tensors.
-
-        Raises:
-            TypeError: naming the target and its type.
-            ValueError: naming the keywords expected and found.
-        """
-        required, optional = tuple(required), tuple(optional)
-        missing = [name for name in required if name not in targets]
-        unknown = [name for name in targets if name not in required + optional]
-        if missing or unknown:
-            problem = f"lack {missing}" if missing else f"hold the unknown {unknown}"
-            raise ValueError(
-                f"targets of {type(self).__name__} {problem}: it takes {list(required)} and optionally "
-                f"{list(optional)}, found {sorted(targets)}."
-            )
-        check_tensors(type(self).__name__, targets)
-
     def check_noise(self, noise: Tensor, shape: tuple[int, ...]) -> None:
         """Refuses noise to start sampling from that does not fit the rows, which would be broadcast.
 
@@ -214,14 +235,6 @@ class Decoder(nn.Module, ABC):
             raise ValueError(
                 f"{type(self).__name__}'s noise must be {list(shape)} for these rows, got {list(noise.shape)}"
             )
-
-    def check_shapes(self, targets: Targets, **expected: tuple[int, ...]) -> None:
-        """Refuses targets of another shape than expected; those that are not there pass.
-
-        Raises:
-            ValueError: naming the target and both shapes.
-        """
-        check_shapes(type(self).__name__, targets, **expected)
 
 
 def weighted_sum(values: Tensor, weight: Tensor | None) -> LossTerm:
@@ -290,34 +303,6 @@ def over(weight: Tensor, values: Tensor) -> Tensor:
     return weight.reshape(weight.shape + (1,) * (values.ndim - weight.ndim))
 
 
-def check_tensors(owner: str, targets: Targets) -> None:
-    """Refuses targets that are no tensors.
-
-    Raises:
-        TypeError: naming the owner, the target and its type.
-    """
-    for name, value in targets.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"{owner}'s {name} must be a tensor, got {type(value).__name__}. Convert it where the "
-                "batch is collated."
-            )
-
-
-def check_shapes(owner: str, targets: Targets, **expected: tuple[int, ...]) -> None:
-    """Refuses targets of another shape than expected; those that are not there pass.
-
-    Raises:
-        ValueError: naming the owner, the target and both shapes.
-    """
-    for name, shape in expected.items():
-        if name in targets and tuple(targets[name].shape) != shape:
-            raise ValueError(
-                f"{owner}'s {name} must have shape {list(shape)} beside its other targets, got "
-                f"{list(targets[name].shape)}"
-            )
-
-
 def phase(module: nn.Module, stream: str) -> str:
     """The stream to draw from: evaluation has one of its own, so that training's draws go on as if
     it had not run.
@@ -327,34 +312,3 @@ def phase(module: nn.Module, stream: str) -> str:
         'images/pixels/eval'
     """
     return stream if module.training else f"{stream}/eval"
-
-
-def at_least_one(owner: str, **sizes: int) -> None:
-    """Refuses sizes that are no positive int.
-
-    Raises:
-        ValueError: naming the owner, the option and its value.
-    """
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{owner}: {name} must be an int of at least 1, got {size!r}")
-
-
-def one_of(owner: str, option: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Refuses an option outside its allowed values.
-
-    Raises:
-        ValueError: naming the owner, the option, its value and the allowed ones.
-    """
-    if value not in allowed:
-        raise ValueError(f"{owner}: {option} must be one of {list(allowed)}, got {value!r}")
-
-
-def _item_slice(value: Tensor, items: int, start_item: int, stop_item: int) -> Tensor:
-    if value.shape[0] % items:
-        raise ValueError(
-            f"a target of shape {list(value.shape)} cannot be shared out over {items} items: its first "
-            "dim must be a multiple of their number."
-        )
-    per_item = value.shape[0] // items
-    return value[start_item * per_item : stop_item * per_item]

@@ -17,19 +17,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from megatron_mimo.assemble import images_to_patches, patches_to_images
-from megatron_mimo.decoders.base import (
-    Decoder,
-    PositionRule,
-    Targets,
-    at_least_one,
-    phase,
-    usable,
-    weighted_sum,
-)
+from megatron_mimo.assemble import images_to_patches
+from megatron_mimo.decoders.arguments import at_least_one
+from megatron_mimo.decoders.base import Decoder, PositionRule, phase, usable, weighted_sum
 from megatron_mimo.decoders.guidance import ConditionDropout, guided
+from megatron_mimo.decoders.image_targets import ImageTargets
+from megatron_mimo.decoders.targets import Prepared, Targets
 from megatron_mimo.decoders.tokenizers import LatentTokenizer, built
-from megatron_mimo.draws import draws
 from megatron_mimo.losses import LossTerm
 
 if TYPE_CHECKING:
@@ -94,63 +88,37 @@ class DiffusersDecoder(Decoder):
         tokenizer: LatentTokenizer | ModuleSpec | None = None,
         position_rule: PositionRule = "own",
     ) -> None:
-        super().__init__(width=width, position_rule=position_rule, rows_per_item=rows_per_item)
         library = _library()
-        self.model = built(model)
-        _check_model(self.model, width)
         if not isinstance(scheduler, library.SchedulerMixin):
             raise TypeError(f"DiffusersDecoder needs a scheduler of diffusers, got {type(scheduler).__name__}")
+        objective = _objective(library, scheduler, sample_shape)
+        targets = ImageTargets(
+            sample_shape=tuple(sample_shape), rows_per_item=rows_per_item, steps=objective.steps, tokenizer=tokenizer
+        )
+        super().__init__(width=width, position_rule=position_rule, targets=targets)
+        self.model = built(model)
+        _check_model(self.model, width)
         self.scheduler = scheduler
-        self.objective = _objective(library, scheduler, sample_shape)
-        self.sample_shape = tuple(sample_shape)
+        self.objective = objective
+        self.sample_shape = targets.sample_shape
         self.condition_dropout = ConditionDropout(width, condition_dropout)
-        self.tokenizer = None if tokenizer is None else built(tokenizer)
         if self.tokenizer is not None and self.tokenizer.latent_shape != self.sample_shape:
             raise ValueError(
                 f"DiffusersDecoder: sample_shape {self.sample_shape} differs from the tokenizer's "
                 f"latent_shape {self.tokenizer.latent_shape}"
             )
 
-    def num_rows(self, targets: Targets) -> int:
-        """`rows_per_item` for every image."""
-        draws_and_weight = ("weight", "step", "noise", "drop")
-        if "media" in targets and self.tokenizer is not None:
-            self.check_targets(targets, ("media",), draws_and_weight)
-            items = targets["media"].shape[0]
-        else:
-            self.check_targets(targets, ("target",), draws_and_weight)
-            items = self._check_target(targets["target"])
-        each = dict.fromkeys(("weight", "step", "drop"), (items,))
-        self.check_shapes(targets, noise=(items, *self.sample_shape), **each)
-        return items * self.rows_per_item
-
-    def loss_shape(self, targets: Targets) -> tuple[int]:
-        """One loss an image."""
-        return (self.num_rows(targets) // self.rows_per_item,)
-
-    def prepare(self, targets: Targets, stream: str = "") -> dict[str, Tensor]:
+    def prepare(self, targets: Targets, stream: str = "") -> Prepared:
         """The targets with `target`, `step`, `noise` and, where conditions are dropped, `drop`."""
-        items, stream = self.num_rows(targets) // self.rows_per_item, phase(self, stream)
-        prepared = dict(targets)
-        if "media" in prepared:
-            latents = self.tokenizer.encode(prepared.pop("media"))
-            prepared["target"] = patches_to_images(latents, self.sample_shape)
-        clean = prepared["target"]
-        if "step" not in prepared:
-            with draws(f"{stream}/step"):
-                prepared["step"] = torch.randint(self.objective.steps, (items,), device=clean.device)
-        if "noise" not in prepared:
-            with draws(f"{stream}/noise"):
-                prepared["noise"] = torch.randn(clean.shape, device=clean.device)
-        drop = self.condition_dropout.draw(items, clean.device, stream)
-        return prepared if drop is None else {"drop": drop, **prepared}
+        prepared, stream = super().prepare(targets, stream), phase(self, stream)
+        return self.condition_dropout.drawn(prepared, prepared["target"].device, stream)
 
     def loss(self, rows: Tensor, targets: Targets) -> LossTerm:
         """Squared error of the prediction, its mean over an image, summed; and the images' weight."""
-        self.check_rows(rows, expected=self.num_rows(targets))
+        targets = self.prepared(targets)
+        self.check_rows(rows, expected=targets.num_rows)
         if rows.shape[0] == 0:
             return self.zero_loss(rows)
-        self.check_targets(targets, ("target", "step", "noise"), ("weight", "drop"))
         clean = usable(targets["target"].float(), targets.get("weight"))
         noise, step = targets["noise"].float(), targets["step"]
         condition = self.condition_dropout(rows, targets.get("drop"))
@@ -226,14 +194,6 @@ class DiffusersDecoder(Decoder):
         if self.tokenizer is None:
             return samples
         return self.tokenizer.decode(images_to_patches(samples, self.tokenizer.patch))
-
-    def _check_target(self, target: Tensor) -> int:
-        shape = tuple(target.shape)
-        if len(shape) != 4 or shape[1:] != self.sample_shape:
-            raise ValueError(
-                f"DiffusersDecoder's target must be [n, {', '.join(map(str, self.sample_shape))}], got {list(shape)}"
-            )
-        return shape[0]
 
 
 class _Table(nn.Module):

@@ -5,25 +5,19 @@ Shapes: `N` rows, `W` width of the rows, `K` codebooks, `V` entries of a codeboo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_mimo.decoders.base import (
-    Decoder,
-    PositionRule,
-    Targets,
-    at_least_one,
-    over,
-    phase,
-    weighted_sum,
-)
+from megatron_mimo.decoders.arguments import at_least_one, not_both
+from megatron_mimo.decoders.base import Decoder, PositionRule, over, phase, weighted_sum
 from megatron_mimo.decoders.guidance import ConditionDropout, guided
 from megatron_mimo.decoders.layers import Sharding
-from megatron_mimo.decoders.tokenizers import Tokenizer, built
+from megatron_mimo.decoders.targets import CodeTargets, Prepared, Targets
+from megatron_mimo.decoders.tokenizers import Tokenizer
 from megatron_mimo.losses import LossTerm
 
 if TYPE_CHECKING:
@@ -44,6 +38,7 @@ class DiscreteDecoder(Decoder):
     Args:
         width: `W`.
         codebook_sizes: `V`, or one for each of the `K` codebooks.
+        targets: describes the codes in place of `codebook_sizes` and `tokenizer`.
         hidden_width: width of a hidden layer with GELU before the heads; None for heads alone.
         condition_dropout: how often a row is replaced by a learned null condition in training, for
             guidance in sampling without unconditional rows from the language model.
@@ -68,7 +63,8 @@ class DiscreteDecoder(Decoder):
         self,
         *,
         width: int,
-        codebook_sizes: int | Sequence[int],
+        codebook_sizes: int | Sequence[int] | None = None,
+        targets: CodeTargets | None = None,
         hidden_width: int | None = None,
         condition_dropout: float = 0.0,
         tokenizer: Tokenizer | ModuleSpec | None = None,
@@ -76,49 +72,34 @@ class DiscreteDecoder(Decoder):
         config: ModelParallelConfig | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
-        super().__init__(width=width, position_rule=position_rule)
-        sizes = (codebook_sizes,) if isinstance(codebook_sizes, int) else tuple(codebook_sizes)
+        if targets is not None:
+            not_both("DiscreteDecoder", codebook_sizes=codebook_sizes, tokenizer=tokenizer)
+        elif codebook_sizes is None:
+            raise ValueError("DiscreteDecoder: expected codebook_sizes or a description as `targets`, found neither")
+        else:
+            targets = CodeTargets(codebook_sizes, tokenizer)
+        super().__init__(width=width, position_rule=position_rule, targets=targets)
+        sizes = self.codebook_sizes = targets.codebook_sizes
         sharding = Sharding(config, pg_collection)
         _check_sizes(sizes, sharding.size)
-        self.codebook_sizes = sizes
         self.condition_dropout = ConditionDropout(width, condition_dropout)
-        self.tokenizer = None if tokenizer is None else built(tokenizer)
         if hidden_width is not None:
             at_least_one("DiscreteDecoder", hidden_width=hidden_width)
         self.hidden = None if hidden_width is None else sharding.whole(width, hidden_width)
         self.heads = nn.ModuleList(sharding.column(hidden_width or width, size) for size in sizes)
         self._group = sharding.group()
 
-    def num_rows(self, targets: Targets) -> int:
-        """The number of codes (or tokens of the media), one a row."""
-        if "media" in targets and self.tokenizer is not None:
-            self.check_targets(targets, ("media",), ("weight", "drop"))
-            rows = targets["media"].shape[0] * self.tokenizer.tokens_per_item
-        else:
-            self._check_codes(targets)
-            rows = targets["codes"].shape[0]
-        weight = targets.get("weight")
-        each = (len(self.codebook_sizes),) if weight is not None and weight.ndim == 2 else ()
-        self.check_shapes(targets, drop=(rows,), weight=(rows, *each))
-        return rows
+    @classmethod
+    def describe(cls, params: Mapping[str, object]) -> CodeTargets | None:
+        """Codes of `codebook_sizes`, from the `tokenizer` where there is one."""
+        if params.get("codebook_sizes") is None:
+            return params.get("targets")
+        return CodeTargets(params["codebook_sizes"], params.get("tokenizer"))
 
-    @property
-    def rows_per_medium(self) -> int:
-        """The tokenizer's grid, or 1 without a tokenizer."""
-        return 1 if self.tokenizer is None else self.tokenizer.tokens_per_item
-
-    def loss_shape(self, targets: Targets) -> tuple[int, int]:
-        """One loss for each row and codebook."""
-        return self.num_rows(targets), len(self.codebook_sizes)
-
-    def prepare(self, targets: Targets, stream: str = "") -> dict[str, Tensor]:
+    def prepare(self, targets: Targets, stream: str = "") -> Prepared:
         """The targets with `codes` in place of `media`, and `drop` where conditions are dropped."""
-        rows = self.num_rows(targets)
-        prepared = dict(targets)
-        if "media" in prepared:
-            prepared["codes"] = self.tokenizer.encode(prepared.pop("media"))
-        drop = self.condition_dropout.draw(rows, prepared["codes"].device, phase(self, stream))
-        return prepared if drop is None else {"drop": drop, **prepared}
+        prepared, stream = super().prepare(targets, stream), phase(self, stream)
+        return self.condition_dropout.drawn(prepared, prepared["codes"].device, stream)
 
     def loss(self, rows: Tensor, targets: Targets) -> LossTerm:
         """Cross-entropy summed over rows and codebooks, and the codes' weight.
@@ -126,8 +107,8 @@ class DiscreteDecoder(Decoder):
         A code outside its codebook raises on the CPU; on a device, where looking would wait for it,
         it makes the loss NaN. Codes of weight 0 may be anything.
         """
-        self.check_targets(targets, ("codes",), ("weight", "drop"))
-        self.check_rows(rows, expected=self.num_rows(targets))
+        targets = self.prepared(targets)
+        self.check_rows(rows, expected=targets.num_rows)
         if rows.shape[0] == 0:
             return self.zero_loss(rows)
         codes = targets["codes"].reshape(rows.shape[0], -1)
@@ -200,17 +181,6 @@ class DiscreteDecoder(Decoder):
         from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
         return vocab_parallel_cross_entropy(logits.float(), codes, tp_group=self._group)
-
-    def _check_codes(self, targets: Targets) -> None:
-        self.check_targets(targets, ("codes",), ("weight", "drop"))
-        codes = targets["codes"]
-        books = len(self.codebook_sizes)
-        fits = (codes.ndim == 2 and codes.shape[1] == books) or codes.ndim == books == 1
-        if not fits or codes.dtype != torch.int64:
-            raise ValueError(
-                f"DiscreteDecoder's codes must be int64 [N{'' if books == 1 else f', {books}'}], got "
-                f"{codes.dtype} {list(codes.shape)}"
-            )
 
 
 def in_codebooks(codes: Tensor, sizes: Sequence[int], weight: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -291,10 +261,7 @@ def draw_codes(
 
 
 def _check_sizes(sizes: tuple[int, ...], parts: int) -> None:
-    if not sizes:
-        raise ValueError("DiscreteDecoder: codebook_sizes must name at least one codebook")
     for size in sizes:
-        at_least_one("DiscreteDecoder", codebook_sizes=size)
         if size % parts:
             raise ValueError(
                 f"DiscreteDecoder: a codebook of {size} entries cannot be shared out over {parts} "

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from megatron_mimo.decoders.base import PositionRule, at_least_one
+from megatron_mimo.decoders.arguments import at_least_one
+from megatron_mimo.decoders.base import PositionRule
 from megatron_mimo.decoders.layers import (
     FeedForward,
     Modulation,
@@ -20,7 +21,9 @@ from megatron_mimo.decoders.layers import (
     TimeEmbedding,
     modulated,
 )
-from megatron_mimo.decoders.rectified_flow import RectifiedFlow, RectifiedFlowDecoder, repeated
+from megatron_mimo.decoders.path import RectifiedFlow, repeated
+from megatron_mimo.decoders.rectified_flow import RectifiedFlowDecoder
+from megatron_mimo.decoders.targets import FlowTargets
 from megatron_mimo.decoders.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
@@ -37,14 +40,15 @@ class FlowDecoder(RectifiedFlowDecoder):
     Args:
         width: `W`.
         target_width: `D`.
+        targets: describes the targets in place of `target_width`, `rows_per_item`, `flow` and `tokenizer`.
         hidden_width: width of the network; even.
         depth: number of residual blocks.
-        flow: how time is drawn; share it with a `NoisedTargetInput`.
+        flow: how time is drawn.
         condition_dropout: how often an item's rows are replaced by a learned null condition in
             training, for guidance in sampling.
         tokenizer: frozen codec, or its spec, that makes targets from media and media from samples.
         position_rule: see `Decoder`.
-        rows_per_item: rows that share one time, 1 for each row its own.
+        rows_per_item: rows that share one time; None for 1, each row its own.
         config: the language model's config cuts the network's matrices over its tensor-parallel
             ranks; None keeps them whole on each, which spares a small head its collectives.
         pg_collection: process groups, of which a config makes use of `tp`; None for Megatron's.
@@ -66,35 +70,36 @@ class FlowDecoder(RectifiedFlowDecoder):
         self,
         *,
         width: int,
-        target_width: int,
+        target_width: int | None = None,
+        targets: FlowTargets | None = None,
         hidden_width: int = 1024,
         depth: int = 3,
-        flow: RectifiedFlow = RectifiedFlow(),
+        flow: RectifiedFlow | None = None,
         condition_dropout: float = 0.0,
         tokenizer: Tokenizer | ModuleSpec | None = None,
         position_rule: PositionRule = "own",
-        rows_per_item: int = 1,
+        rows_per_item: int | None = None,
         config: ModelParallelConfig | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(
             width=width,
+            targets=targets,
             target_width=target_width,
             rows_per_item=rows_per_item,
-            targets_per_item=rows_per_item,
             flow=flow,
-            condition_dropout=condition_dropout,
             tokenizer=tokenizer,
+            condition_dropout=condition_dropout,
             position_rule=position_rule,
         )
         at_least_one("FlowDecoder", hidden_width=hidden_width, depth=depth)
         sharding = Sharding(config, pg_collection)
-        self.noised_in = sharding.whole(target_width, hidden_width)
+        self.noised_in = sharding.whole(self.target_width, hidden_width)
         self.condition_in = sharding.whole(width, hidden_width)
         self.time = TimeEmbedding(hidden_width, sharding)
         self.blocks = nn.ModuleList(_Block(hidden_width, sharding) for _ in range(depth))
         self.last_modulation = Modulation(hidden_width, 2, sharding)
-        self.out = sharding.whole(hidden_width, target_width)
+        self.out = sharding.whole(hidden_width, self.target_width)
         nn.init.zeros_(self.out.weight)
 
     def velocity(self, rows: Tensor, x: Tensor, time: Tensor) -> Tensor:

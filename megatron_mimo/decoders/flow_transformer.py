@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_mimo.decoders.base import PositionRule, at_least_one, one_of
+from megatron_mimo.decoders.arguments import at_least_one, one_of
+from megatron_mimo.decoders.base import PositionRule
 from megatron_mimo.decoders.layers import (
     FeedForward,
     Modulation,
@@ -23,7 +24,9 @@ from megatron_mimo.decoders.layers import (
     TimeEmbedding,
     modulated,
 )
-from megatron_mimo.decoders.rectified_flow import RectifiedFlow, RectifiedFlowDecoder
+from megatron_mimo.decoders.path import RectifiedFlow
+from megatron_mimo.decoders.rectified_flow import RectifiedFlowDecoder
+from megatron_mimo.decoders.targets import FlowTargets
 from megatron_mimo.decoders.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
@@ -42,13 +45,15 @@ class FlowTransformerDecoder(RectifiedFlowDecoder):
         target_width: `D`.
         targets_per_item: `T`.
         rows_per_item: rows of a span, which need not be `T`.
+        targets: describes the targets in place of `target_width`, `targets_per_item`, `rows_per_item`, `flow` and
+            `tokenizer`.
         hidden_width: width of the transformer; even, and a multiple of `heads`.
         depth: number of blocks.
         heads: attention heads; with a config, a multiple of the tensor-parallel size.
         condition: `"prefix"` puts the rows as tokens before the noised ones. `"own"` steers each token
             by its own row instead, for rows and targets that correspond one to one: fewer tokens, and
             learned sooner (the digits demo dials 99 % of its tones after 800 steps, against 53 %).
-        flow: how time is drawn; share it with a `NoisedTargetInput`.
+        flow: how time is drawn.
         condition_dropout: how often an item's rows are replaced by a learned null condition in
             training, for guidance in sampling.
         tokenizer: frozen codec, or its spec, that makes targets from media and media from samples.
@@ -75,14 +80,15 @@ class FlowTransformerDecoder(RectifiedFlowDecoder):
         self,
         *,
         width: int,
-        target_width: int,
-        targets_per_item: int,
-        rows_per_item: int,
+        target_width: int | None = None,
+        targets_per_item: int | None = None,
+        rows_per_item: int | None = None,
+        targets: FlowTargets | None = None,
         hidden_width: int = 768,
         depth: int = 12,
         heads: int = 12,
         condition: Literal["prefix", "own"] = "prefix",
-        flow: RectifiedFlow = RectifiedFlow(),
+        flow: RectifiedFlow | None = None,
         condition_dropout: float = 0.0,
         tokenizer: Tokenizer | ModuleSpec | None = None,
         position_rule: PositionRule = "own",
@@ -91,14 +97,16 @@ class FlowTransformerDecoder(RectifiedFlowDecoder):
     ) -> None:
         super().__init__(
             width=width,
+            targets=targets,
             target_width=target_width,
             rows_per_item=rows_per_item,
             targets_per_item=targets_per_item,
             flow=flow,
-            condition_dropout=condition_dropout,
             tokenizer=tokenizer,
+            condition_dropout=condition_dropout,
             position_rule=position_rule,
         )
+        rows_per_item, targets_per_item = self.rows_per_item, self.targets_per_item
         at_least_one("FlowTransformerDecoder", hidden_width=hidden_width, depth=depth, heads=heads)
         one_of("FlowTransformerDecoder", "condition", condition, ("prefix", "own"))
         if condition == "own" and rows_per_item != targets_per_item:
@@ -110,7 +118,7 @@ class FlowTransformerDecoder(RectifiedFlowDecoder):
         self.condition = condition
         sharding = Sharding(config, pg_collection)
         self.condition_in = sharding.whole(width, hidden_width)
-        self.noised_in = sharding.whole(target_width, hidden_width)
+        self.noised_in = sharding.whole(self.target_width, hidden_width)
         prefix = rows_per_item if condition == "prefix" else 0
         places = torch.empty(prefix + targets_per_item, hidden_width)
         places = nn.init.normal_(places, std=0.02)  # small beside the tokens they are added to
@@ -118,7 +126,7 @@ class FlowTransformerDecoder(RectifiedFlowDecoder):
         self.time = TimeEmbedding(hidden_width, sharding)
         self.blocks = nn.ModuleList(_Block(hidden_width, heads, sharding) for _ in range(depth))
         self.last_modulation = Modulation(hidden_width, 2, sharding)
-        self.out = sharding.whole(hidden_width, target_width)
+        self.out = sharding.whole(hidden_width, self.target_width)
         nn.init.zeros_(self.out.weight)
 
     def velocity(self, rows: Tensor, x: Tensor, time: Tensor) -> Tensor:

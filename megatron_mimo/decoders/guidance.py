@@ -11,6 +11,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from megatron_mimo.decoders.targets import Prepared
 from megatron_mimo.draws import draws
 
 
@@ -39,13 +40,20 @@ class ConditionDropout(nn.Module):
         self.null = nn.Parameter(torch.zeros(width)) if probability else None
         self._warned = False
 
-    def draw(self, items: int, device: torch.device, stream: str) -> Tensor | None:
-        """Which items lose their condition, bool `[items]`, or None where none does: in evaluation, or
-        without a null condition."""
+    def drawn(self, prepared: Prepared, device: torch.device, stream: str) -> Prepared:
+        """The targets with which items lose their condition, `drop` bool `[items]`; as they are where none does: in
+        evaluation, or without a null condition.
+
+        Args:
+            prepared: whose own `drop` stays.
+            device: of the draw.
+            stream: prefix of the random stream.
+        """
         if self.null is None or not self.training:
-            return None
+            return prepared
         with draws(f"{stream}/drop"):
-            return torch.rand(items, device=device) < self.probability
+            drop = torch.rand(prepared.num_rows // prepared.rows_per_item, device=device) < self.probability
+        return prepared.adding({"drop": drop})
 
     def forward(self, rows: Tensor, drop: Tensor | None) -> Tensor:
         """The rows with those of dropped items replaced.

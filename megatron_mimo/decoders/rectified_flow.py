@@ -1,8 +1,4 @@
-"""Rectified flow: the straight path between data and noise, solvers along it, and its decoder.
-
-Liu et al., "Flow Straight and Fast", arXiv 2209.03003, with time running as in Esser et al.,
-arXiv 2403.03206: `x_t = (1 - t) * clean + t * noise`, `velocity = dx/dt = noise - clean`, so
-sampling starts from noise at `t = 1` and integrates down to `t = 0`.
+"""The decoder of a rectified flow: it learns the velocity from noise to its targets, and integrates it.
 
 Shapes: `N` rows, `n` items, `W` width of the rows, `M` targets, `D` width of a target.
 """
@@ -10,151 +6,25 @@ Shapes: `N` rows, `n` items, `W` width of the rows, `M` targets, `D` width of a 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from megatron_mimo.decoders.base import (
-    Decoder,
-    PositionRule,
-    Targets,
-    at_least_one,
-    one_of,
-    phase,
-    usable,
-    weighted_sum,
-)
+from megatron_mimo.decoders.arguments import not_both
+from megatron_mimo.decoders.base import Decoder, PositionRule, phase, usable, weighted_sum
 from megatron_mimo.decoders.guidance import ConditionDropout, guided
-from megatron_mimo.decoders.tokenizers import Tokenizer, built
-from megatron_mimo.draws import draws
+from megatron_mimo.decoders.path import RectifiedFlow, integrate, noised, repeated
+from megatron_mimo.decoders.targets import FlowTargets, Prepared, Targets
+from megatron_mimo.decoders.tokenizers import Tokenizer
 from megatron_mimo.losses import LossTerm
 
 if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
 
-
-@dataclass(frozen=True)
-class RectifiedFlow:
-    """How training draws time and noise. Decoder and input rule of a modality share one.
-
-    Args:
-        time: `"uniform"` over [0, 1], or `"logit-normal"`, `sigmoid(z)` with
-            `z ~ Normal(logit_mean, logit_std)`, which spends more draws on the middle of the path
-            (arXiv 2403.03206, section 3.1).
-        logit_mean, logit_std: of the logit-normal.
-
-    Raises:
-        ValueError: an unknown `time` or a standard deviation that is not positive.
-
-    Example:
-        >>> flow = RectifiedFlow(time="logit-normal")
-        >>> targets = flow.add_draws({"target": torch.zeros(6, 4)}, items=3, stream="images/pixels")
-        >>> targets["time"].shape, targets["noise"].shape
-        (torch.Size([3]), torch.Size([6, 4]))
-    """
-
-    time: Literal["uniform", "logit-normal"] = "uniform"
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
-
-    def __post_init__(self) -> None:
-        one_of("RectifiedFlow", "time", self.time, ("uniform", "logit-normal"))
-        if not self.logit_std > 0:
-            raise ValueError(f"RectifiedFlow: logit_std must be positive, got {self.logit_std}")
-
-    def add_draws(self, targets: Targets, items: int, stream: str) -> dict[str, Tensor]:
-        """The targets with `time` `[items]` and `noise` for `target`, unless they hold them.
-
-        Args:
-            targets: hold `target` `[N, ...]`. Left unchanged.
-            items: how many times to draw, one for each run of `N / items` leading elements.
-            stream: prefix of the random stream.
-
-        Returns:
-            A new mapping; what was drawn is float32, on the device of `target`.
-        """
-        targets = dict(targets)
-        clean = targets["target"]
-        if "time" not in targets:
-            with draws(f"{stream}/time"):
-                targets["time"] = self._time(items, clean.device)
-        if "noise" not in targets:
-            with draws(f"{stream}/noise"):
-                targets["noise"] = torch.randn(clean.shape, device=clean.device)
-        return targets
-
-    def _time(self, items: int, device: torch.device) -> Tensor:
-        if self.time == "uniform":
-            return torch.rand(items, device=device)
-        return torch.sigmoid(self.logit_mean + self.logit_std * torch.randn(items, device=device))
-
-
-def noised(clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-    """`x_t = (1 - t) * clean + t * noise`, float32.
-
-    Args:
-        clean, noise: `[N, ...]`, rank-local.
-        time: `[n]` in [0, 1], one for each run of `N / n` leading elements.
-    """
-    time = repeated(time, clean.shape[0]).reshape(-1, *(1,) * (clean.ndim - 1))
-    return (1 - time) * clean.float() + time * noise.float()
-
-
-def repeated(values: Tensor, rows: int) -> Tensor:
-    """Values `[n, ...]`, one for each run of `rows / n` rows, as `[rows, ...]`.
-
-    Example:
-        >>> repeated(torch.tensor([1.0, 2.0]), rows=4)
-        tensor([1., 1., 2., 2.])
-    """
-    run = rows // max(values.shape[0], 1)
-    return values[:, None].expand(-1, run, *values.shape[1:]).flatten(0, 1)
-
-
-def integrate(
-    velocity: Callable[[Tensor, Tensor], Tensor],
-    noise: Tensor,
-    *,
-    steps: int,
-    solver: Literal["euler", "heun"] = "euler",
-    shift: float = 1.0,
-) -> Tensor:
-    """The sample at `t = 0` that the velocity field carries `noise` at `t = 1` to.
-
-    Args:
-        velocity: `(x, time) -> dx/dt`; `x` shaped like `noise`, `time` a float32 scalar tensor.
-        noise: `[N, ...]`, float32, rank-local.
-        steps: number of steps, of equal length where `shift` is 1. Heun evaluates the field twice
-            a step and errs by the square of the step's length, Euler by the length.
-        shift: `t -> shift * t / (1 + (shift - 1) * t)` applied to the steps' ends; above 1 it
-            spends more steps near the noise, as larger images need (arXiv 2403.03206, eq. 23).
-
-    Raises:
-        ValueError: an option is out of range.
-
-    Example:
-        >>> integrate(lambda x, t: torch.ones_like(x), torch.ones(3), steps=4)
-        tensor([0., 0., 0.])
-    """
-    at_least_one("integrate", steps=steps)
-    one_of("integrate", "solver", solver, ("euler", "heun"))
-    if not shift > 0:
-        raise ValueError(f"integrate: shift must be positive, got {shift}")
-    ends = torch.linspace(1, 0, steps + 1, device=noise.device)
-    ends = shift * ends / (1 + (shift - 1) * ends)
-    x = noise.float()
-    for step in range(steps):
-        here, there = ends[step], ends[step + 1]
-        slope = velocity(x, here)
-        ahead = x + (there - here) * slope
-        if solver == "heun":
-            ahead = x + (there - here) * (slope + velocity(ahead, there)) / 2
-        x = ahead
-    return x
+__all__ = ["RectifiedFlow", "RectifiedFlowDecoder", "integrate", "noised", "repeated"]
 
 
 class RectifiedFlowDecoder(Decoder):
@@ -169,35 +39,59 @@ class RectifiedFlowDecoder(Decoder):
 
     Args:
         width: `W`.
+        targets: describes the targets; None for what the next five say.
         target_width: `D`.
-        rows_per_item: rows of an item, which share one time.
-        targets_per_item: targets of an item, `M = n * targets_per_item`.
-        flow: how time is drawn; share it with a `NoisedTargetInput`.
+        rows_per_item: rows of an item, which share one time; None for 1.
+        targets_per_item: targets of an item, `M = n * targets_per_item`; None for as many as rows.
+        flow: how time is drawn; None for uniform.
+        tokenizer: frozen codec, or its spec, that makes targets from media and media from samples.
         condition_dropout: how often an item's rows are replaced by a learned null condition in
             training, for guidance in sampling.
-        tokenizer: frozen codec, or its spec, that makes targets from media and media from samples.
         position_rule: see `Decoder`.
+
+    Raises:
+        ValueError: a description and one of the five beside it, or neither.
     """
 
     def __init__(
         self,
         *,
         width: int,
-        target_width: int,
-        rows_per_item: int,
-        targets_per_item: int,
-        flow: RectifiedFlow,
-        condition_dropout: float,
-        tokenizer: Tokenizer | ModuleSpec | None,
-        position_rule: PositionRule,
+        targets: FlowTargets | None = None,
+        target_width: int | None = None,
+        rows_per_item: int | None = None,
+        targets_per_item: int | None = None,
+        flow: RectifiedFlow | None = None,
+        tokenizer: Tokenizer | ModuleSpec | None = None,
+        condition_dropout: float = 0.0,
+        position_rule: PositionRule = "own",
     ) -> None:
-        super().__init__(width=width, position_rule=position_rule, rows_per_item=rows_per_item)
-        at_least_one(type(self).__name__, target_width=target_width, targets_per_item=targets_per_item)
-        self.target_width = target_width
-        self.targets_per_item = targets_per_item
-        self.flow = flow
+        named = dict(target_width=target_width, rows_per_item=rows_per_item, targets_per_item=targets_per_item)
+        named |= dict(flow=flow, tokenizer=tokenizer)
+        if targets is not None:
+            not_both(type(self).__name__, **named)
+        else:
+            targets = self.describe(named)
+        if targets is None:
+            raise ValueError(f"{type(self).__name__}: expected target_width or a description as `targets`")
+        super().__init__(width=width, position_rule=position_rule, targets=targets)
+        self.target_width = targets.width
+        self.targets_per_item = targets.targets_per_item
         self.condition_dropout = ConditionDropout(width, condition_dropout)
-        self.tokenizer = None if tokenizer is None else built(tokenizer)
+
+    @classmethod
+    def describe(cls, params: Mapping[str, object]) -> FlowTargets | None:
+        """Vectors of `target_width`, `targets_per_item` for `rows_per_item` rows, by the `flow`."""
+        if params.get("target_width") is None:
+            return params.get("targets")
+        rows = params.get("rows_per_item")
+        return FlowTargets(
+            params["target_width"],
+            params.get("tokenizer"),
+            RectifiedFlow() if params.get("flow") is None else params["flow"],
+            1 if rows is None else rows,
+            params.get("targets_per_item"),
+        )
 
     @abstractmethod
     def velocity(self, rows: Tensor, x: Tensor, time: Tensor) -> Tensor:
@@ -209,58 +103,17 @@ class RectifiedFlowDecoder(Decoder):
             time: float32, `[n]` or a scalar for all.
         """
 
-    def num_rows(self, targets: Targets) -> int:
-        """`rows_per_item` for every `targets_per_item` targets (or tokens of the media)."""
-        if "media" in targets and self.tokenizer is not None:
-            self.check_targets(targets, ("media",), ("weight", "time", "noise", "drop"))
-            count = targets["media"].shape[0] * self.tokenizer.tokens_per_item
-        else:
-            self.check_targets(targets, ("target",), ("weight", "time", "noise", "drop"))
-            count = self._check_target(targets["target"])
-        if count % self.targets_per_item:
-            raise ValueError(
-                f"{type(self).__name__} got {count} targets, which is no whole number of items of "
-                f"{self.targets_per_item}."
-            )
-        items = count // self.targets_per_item
-        shapes = {"time": (items,), "drop": (items,), "noise": (count, self.target_width)}
-        self.check_shapes(targets, weight=(count,), **shapes)
-        return items * self.rows_per_item
-
-    @property
-    def rows_per_medium(self) -> int:
-        """`rows_per_item` for every `targets_per_item` tokens of a medium, or one item's without a
-        tokenizer."""
-        if self.tokenizer is None:
-            return self.rows_per_item
-        items = self.tokenizer.tokens_per_item // self.targets_per_item
-        return max(items, 1) * self.rows_per_item
-
-    @property
-    def sampled_rows(self) -> tuple[int, int] | None:
-        """An item's targets; None where the tokenizer makes media of them."""
-        return (self.targets_per_item, self.target_width) if self.tokenizer is None else None
-
-    def loss_shape(self, targets: Targets) -> tuple[int]:
-        """One loss a target."""
-        return (self.num_rows(targets) // self.rows_per_item * self.targets_per_item,)
-
-    def prepare(self, targets: Targets, stream: str = "") -> dict[str, Tensor]:
+    def prepare(self, targets: Targets, stream: str = "") -> Prepared:
         """The targets with `target`, `time`, `noise` and, where conditions are dropped, `drop`."""
-        items, stream = self.num_rows(targets) // self.rows_per_item, phase(self, stream)
-        prepared = dict(targets)
-        if "media" in prepared:
-            prepared["target"] = self.tokenizer.encode(prepared.pop("media"))
-        prepared = self.flow.add_draws(prepared, items, stream)
-        drop = self.condition_dropout.draw(items, prepared["target"].device, stream)
-        return prepared if drop is None else {"drop": drop, **prepared}
+        prepared, stream = super().prepare(targets, stream), phase(self, stream)
+        return self.condition_dropout.drawn(prepared, prepared["target"].device, stream)
 
     def loss(self, rows: Tensor, targets: Targets) -> LossTerm:
         """Squared velocity error, its mean over `D`, summed over targets; and their weight."""
-        self.check_rows(rows, expected=self.num_rows(targets))
+        targets = self.prepared(targets)
+        self.check_rows(rows, expected=targets.num_rows)
         if rows.shape[0] == 0:
             return self.zero_loss(rows)
-        self.check_targets(targets, ("target", "time", "noise"), ("weight", "drop"))
         clean = usable(targets["target"], targets.get("weight"))
         noise, time = targets["noise"], targets["time"]
         condition = self.condition_dropout(rows, targets.get("drop"))
@@ -309,10 +162,3 @@ class RectifiedFlowDecoder(Decoder):
 
     def _guided_velocity(self, rows: Tensor, null: Tensor, guidance: float, x: Tensor, time: Tensor) -> Tensor:
         return guided(self.velocity(rows, x, time), self.velocity(null, x, time), guidance)
-
-    def _check_target(self, target: Tensor) -> int:
-        if target.ndim != 2 or target.shape[1] != self.target_width:
-            raise ValueError(
-                f"{type(self).__name__}'s target must be [M, {self.target_width}], got {list(target.shape)}"
-            )
-        return target.shape[0]

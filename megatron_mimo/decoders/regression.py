@@ -5,20 +5,15 @@ Shapes: `N` rows, `W` width of the rows, `D` width of the targets.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_mimo.decoders.base import (
-    Decoder,
-    PositionRule,
-    Targets,
-    at_least_one,
-    one_of,
-    usable,
-    weighted_sum,
-)
+from megatron_mimo.decoders.arguments import at_least_one, not_both, one_of
+from megatron_mimo.decoders.base import Decoder, PositionRule, usable, weighted_sum
+from megatron_mimo.decoders.targets import Targets, VectorTargets
 from megatron_mimo.losses import LossTerm
 
 OBJECTIVES = ("mse", "l1", "huber", "cosine")
@@ -36,6 +31,7 @@ class RegressionDecoder(Decoder):
         width: `W`.
         target_width: `D`; None takes the rows themselves as the prediction (`D = W`), for an output
             projection that already ends at the target's width.
+        targets: describes the targets in place of `target_width`, which it needs then.
         hidden_width: width of a hidden layer with GELU; None for a linear map.
         objective: loss of a row: `"mse"`, `"l1"` and `"huber"` averaged over `D`, or `"cosine"`,
             `1 - cos(prediction, target)`.
@@ -59,37 +55,36 @@ class RegressionDecoder(Decoder):
         *,
         width: int,
         target_width: int | None = None,
+        targets: VectorTargets | None = None,
         hidden_width: int | None = None,
         objective: Literal["mse", "l1", "huber", "cosine"] = "mse",
         huber_delta: float = 1.0,
         position_rule: PositionRule = "own",
     ) -> None:
-        super().__init__(width=width, position_rule=position_rule)
+        at_least_one("RegressionDecoder", width=width)
+        if targets is not None:
+            not_both("RegressionDecoder", target_width=target_width)
+            target_width = targets.width
+        described = targets or self.describe(dict(width=width, target_width=target_width))
+        super().__init__(width=width, position_rule=position_rule, targets=described)
         one_of("RegressionDecoder", "objective", objective, OBJECTIVES)
         if not huber_delta > 0:
             raise ValueError(f"RegressionDecoder: huber_delta must be positive, got {huber_delta}")
-        self.target_width = width if target_width is None else target_width
+        self.target_width = described.width
         self.objective = objective
         self.huber_delta = huber_delta
         self.network = _network(width, hidden_width, target_width)
 
-    @property
-    def sampled_rows(self) -> tuple[int, int]:
-        """One prediction a row."""
-        return 1, self.target_width
-
-    def num_rows(self, targets: Targets) -> int:
-        """The number of targets, one a row."""
-        self.check_targets(targets, ("target",), ("weight",))
-        target = targets["target"]
-        if target.ndim != 2 or target.shape[1] != self.target_width:
-            raise ValueError(f"RegressionDecoder's target must be [N, {self.target_width}], got {list(target.shape)}")
-        self.check_shapes(targets, weight=(target.shape[0],))
-        return target.shape[0]
+    @classmethod
+    def describe(cls, params: Mapping[str, object]) -> VectorTargets | None:
+        """Vectors of `target_width`, or of the rows' `width`."""
+        width = params.get("target_width") or params.get("width")
+        return params.get("targets") or (None if width is None else VectorTargets(width))
 
     def loss(self, rows: Tensor, targets: Targets) -> LossTerm:
         """The objective summed over rows, and the rows' weight."""
-        self.check_rows(rows, expected=self.num_rows(targets))
+        targets = self.prepared(targets)
+        self.check_rows(rows, expected=targets.num_rows)
         if rows.shape[0] == 0:
             return self.zero_loss(rows)
         target, weight = targets["target"].float(), targets.get("weight")

@@ -68,7 +68,7 @@ def mimo(theirs: JanusForConditionalGeneration) -> megatron_mimo.MimoModel:
     )  # fmt: skip
     tokenizer = CodeTokenizer(JanusCodec(theirs.model.vqmodel), grid=GRID)
     decoder = dict(width=HIDDEN, codebook_sizes=CODES, hidden_width=HIDDEN, tokenizer=tokenizer)
-    feed = dict(hidden_size=HIDDEN, codebook_sizes=CODES, embedding_width=8, hidden_width=HIDDEN)
+    feed = dict(hidden_size=HIDDEN, embedding_width=8, hidden_width=HIDDEN)
     images = ModuleSpec(
         module=megatron_mimo.VisionModalitySubmodules,
         submodules=dict(

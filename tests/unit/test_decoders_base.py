@@ -156,7 +156,7 @@ def test_a_target_that_counts_keeps_its_nan():
 
 
 def test_targets_that_are_no_tensors_are_refused_before_the_loss():
-    with pytest.raises(TypeError, match="RegressionDecoder's target must be a tensor, got list"):
+    with pytest.raises(TypeError, match="target must be a tensor, got list"):
         RegressionDecoder(width=2).num_rows({"target": [[1.0, 2.0]]})
 
 

@@ -247,13 +247,16 @@ def test_dropping_without_a_null_condition_is_refused():
 )
 def test_draws_of_another_shape_are_refused_not_broadcast(name, value):
     decoder = head(condition_dropout=0.1)
-    with pytest.raises(ValueError, match=rf"FlowDecoder's {name} must have shape \[2"):
+    with pytest.raises(ValueError, match=rf"{name} must have shape \[2"):
         decoder.prepare({"target": torch.zeros(2, 4), name: value})
 
 
-def test_the_loss_needs_prepared_targets():
-    with pytest.raises(ValueError, match=r"lack \['time', 'noise'\]"):
-        head().loss(torch.zeros(1, 6), {"target": torch.zeros(1, 4)})
+def test_plain_targets_are_prepared_where_the_loss_gets_them(no_run):
+    decoder, rows, targets = head(), torch.randn(3, 6), {"target": torch.randn(3, 4)}
+    torch.manual_seed(0)
+    given = decoder.loss(rows, targets)
+    torch.manual_seed(0)
+    assert given == decoder.loss(rows, decoder.prepare(targets))
 
 
 @pytest.mark.parametrize("steps", [0, 2.5])
@@ -293,7 +296,7 @@ def test_targets_that_fill_no_whole_item_are_refused():
 
 
 def test_a_target_of_another_width_is_refused():
-    with pytest.raises(ValueError, match=r"FlowDecoder's target must be \[M, 4\], got \[2, 5\]"):
+    with pytest.raises(ValueError, match=r"target must be \[N, 4\], got \[2, 5\]"):
         head().num_rows({"target": torch.zeros(2, 5)})
 
 

@@ -20,7 +20,7 @@ SPAN, WIDTH = cases.SPAN, cases.WIDTH
 TARGETS = cases.Kind(
     RegressionDecoder,
     dict(width=WIDTH, target_width=4, position_rule="predecessor"),
-    cases.feed(TargetInput, target_width=4),
+    cases.feed(TargetInput),
     cases.regression_targets,
     sharded=False,
 )
@@ -28,7 +28,7 @@ CODES, FLOW = (cases.kinds()[name] for name in ("discrete", "flow"))
 NOISED = cases.Kind(
     FlowTransformerDecoder,
     dict(width=WIDTH, target_width=4, hidden_width=8, depth=1, heads=2, targets_per_item=SPAN, rows_per_item=SPAN),
-    cases.feed(NoisedTargetInput, target_width=4, rows_per_item=SPAN),
+    cases.feed(NoisedTargetInput),
     FLOW.targets,
 )
 

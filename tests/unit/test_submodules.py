@@ -1,5 +1,7 @@
 """Encoders, projections and decoders of one modality, without a language model."""
 
+import inspect
+
 import pytest
 import torch
 from megatron.core.models.common.vision_module.vision_module import VisionModule
@@ -15,6 +17,7 @@ from megatron_mimo import (
 )
 from megatron_mimo.decoders import (
     CodeInput,
+    CodeTokenizer,
     DiscreteDecoder,
     FlowDecoder,
     NoisedTargetInput,
@@ -22,7 +25,9 @@ from megatron_mimo.decoders import (
     RegressionDecoder,
     TargetInput,
 )
-from megatron_mimo.modality.fit import input_width, output_width
+from megatron_mimo.decoders.targets import CodeTargets, FlowTargets, VectorTargets
+from megatron_mimo.modality.encoding import EncodedRows
+from megatron_mimo.modality.fit import check_widths, input_width, output_width
 from tests import tiny
 
 
@@ -118,7 +123,69 @@ def test_an_overridden_encode_may_call_the_default():
 
     doubled = Doubled({"a": Returns(torch.ones(5, 4))})
     assert doubled.encode({"a": FED}).sum() == 40
-    assert doubled.encode_items({"a": FED})[1] is None
+    assert doubled.encode_items({"a": FED}).rows_per_item is None
+
+
+def test_rows_per_item_are_known_of_the_default_encodes_rows_and_unknown_of_anyone_elses():
+    encoders = {"a": Returns(torch.ones(2, 3, 4)), "b": Returns(torch.ones(2, 1, 4))}
+    given = {"a": FED, "b": FED}
+
+    class Passed(VisionModalitySubmodules):
+        def encode(self, inputs):
+            return super().encode(inputs)
+
+    class Doubled(VisionModalitySubmodules):
+        def encode(self, inputs):
+            return 2 * super().encode(inputs)
+
+    class Told(Doubled):
+        def encode_items(self, inputs, where="inputs"):
+            return EncodedRows(self.encode(inputs), [8])
+
+    for kind in (VisionModalitySubmodules, Passed):
+        assert kind(encoders, combine="interleave").encode_items(given).rows_per_item == [4, 4]
+        assert kind(encoders, combine="concatenate").encode_items(given).rows_per_item == [3, 3, 1, 1]
+    assert Doubled(encoders, combine="interleave").encode_items(given).rows_per_item is None
+    assert Told(encoders, combine="interleave").encode_items(given).rows_per_item == [8]
+
+
+def test_an_overridden_encode_gives_its_inputs_any_meaning():
+    class Counts(VisionModalitySubmodules):
+        def encode(self, inputs):
+            return torch.zeros(inputs["how many"], 4)
+
+    assert Counts({"a": Returns(torch.ones(1, 4))}).encode_items({"how many": 3}).rows.shape == (3, 4)
+
+
+def test_calling_a_submodule_encodes():
+    images = VisionModalitySubmodules({"a": Returns(torch.ones(2, 3, 4))})
+    assert torch.equal(images({"a": FED}), images.encode({"a": FED}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"), [(VisionModalitySubmodules, "image_shape"), (AudioModalitySubmodules, "frames_per_clip")]
+)
+def test_constructors_name_what_they_take(kind, own):
+    base = list(inspect.signature(ModalitySubmodules).parameters.values())
+    found = list(inspect.signature(kind).parameters.values())
+    assert found[:-1] == base
+    assert (found[-1].name, found[-1].kind, found[-1].default) == (own, inspect.Parameter.KEYWORD_ONLY, None)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error", "match"),
+    [
+        ({"b": FED}, ValueError, r"inputs has inputs for encoder 'b', but the modality's encoders are \['a'\]"),
+        ({"a": torch.zeros(1)}, TypeError, r"inputs\['a'\] must map keyword -> value, got Tensor"),
+        ({"a": {"y": 1}}, TypeError, r"inputs\['a'\] has keyword 'y'; Returns takes \['x'\]"),
+        (torch.zeros(1), TypeError, "inputs must map encoder name -> its inputs, got Tensor"),
+    ],
+)
+def test_inputs_that_no_encoder_takes_are_refused_before_any_encoder_runs(inputs, error, match):
+    images = VisionModalitySubmodules({"a": Returns(torch.ones(1, 4))})
+    images.encoders["a"].register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
+    with pytest.raises(error, match=match):
+        images.encode(inputs)
 
 
 def test_inputs_are_cast_to_what_the_encoder_computes_in():
@@ -142,8 +209,7 @@ def test_an_encoder_with_any_keywords_gets_them_unchanged():
             return inputs["pixel_values"]
 
     images = VisionModalitySubmodules({"a": Anything()})
-    images.check_inputs("images", {"a": {"pixel_values": 1, "other": 2}})
-    assert images.encode({"a": {"pixel_values": torch.ones(1, 2)}}).shape == (1, 2)
+    assert images.encode({"a": {"pixel_values": torch.ones(1, 2), "other": 2}}).shape == (1, 2)
 
 
 def test_decoders_share_a_projection_or_have_their_own():
@@ -274,11 +340,11 @@ MISTAKES = {
         "decoder None is not one of",
     ),
     "decoder without projection": (
-        lambda: ModalitySubmodules(decoders={"a": tiny.LinearDecoder(8)}).check_widths("images", 16),
-        "'images': decoder 'a' takes width 8",
+        lambda: check_widths("images", 16, {}, {"a": tiny.LinearDecoder(8)}, [], []),
+        "'images': decoder 'a' has row width 8",
     ),
     "encoder without projection": (
-        lambda: ModalitySubmodules({"a": nn.Linear(2, 3)}).check_widths("images", 16),
+        lambda: check_widths("images", 16, {"a": nn.Linear(2, 3)}, {}, [], []),
         "encoder 'a' has output width 3",
     ),
 }
@@ -292,8 +358,9 @@ def test_mistakes_are_named(case):
 
 
 FLOW = dict(width=8, target_width=4, hidden_width=8, depth=1)
+LOGIT_NORMAL = RectifiedFlow("logit-normal")
 DISAGREEING = {
-    "time": (FlowDecoder, {**FLOW, "flow": RectifiedFlow("logit-normal")}, NoisedTargetInput, dict(target_width=4)),
+    "flow": (FlowDecoder, FLOW, NoisedTargetInput, dict(target_width=4, flow=LOGIT_NORMAL)),
     "rows_per_item": (FlowDecoder, FLOW, NoisedTargetInput, dict(target_width=4, rows_per_item=3)),
     "target_width": (FlowDecoder, FLOW, NoisedTargetInput, dict(target_width=6)),
     "target_width of one row": (
@@ -304,43 +371,137 @@ DISAGREEING = {
     ),
     "codebook_sizes": (DiscreteDecoder, dict(width=8, codebook_sizes=16), CodeInput, dict(codebook_sizes=(8,))),
 }
+STAGES = ({}, {"pre_process": False}, {"post_process": False})
+
+
+def writing(decoder: ModuleSpec, feed: ModuleSpec) -> ModuleSpec:
+    return ModuleSpec(ModalitySubmodules, submodules={"decoders": {"out": decoder}, "generation_input": feed})
 
 
 @pytest.mark.parametrize("case", DISAGREEING)
-def test_a_decoder_and_a_generation_input_that_disagree_are_refused_on_every_stage(case):
+def test_a_generation_input_that_is_described_otherwise_than_its_decoder_is_refused(case):
     decoder, settings, feed, fed = DISAGREEING[case]
     fed = dict(hidden_size=8, **fed)
-    message = f"decoder 'out' has {'flow' if case == 'time' else case.split()[0]}=.*{feed.__name__}, which reads"
-    spec = ModuleSpec(
-        module=ModalitySubmodules,
-        submodules={"decoders": {"out": ModuleSpec(decoder, settings)}, "generation_input": ModuleSpec(feed, fed)},
-    )
-    for stage in ({}, {"pre_process": False}, {"post_process": False}):
-        with pytest.raises(ValueError, match=message):
+    spec = writing(ModuleSpec(decoder, settings), ModuleSpec(feed, fed))
+    for stage in ({}, {"post_process": False}):
+        with pytest.raises(ValueError, match=f"{feed.__name__} is given .*, but its decoder's targets are"):
             ModalitySubmodules.from_spec(spec, **stage)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"decoder 'out' learns .*{feed.__name__} that reads its targets was built"):
         ModalitySubmodules(decoders={"out": decoder(**settings)}, generation_input=feed(**fed))
+
+
+DESCRIBED = {
+    "codes": (DiscreteDecoder, dict(width=8), dict(codebook_sizes=(4, 5)), CodeTargets((4, 5)), CodeInput),
+    "vectors": (
+        RegressionDecoder,
+        dict(width=8, position_rule="predecessor"),
+        dict(target_width=3),
+        VectorTargets(3),
+        TargetInput,
+    ),
+    "flow": (
+        FlowDecoder,
+        dict(width=8, hidden_width=8, depth=1),
+        dict(target_width=4, rows_per_item=2, flow=LOGIT_NORMAL),
+        FlowTargets(4, flow=LOGIT_NORMAL, rows_per_item=2),
+        NoisedTargetInput,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DESCRIBED)
+def test_one_description_named_once_serves_both_ends_on_every_stage(case):
+    decoder, params, keywords, described, feed = DESCRIBED[case]
+    for named in (keywords, {"targets": described}):
+        spec = writing(ModuleSpec(decoder, {**params, **named}), ModuleSpec(feed, dict(hidden_size=8)))
+        whole, last, first = (ModalitySubmodules.from_spec(spec, **stage) for stage in STAGES)
+        assert whole.generation_input.targets is whole.decoders["out"].targets
+        assert (
+            whole.decoders["out"].targets == last.decoders["out"].targets == first.generation_input.targets == described
+        )
+        assert not first.decoders and last.generation_input is None
+
+
+def test_a_tokenizer_named_once_encodes_on_both_stages():
+    class Thirds(nn.Module):
+        def encode(self, media):
+            return (media * 3).long()
+
+        def decode(self, codes):
+            return codes / 3
+
+    tokenizer = ModuleSpec(CodeTokenizer, dict(module=Thirds(), grid=(2,)))
+    decoder = ModuleSpec(DiscreteDecoder, dict(width=8, codebook_sizes=3, tokenizer=tokenizer))
+    whole, last, first = (
+        ModalitySubmodules.from_spec(writing(decoder, ModuleSpec(CodeInput, dict(hidden_size=8))), **stage)
+        for stage in STAGES
+    )
+    media = {"out": {"media": torch.tensor([[0.1, 0.4], [0.9, 0.5]])}}
+    for submodule in (whole, last, first):
+        prepared = submodule.prepare(media, "images")["out"]
+        assert (prepared["codes"].tolist(), prepared.num_rows) == ([0, 1, 2, 1], 4)
+    assert whole.generation_input.tokenizer is whole.decoders["out"].tokenizer
+    assert first.medium_of("out") == last.medium_of("out") == 2
+
+
+def test_keywords_of_an_input_that_its_decoders_description_serves_warn_and_work():
+    decoder = ModuleSpec(DiscreteDecoder, dict(width=8, codebook_sizes=4))
+    spec = writing(decoder, ModuleSpec(CodeInput, dict(hidden_size=8, codebook_sizes=4)))
+    with pytest.warns(DeprecationWarning, match=r"CodeInput needs no \['codebook_sizes'\] beside the decoder's"):
+        assert ModalitySubmodules.from_spec(spec).generation_input.targets == CodeTargets(4)
+
+
+def test_an_input_without_any_description_says_where_one_comes_from():
+    with pytest.raises(ValueError, match="CodeInput: expected a description of the decoder's targets, found none"):
+        CodeInput(hidden_size=8)
+    with pytest.raises(TypeError, match="CodeInput shows CodeTargets, but its decoder writes VectorTargets"):
+        CodeInput(hidden_size=8, targets=VectorTargets(3))
+    with pytest.raises(ValueError, match="shows one target a row, but its decoder has 5 targets for 2 rows"):
+        NoisedTargetInput(hidden_size=8, targets=FlowTargets(4, rows_per_item=2, targets_per_item=5))
+
+
+class Counted(CodeTargets):
+    """Codes whose rows are counted as often as someone asks."""
+
+    asked = 0
+
+    def num_rows(self, targets, where=""):
+        Counted.asked += 1
+        return super().num_rows(targets, where)
+
+
+def test_targets_are_checked_and_counted_once_a_microbatch():
+    decoder = DiscreteDecoder(width=8, targets=Counted(4))
+    submodule = ModalitySubmodules(
+        decoders={"out": decoder}, generation_input=CodeInput(hidden_size=8, targets=decoder.targets)
+    )
+    prepared = submodule.prepare({"out": {"codes": torch.arange(4)}}, "images")
+    submodule.generation_rows(submodule.generation_input.pick(prepared), 4, torch.zeros(1, 8))
+    hidden = torch.zeros(4, 8)
+    submodule.loss(hidden, prepared)
+    submodule.loss(hidden, prepared, share=(1, 2))
+    assert Counted.asked == 1
+    submodule.loss(hidden, {"out": {"codes": torch.arange(4)}})  # someone's plain targets are checked there
+    assert Counted.asked == 2
 
 
 def test_an_input_that_tells_the_answer_is_refused_on_every_stage():
     decoder = ModuleSpec(DiscreteDecoder, dict(width=8, codebook_sizes=4, position_rule="own"))
-    feed = ModuleSpec(CodeInput, dict(hidden_size=8, codebook_sizes=4))
-    spec = ModuleSpec(ModalitySubmodules, submodules={"decoders": {"out": decoder}, "generation_input": feed})
-    for stage in ({}, {"pre_process": False}, {"post_process": False}):
+    for stage in STAGES:
         with pytest.raises(ValueError, match="learn to copy"):
-            ModalitySubmodules.from_spec(spec, **stage)
+            ModalitySubmodules.from_spec(writing(decoder, ModuleSpec(CodeInput, dict(hidden_size=8))), **stage)
 
 
-def test_an_input_is_held_against_the_decoder_that_it_names_alone():
+def test_an_input_is_given_the_description_of_the_decoder_that_it_names():
     decoders = {"a": ModuleSpec(FlowDecoder, FLOW), "b": ModuleSpec(FlowDecoder, {**FLOW, "target_width": 6})}
-    for named, fits in (("a", True), ("b", False), (None, True)):
-        feed = ModuleSpec(NoisedTargetInput, dict(hidden_size=8, target_width=4, decoder=named))
+    for named, width in (("a", 4), ("b", 6)):
+        feed = ModuleSpec(NoisedTargetInput, dict(hidden_size=8, decoder=named))
         spec = ModuleSpec(ModalitySubmodules, submodules={"decoders": decoders, "generation_input": feed})
-        if fits:
-            ModalitySubmodules.from_spec(spec)
-            continue
-        with pytest.raises(ValueError, match="decoder 'b' has target_width=6"):
-            ModalitySubmodules.from_spec(spec)
+        assert ModalitySubmodules.from_spec(spec).generation_input.targets.width == width
+        assert ModalitySubmodules.from_spec(spec, post_process=False).generation_input.targets.width == width
+    feed = ModuleSpec(NoisedTargetInput, dict(hidden_size=8, target_width=4))
+    spec = ModuleSpec(ModalitySubmodules, submodules={"decoders": decoders, "generation_input": feed})
+    assert ModalitySubmodules.from_spec(spec).generation_input.targets.width == 4  # each batch's targets say whose
 
 
 def test_an_encoder_must_return_a_tensor():

@@ -120,13 +120,13 @@ def kinds() -> dict[str, Kind]:
         "discrete": Kind(
             DiscreteDecoder,
             dict(width=WIDTH, codebook_sizes=(10, 6), hidden_width=8, condition_dropout=0.3),
-            feed(CodeInput, codebook_sizes=(10, 6), embedding_width=5),
+            feed(CodeInput, embedding_width=5),
             code_targets,
         ),
         "flow": Kind(
             FlowDecoder,
             dict(**flow, hidden_width=8, depth=2),
-            feed(NoisedTargetInput, target_width=4, rows_per_item=SPAN),
+            feed(NoisedTargetInput),
             lambda items: flow_targets(items, SPAN, torch.Generator().manual_seed(3)),
         ),
         "flow_transformer": Kind(
