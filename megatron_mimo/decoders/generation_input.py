@@ -28,10 +28,12 @@ class GenerationInput(nn.Module, ABC):
     Attributes:
         shows_target: whether a position's row tells its own target. A decoder that reads its own
             position would then copy its answer, so it must read the predecessor.
+        reads_any: whether it reads targets at all.
         rows_per_item: positions that are filled together, all of one sample.
     """
 
     shows_target: ClassVar[bool] = False
+    reads_any: ClassVar[bool] = True
     rows_per_item: int = 1
 
     def __init__(
@@ -51,6 +53,8 @@ class GenerationInput(nn.Module, ABC):
             ValueError: the decoder's targets are missing, or there are several decoders and none
                 was named.
         """
+        if not self.reads_any:
+            return None
         name = self.decoder
         if name is None and len(targets) == 1:
             name = next(iter(targets))
@@ -64,7 +68,7 @@ class GenerationInput(nn.Module, ABC):
 
     def reads(self, decoder: str) -> bool:
         """Whether this input reads the targets of that decoder of its modality."""
-        return self.decoder in (None, decoder)
+        return self.reads_any and self.decoder in (None, decoder)
 
     def num_rows(self, targets: Targets) -> int:
         """Generation tokens that targets stand for, read from shapes.
@@ -73,7 +77,7 @@ class GenerationInput(nn.Module, ABC):
             TypeError, ValueError: targets that are none of the decoder's.
         """
         if self.targets is None:
-            raise ValueError(f"{type(self).__name__} reads no targets, found {sorted(targets)}")
+            raise ValueError(f"{type(self).__name__} must define num_rows or be given a description of targets")
         return self.targets.num_rows(targets)
 
     def blank(self, num_rows: int) -> dict[str, Tensor]:
@@ -95,8 +99,12 @@ class GenerationInput(nn.Module, ABC):
 
         Pipeline stages then agree: both draw from the same stream. What is there already stays.
         """
+        if not self.reads_any:
+            raise ValueError(
+                f"{stream}: {type(self).__name__} reads no targets, found {sorted(targets)}. Leave them out."
+            )
         if self.targets is None:
-            return Prepared(dict(targets), self.num_rows(targets))
+            return Prepared(dict(targets), self.num_rows(targets), self.rows_per_item)
         return self.targets.prepare(targets, phase(self, stream))
 
     def prepared(self, targets: Targets, stream: str = "") -> Prepared:

@@ -11,7 +11,7 @@ language model, `D` width of the targets.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -44,21 +44,14 @@ class QueryInput(GenerationInput):
         torch.Size([8, 16])
     """
 
+    reads_any = False
+
     def __init__(self, *, hidden_size: int, rows_per_item: int, decoder: str | None = None) -> None:
         super().__init__(hidden_size=hidden_size, decoder=decoder)
         at_least_one("QueryInput", rows_per_item=rows_per_item)
         self.rows_per_item = rows_per_item
         # Like a token's embedding beside it, which Megatron starts at this spread too.
         self.queries = nn.Parameter(nn.init.normal_(torch.empty(rows_per_item, hidden_size), std=0.02))
-
-    def pick(self, targets: Mapping[str, Targets]) -> None:
-        """None: queries read no targets."""
-        del targets
-
-    def reads(self, decoder: str) -> bool:
-        """False: queries read no targets."""
-        del decoder
-        return False
 
     def forward(self, targets: Targets | None, num_rows: int) -> Tensor:
         """The queries, once for every span: `[num_rows, H]`."""

@@ -105,8 +105,7 @@ class ModalitySubmodules(ABC, nn.Module):
 
         Args:
             spec: `params` go to the constructor, `submodules` name what to build.
-            pre_process: build encoders, input projections and the generation input, which is handed the
-                description of its decoder's targets.
+            pre_process: build encoders, input projections, and the generation input for its decoder's targets.
             post_process: build output projections and decoders.
             pg_collection: given to every module whose constructor takes it.
         """
@@ -218,7 +217,7 @@ class ModalitySubmodules(ABC, nn.Module):
         """
         check_nested(f"generation_inputs[{modality!r}]", given, "keyword -> value")
         feed = self.generation_input
-        return None if feed is None else feed.prepared(given, f"generation_inputs[{modality!r}]")
+        return None if feed is None else feed.prepared(given, modality)
 
     def generation_rows(self, given: Targets | None, num_rows: int, like: Tensor) -> Tensor:
         """Rows `[num_rows, H]` that the language model sees at the generation tokens.
@@ -257,8 +256,7 @@ class ModalitySubmodules(ABC, nn.Module):
 
     def _decoder_loss(self, name: str, hidden: Tensor, target: Targets, share: tuple[int, int]) -> LossTerm:
         decoder, (rank, size) = self.decoders[name], share
-        items = hidden.shape[0] // decoder.rows_per_item
-        # Contiguous shares that differ by at most one item.
+        items = hidden.shape[0] // decoder.rows_per_item  # in shares that differ by at most one
         start, stop = items * rank // size, items * (rank + 1) // size
         target = decoder.prepared(target)
         if size > 1:

@@ -33,8 +33,8 @@ def test_queries_repeat_for_every_span():
     rows.sum().backward()
     assert torch.equal(feed.queries.grad, torch.full((2, 5), 3.0))
     assert not feed.reads("a")
-    with pytest.raises(ValueError, match=r"QueryInput reads no targets, found \['x'\]"):
-        feed.prepare({"x": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"images: QueryInput reads no targets, found \['x'\]"):
+        feed.prepare({"x": torch.zeros(1)}, "images")
 
 
 def test_queries_refuse_a_part_of_a_span():

@@ -261,6 +261,44 @@ def test_inputs_that_no_special_token_places_are_refused(single_process):
         model(torch.tensor([[1, 2]]), modality_inputs={"video": {"anything": 1}})
 
 
+class Halfway(tiny.PatchEncoder):
+    """An encoder whose last layer nothing reads, as of those that give an earlier layer's states."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__(width)
+        self.last = torch.nn.Linear(width, width)
+
+    def forward(self, x):
+        states = super().forward(x)
+        self.last(states)
+        return states
+
+
+class Given(megatron_mimo.VisionModalitySubmodules):
+    def encode(self, inputs):
+        return super().encode(inputs)
+
+
+@pytest.mark.parametrize("kind", [megatron_mimo.VisionModalitySubmodules, Given])
+def test_a_trainable_layer_that_the_loss_does_not_reach_gets_zeros(kind, single_process):
+    parts = tiny.image_spec(encoders={"patches": ModuleSpec(module=Halfway)}).submodules
+    model = MimoModel(tiny.mimo_config(), {"images": ModuleSpec(module=kind, submodules=parts)})
+    tiny.total(model, tiny.batch()).backward()
+    encoder = model.modality_submodules["images"].encoders["patches"]
+    assert encoder.linear.weight.grad.any()
+    assert all(p.grad is not None and not p.grad.any() for p in encoder.last.parameters())
+
+
+def test_inputs_of_an_overridden_encode_may_be_called_anything(single_process):
+    class Zeros(megatron_mimo.VisionModalitySubmodules):
+        def encode(self, inputs):
+            return torch.zeros(inputs["how many"], tiny.HIDDEN)
+
+    model = MimoModel(tiny.mimo_config(), {"images": ModuleSpec(module=Zeros)})
+    ids = torch.tensor([[1, tiny.READ, tiny.READ, 2]])
+    assert model.eval()(ids, modality_inputs={"images": {"how many": 2}})[0] is not None
+
+
 def test_text_only_batches_give_zero_gradients_to_every_modality(model):
     ids = torch.tensor([[1, 2, 3, 4]])
     tiny.total(model, dict(input_ids=ids, labels=ids)).backward()
@@ -373,7 +411,11 @@ def change(**changes):
 
 
 def images(x):
-    return change(modality_inputs={**tiny.batch()["modality_inputs"], "images": {"patches": {"x": x}}})
+    return shown_images({"patches": {"x": x}})
+
+
+def shown_images(inputs):
+    return change(modality_inputs={**tiny.batch()["modality_inputs"], "images": inputs})
 
 
 def targets(**given):
@@ -386,7 +428,7 @@ BAD_VALUES = {
     "too many embeddings": (images(torch.zeros(5, tiny.PIXELS)), "images.*sample.*4.*5"),
     "no inputs": (change(modality_inputs={}), "images.*sample 0.*4.*0"),
     "unknown modality": (change(modality_inputs={"video": {"x": {}}}), "modality 'video'"),
-    "unknown encoder": (change(modality_inputs={"images": {"clip": {"x": 1}}}), "encoder 'clip'"),
+    "unknown encoder": (shown_images({"clip": {"x": 1}}), r"modality_inputs\['images'\] has inputs for encoder 'clip'"),
     "empty batch": (change(input_ids=IDS[:0]), "empty batch"),
     "one dim": (change(input_ids=IDS[0]), r"must be \[B, S\]"),
     "labels": (change(labels=IDS[:, 1:]), r"labels has shape \[3, 15\]"),
@@ -439,8 +481,8 @@ BAD_TYPES = {
     "float mask": (change(attention_mask=torch.ones(3, 1, 16, 16)), "attention_mask must be bool"),
     "inputs": (change(modality_inputs=[1]), "modality_inputs must map"),
     "nested inputs": (change(modality_inputs={"images": torch.ones(2)}), "must map encoder"),
-    "keyword": (change(modality_inputs={"images": {"patches": {"y": 1}}}), "keyword 'y'"),
-    "keywords": (change(modality_inputs={"images": {"patches": torch.ones(1)}}), "must map keyword"),
+    "keyword": (shown_images({"patches": {"y": 1}}), r"modality_inputs\['images'\]\['patches'\] has keyword 'y'"),
+    "keywords": (shown_images({"patches": torch.ones(1)}), "must map keyword"),
     "targets": (change(modality_targets={"images": {"pixels": 1}}), "must map keyword"),
 }
 

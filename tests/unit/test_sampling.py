@@ -231,7 +231,7 @@ BAD = {
     "shown to an unknown modality": (show(video={"codes": 1}), "generation_inputs has modality 'video'"),
     "shown where nothing reads": (
         lambda: model_of(cases.kinds()["regression"])(ids(), generation_inputs={"images": {"x": 1}}),
-        "whose QueryInput reads none",
+        "images: QueryInput reads no targets, found .'x'.*Leave",
     ),
     "shown where nothing feeds": (
         lambda: model_of(cases.kinds()["flow_transformer"])(ids(), generation_inputs={"images": {"x": 1}}),
