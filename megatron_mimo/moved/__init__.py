@@ -38,6 +38,8 @@ MODULES = {
 
 #: Names that went elsewhere than their module's others: old module and name -> new module.
 NAMES = {
+    ("submodules", "AudioModalitySubmodules"): "modality.kinds",
+    ("submodules", "VisionModalitySubmodules"): "modality.kinds",
     ("batch", "check_token_tensors"): "check.tokens",
     ("batch", "default_loss_mask"): "labels",
     ("batch", "default_positions"): "plan",
@@ -47,6 +49,11 @@ NAMES = {
 
 #: Names without a successor: old module and name -> what to do instead.
 REMOVED = {
+    (
+        "decoders.base",
+        "check_shapes",
+    ): "a description of megatron_mimo.decoders.targets checks its targets",
+    ("decoders.base", "check_tensors"): "a description of megatron_mimo.decoders.targets checks its targets",
     ("batch", "check_labels"): "MimoModel.forward checks its labels, by functions of megatron_mimo.check",
     ("deferred", "check"): "megatron_mimo.deferred.Checks holds the checks of one owner",
     ("deferred", "report"): "megatron_mimo.deferred.Checks.report() reports those of one owner",
