@@ -5,6 +5,7 @@ Shapes: `N` rows, `W` width of the rows, `K` codebooks, `V` entries of a codeboo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -239,8 +240,8 @@ def draw_codes(
         >>> draw_codes(torch.tensor([[0.0, 2.0, 1.0]]), top_k=1)
         tensor([1])
     """
-    if temperature < 0:
-        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:

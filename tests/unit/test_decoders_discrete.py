@@ -86,7 +86,7 @@ def test_no_rows_draw_no_codes():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"temperature": -1}, "temperature must be at least 0"),
+        ({"temperature": -1}, "temperature must be finite and at least 0"),
         ({"top_k": 0}, "top_k must be at least 1"),
         ({"top_p": 0.0}, r"top_p must lie in \(0, 1\]"),
     ],

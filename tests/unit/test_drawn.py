@@ -1,4 +1,4 @@
-"""Drawn inputs against a reference in plain loops: what is valid gives its numbers, what is not a ValueError or TypeError.
+"""Drawn inputs against a reference in plain loops: what is valid gives its numbers, the rest is refused.
 
 The reference knows nothing of placements, shards or deferred checks: it walks over positions one by one, embeds each,
 runs the language model's transformer layers, and adds losses up. Cases are drawn from a seed, 2,000 in `make test`.
