@@ -92,7 +92,7 @@ def _check_experts(layout: Layout, language: TransformerConfig) -> None:
 def _check_attention(layout: Layout, spec: ModuleSpec) -> None:
     if layout.context_parallel_size == 1:
         return
-    if any(node is DotProductAttention for node in _nodes(_first_layers(spec))):
+    if any(isinstance(node, type) and issubclass(node, DotProductAttention) for node in _nodes(_first_layers(spec))):
         raise ValueError(
             f"context_parallel_size {layout.context_parallel_size}: the language model's layers compute "
             "attention in plain torch (DotProductAttention), which sees only this rank's part of the "

@@ -18,7 +18,6 @@ from megatron.core.models.vision.clip_vit_model import CLIPViTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
-from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
@@ -26,6 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mimo.compat.hybrid import StackWithNorm, stack_layers
 from megatron_mimo.compat.megatron import norms_chosen_at_import
+from megatron_mimo.segments import SegmentAttention
 
 __all__ = [
     "Backend",
@@ -148,13 +148,13 @@ def core_attention(backend: Backend = "auto") -> type:
 
     Example:
         >>> core_attention("torch").__name__
-        'DotProductAttention'
+        'SegmentAttention'
     """
     if choose_backend(backend) == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
         return TEDotProductAttention
-    return DotProductAttention
+    return SegmentAttention
 
 
 def language_layer_spec(

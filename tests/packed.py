@@ -1,14 +1,12 @@
-"""Sequences packed one behind the other, the same ones alone, and attention that keeps packed ones apart."""
-
-from dataclasses import replace
+"""Sequences packed one behind the other, and the same ones alone."""
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.spec_utils import ModuleSpec
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_mimo import LossTerm, MimoModel, loss_terms, specs, total_loss
+from megatron_mimo import LossTerm, MimoModel, loss_terms, total_loss
 from tests import tiny
 from tests.distributed.cases.decoders import SPAN
 
@@ -90,43 +88,6 @@ def joined(batches: list[dict], lengths: list[int], dim: int) -> dict:
     return {**tokens, "modality_inputs": {"images": {"patches": {"x": torch.cat(images)}}}}
 
 
-class PackedAttention(nn.Module):
-    """Causal attention in plain torch, within each packed sequence: what TransformerEngine does on GPUs."""
-
-    def __init__(self, config, **_) -> None:
-        super().__init__()
-
-    def forward(
-        self, query, key, value, attention_mask=None, attn_mask_type=None, attention_bias=None, packed_seq_params=None
-    ) -> Tensor:
-        """Rank-local `[S, B, heads, d]`, or packed `[S, heads, d]`, to `[S, B, heads * d]` or `[S, heads, d]`."""
-        length = query.shape[0]
-        sees = torch.ones(length, length).tril().bool()
-        if packed_seq_params is None:
-            mixed = attention(*(x.permute(1, 2, 0, 3) for x in (query, key, value)), sees)
-            return mixed.permute(2, 0, 1, 3).flatten(2)
-        bounds = packed_seq_params.cu_seqlens_q_padded
-        bounds = packed_seq_params.cu_seqlens_q if bounds is None else bounds
-        sequence = torch.searchsorted(bounds.long(), torch.arange(length), right=True)
-        sees &= sequence[:, None] == sequence
-        return attention(*(x.transpose(0, 1) for x in (query, key, value)), sees).transpose(0, 1)
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor, sees: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=sees)
-
-
-def packed_layers(config, vp_stage=None):
-    """The language model's layers with `PackedAttention` in place of Megatron's, which refuses packing."""
-    block = specs.language_layer_spec(config, vp_stage=vp_stage)
-    layers = []
-    for layer in block.submodules.layer_specs:
-        mixer = layer.submodules.self_attention
-        mixer = replace(mixer, submodules=replace(mixer.submodules, core_attention=PackedAttention))
-        layers.append(replace(layer, submodules=replace(layer.submodules, self_attention=mixer)))
-    return replace(block, submodules=replace(block.submodules, layer_specs=layers))
-
-
 def shares(model: MimoModel, targets: dict) -> list[dict | None]:
     """Each sequence's part of the targets."""
     decoder = model.modality_submodules["images"].decoders["out"]
@@ -138,8 +99,8 @@ def shares(model: MimoModel, targets: dict) -> list[dict | None]:
     return parts
 
 
-def language_spec(config) -> ModuleSpec:
-    return tiny.language_spec(config, transformer_layer_spec=packed_layers)
+def language_spec(config, **changes) -> ModuleSpec:
+    return tiny.language_spec(config, **changes)
 
 
 def step(

@@ -138,7 +138,8 @@ def check_packed(packed_seq_params: PackedSeqParams, length: int, checks: Checks
         TypeError: something else than Megatron's PackedSeqParams.
         ValueError: naming the boundaries; on a device at the latest one step later.
     """
-    if type(packed_seq_params).__name__ != "PackedSeqParams":
+    # By name, because importing Megatron's class would make this module need Megatron.
+    if not any(base.__name__ == "PackedSeqParams" for base in type(packed_seq_params).__mro__):
         raise TypeError(
             f"packed_seq_params must be megatron.core.packed_seq_params.PackedSeqParams, found "
             f"{type(packed_seq_params).__name__}"

@@ -132,7 +132,10 @@ def _row(sample: Sample, width: int, pad_id: int) -> tuple[Tensor, Tensor, Tenso
     rest = width - len(sample)
     labels = torch.full((width,), IGNORED)
     labels[: len(sample) - 1] = torch.where(sample.learn[1:], sample.input_ids[1:], IGNORED)
-    return F.pad(sample.input_ids, (0, rest), value=pad_id), labels, F.pad(sample.position_ids, (0, rest))
+    # Padding counts on, as models do that count by themselves.
+    following = (torch.arange(len(sample), width) + sample.delta).expand(len(sample.position_ids), -1)
+    positions = torch.cat([sample.position_ids, following], dim=1)
+    return F.pad(sample.input_ids, (0, rest), value=pad_id), labels, positions
 
 
 def _pack(

@@ -108,7 +108,7 @@ def test_a_pack_has_shifted_labels_positions_and_boundaries_of_its_samples():
     # The first token of a sample has nothing before it to be told from, also where it is learned.
     assert pack.labels.tolist() == [[none, 7, none, none, 9, none, none, none]]
     assert pack.loss_mask.tolist() == [[0, 1, 0, 0, 1, 0, 0, 0]]
-    assert pack.position_ids.tolist() == [[0, 1, 2, 0, 0, 1, 0, 0]]
+    assert pack.position_ids.tolist() == [[0, 1, 2, 4, 0, 1, 2, 3]]  # the first is one ahead, as its delta says
     assert pack.cu_seqlens.tolist() == [0, 3, 5] and pack.cu_seqlens_padded.tolist() == [0, 4, 8]
     assert (pack.names, pack.positions, pack.deltas) == (("first", "second"), (4, 1), (1, 0))
     assert pack.waste == 3 / 8

@@ -25,6 +25,7 @@ ROOMS = [
     "draws",
     "idle",
     "assemble",
+    "segments",
     "specs",
     "build",
     "sharded_state",

@@ -24,10 +24,7 @@ from tests.distributed.setting import Setting
 
 def language(setting: Setting, run: Run | None) -> ModuleSpec:
     spec = setting.spec(run)
-    if setting.token_local:
-        changes = {"position_embedding_type": "learned_absolute"}
-    else:
-        changes = {"transformer_layer_spec": packed.packed_layers}
+    changes = {"position_embedding_type": "learned_absolute"} if setting.token_local else {}
     return replace(spec, params={**spec.params, **changes})
 
 
@@ -61,6 +58,7 @@ def equals_sequences_apart(name: str, setting: Setting, sizes: dict[str, int]) -
 TENSOR, CONTEXT = {"tensor_model_parallel_size": 2}, {"context_parallel_size": 2}
 #: name -> ranks, parallel sizes, setting
 LAYOUTS = {
+    "tp2": (2, TENSOR, Setting()),
     "tp2_sp": (2, TENSOR, Setting(sequence_parallel=True)),
     "cp2": (2, CONTEXT, Setting(token_local=True)),
     "tp2_cp2": (4, {**TENSOR, **CONTEXT}, Setting(sequence_parallel=True, token_local=True)),

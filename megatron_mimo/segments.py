@@ -1,0 +1,197 @@
+"""Core attention in plain torch that keeps packed samples apart, and sees whole media spans where asked.
+
+Megatron's own refuses packed sequences without TransformerEngine. Here each sample is a call of torch's
+`scaled_dot_product_attention` of its own: no mask where attention is causal, and one the size of the sample where it
+has spans that see all of themselves. Nothing is the size of the pack squared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass
+class SegmentedParams(PackedSeqParams):
+    """Megatron's boundaries of packed sequences, with what the host knows of them. Make it with `segmented`.
+
+    Args:
+        boundaries: padded boundaries as numbers, so that no device is asked for them.
+        spans: int32 `[S]`, -1 at positions that see what is before them, else a number for each span whose positions
+            see the whole of it; None: all is causal. Rank-local along heads, global along the sequence.
+        spanned: for each sequence whether it has such a span.
+    """
+
+    boundaries: tuple[int, ...] = ()
+    spans: Tensor | None = None
+    spanned: tuple[bool, ...] = ()
+
+
+def segmented(
+    cu_seqlens: Tensor, cu_seqlens_padded: Tensor | None = None, spans: Tensor | None = None
+) -> SegmentedParams:
+    """The parameters of one packed sequence.
+
+    Args:
+        cu_seqlens: int32 `[sequences + 1]` on the CPU, boundaries of the sequences themselves.
+        cu_seqlens_padded: int32 `[sequences + 1]` on the CPU, where each starts; None: without padding.
+        spans: see `SegmentedParams`.
+
+    Raises:
+        ValueError: boundaries that are not on the CPU, or a span that leaves its sequence.
+
+    Example:
+        >>> params = segmented(torch.tensor([0, 3, 5]), torch.tensor([0, 4, 8]))
+        >>> params.boundaries, params.max_seqlen_q
+        ((0, 4, 8), 4)
+    """
+    padded = cu_seqlens if cu_seqlens_padded is None else cu_seqlens_padded
+    if padded.device.type != "cpu":
+        raise ValueError(f"segmented: expected boundaries on the CPU, found {padded.device}; make them in the collator")
+    boundaries = tuple(padded.tolist())
+    longest = max((stop - start for start, stop in pairwise(boundaries)), default=0)
+    apart = None if cu_seqlens_padded is None or torch.equal(cu_seqlens, cu_seqlens_padded) else cu_seqlens_padded
+    return SegmentedParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=apart,
+        cu_seqlens_kv_padded=apart,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        boundaries=boundaries,
+        spans=spans,
+        spanned=_spanned(spans, boundaries),
+    )
+
+
+def _spanned(spans: Tensor | None, boundaries: Sequence[int]) -> tuple[bool, ...]:
+    if spans is None:
+        return ()
+    if spans.shape != (boundaries[-1],):
+        raise ValueError(f"spans: expected [{boundaries[-1]}], a number for each position, found {list(spans.shape)}")
+    owners: dict[int, int] = {}
+    found = []
+    for sequence, (start, stop) in enumerate(pairwise(boundaries)):
+        inside = {span for span in spans[start:stop].tolist() if span >= 0}
+        for span in inside:
+            if owners.setdefault(span, sequence) != sequence:
+                raise ValueError(
+                    f"spans: span {span} lies in the packed sequences {owners[span]} and {sequence}; give each span a "
+                    "number of its own"
+                )
+        found.append(bool(inside))
+    return tuple(found)
+
+
+class SegmentAttention(DotProductAttention):
+    """Megatron's attention in plain torch, which takes packed sequences too.
+
+    Without `packed_seq_params` it is `DotProductAttention`. With them every sequence attends to itself alone. Positions
+    of padding, which come last in their sequence, are seen by no other.
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """What attention gives.
+
+        Args:
+            query: rank-local `[S, B, heads, d]`, or packed `[S, heads, d]`; key and value with their own heads.
+            attention_mask: of unpacked batches.
+            packed_seq_params: boundaries of packed sequences.
+
+        Returns:
+            `[S, B, heads * d]`, or packed `[S, heads * d]`.
+
+        Raises:
+            ValueError: packed sequences with a window or a sink, which this attention lacks, or boundaries that only
+                the device knows.
+        """
+        if packed_seq_params is None:
+            return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias)
+        self._check_packed()
+        scale = self.softmax_scale * (self.layer_number if self.config.apply_query_key_layer_scaling else 1)
+        boundaries, spans, spanned = _host_facts(packed_seq_params)
+        causal = (attn_mask_type or self.attn_mask_type) not in (AttnMaskType.no_mask, AttnMaskType.padding)
+        outputs = []
+        # As Megatron's: tensor-parallel ranks drop out their own heads, each with its own stream.
+        apart = contextlib.nullcontext() if self.config.sequence_parallel else get_cuda_rng_tracker().fork()
+        dropped = self.attention_dropout.p if self.training else 0.0
+        with apart if dropped else contextlib.nullcontext():
+            for sequence, (start, stop) in enumerate(pairwise(boundaries)):
+                mask = None
+                if spans is not None and spanned[sequence]:
+                    mask = span_mask(spans[start:stop])
+                parts = (x[start:stop].transpose(0, 1)[None] for x in (query, key, value))
+                found = F.scaled_dot_product_attention(
+                    *parts,
+                    attn_mask=mask,
+                    dropout_p=dropped,
+                    is_causal=causal and mask is None,
+                    scale=scale,
+                    enable_gqa=query.shape[1] != key.shape[1],
+                )
+                outputs.append(found[0].transpose(0, 1))
+        return torch.cat(outputs).flatten(1)
+
+    def _check_packed(self) -> None:
+        if self.config.window_size is not None or self.config.softmax_type != "vanilla":
+            raise ValueError(
+                "packed sequences without TransformerEngine: expected window_size=None and softmax_type='vanilla', "
+                f"found {self.config.window_size} and {self.config.softmax_type!r}. Use backend='transformer_engine', or do "
+                "not pack."
+            )
+
+
+def span_mask(spans: Tensor) -> Tensor:
+    """Which positions each sees, bool `[S, S]`: those before it, and all of its own span.
+
+    Args:
+        spans: int `[S]`, -1 outside of spans.
+
+    Example:
+        >>> span_mask(torch.tensor([-1, 7, 7, -1])).int()
+        tensor([[1, 0, 0, 0],
+                [1, 1, 1, 0],
+                [1, 1, 1, 0],
+                [1, 1, 1, 1]], dtype=torch.int32)
+    """
+    length = len(spans)
+    before = torch.ones(length, length, dtype=torch.bool, device=spans.device).tril()
+    return before | ((spans[:, None] == spans) & (spans >= 0))
+
+
+def _host_facts(params: PackedSeqParams) -> tuple[Sequence[int], Tensor | None, Sequence[bool]]:
+    """Boundaries as numbers, spans, and which sequences have any.
+
+    Raises:
+        ValueError: the boundaries lie on a device and the host does not know them.
+    """
+    if isinstance(params, SegmentedParams):
+        return params.boundaries, params.spans, params.spanned
+    padded = params.cu_seqlens_q if params.cu_seqlens_q_padded is None else params.cu_seqlens_q_padded
+    if padded.device.type != "cpu":
+        raise ValueError(
+            f"packed sequences: the boundaries are on {padded.device} alone, and asking for them would wait for it. "
+            "Make packed_seq_params with megatron_mimo.segments.segmented in the collator, or use "
+            "backend='transformer_engine'."
+        )
+    return padded.tolist(), None, ()

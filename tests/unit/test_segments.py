@@ -1,0 +1,169 @@
+"""Packed samples attend to themselves alone, and a span that asks for it to the whole of itself."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from torch.nn import functional as F
+
+from megatron_mimo import MimoModel
+from megatron_mimo.segments import SegmentAttention, segmented, span_mask
+from tests import packed, tiny
+
+BOUNDS = [0, 5, 5, 12, 16]
+HEADS, GROUPS, WIDTH = 4, 2, 8
+
+
+def attention(**changes) -> SegmentAttention:
+    return SegmentAttention(tiny.language_config(num_query_groups=GROUPS, **changes), 1, AttnMaskType.causal, "self")
+
+
+def drawn(seed: int = 0) -> list[torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randn(BOUNDS[-1], heads, WIDTH, generator=draw) for heads in (HEADS, GROUPS, GROUPS)]
+
+
+def written_out(inputs: list[torch.Tensor], sees: torch.Tensor) -> torch.Tensor:
+    query, key, value = (x.transpose(0, 1)[None] for x in inputs)
+    found = F.scaled_dot_product_attention(query, key, value, attn_mask=sees, enable_gqa=True)
+    return found[0].transpose(0, 1).flatten(1)
+
+
+def same_sequence() -> torch.Tensor:
+    sequence = torch.searchsorted(torch.tensor(BOUNDS), torch.arange(BOUNDS[-1]), right=True)
+    return sequence[:, None] == sequence
+
+
+SPANS = torch.tensor([-1, 0, 0, 0, -1, 1, 1, -1, 2, 2, 2, 2, -1, -1, -1, -1], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("spans", [None, SPANS], ids=["causal", "spans"])
+def test_it_equals_a_mask_that_is_written_out(single_process, spans):
+    sees = torch.ones(16, 16, dtype=torch.bool).tril()
+    if spans is not None:
+        sees |= (spans[:, None] == spans) & (spans >= 0)
+    inputs = [x.requires_grad_() for x in drawn()]
+    params = segmented(torch.tensor(BOUNDS, dtype=torch.int32), spans=spans)
+    found = attention()(*inputs, None, packed_seq_params=params)
+    expected = written_out(inputs, sees & same_sequence())
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)  # float32 sums in another order
+    for ours, theirs in zip(torch.autograd.grad(found.square().sum(), inputs), torch.autograd.grad(
+        expected.square().sum(), inputs
+    )):  # fmt: skip
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+
+
+def test_plain_boundaries_of_megatron_are_enough_on_the_cpu(single_process):
+    bounds = torch.tensor(BOUNDS, dtype=torch.int32)
+    plain = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
+    core = attention()
+    assert torch.equal(
+        core(*drawn(), None, packed_seq_params=plain), core(*drawn(), None, packed_seq_params=segmented(bounds))
+    )
+
+
+def test_scores_are_scaled_as_megatrons_are(single_process):
+    """The whole of a batch of one as one sequence, with scaling by layer too."""
+    for changes in ({}, {"apply_query_key_layer_scaling": True, "attention_softmax_in_fp32": True}):
+        core = SegmentAttention(tiny.language_config(**changes), 3, AttnMaskType.causal, "self")
+        inputs = [torch.randn(6, HEADS, WIDTH, generator=torch.Generator().manual_seed(at)) for at in range(3)]
+        later = torch.ones(1, 1, 6, 6, dtype=torch.bool).triu(1)
+        expected = core(*(x[:, None] for x in inputs), later)
+        found = core(*inputs, None, packed_seq_params=segmented(torch.tensor([0, 6], dtype=torch.int32)))
+        torch.testing.assert_close(found, expected[:, 0], rtol=0, atol=2e-6)
+
+
+def test_attention_without_order_sees_the_whole_sequence(single_process):
+    params = segmented(torch.tensor(BOUNDS, dtype=torch.int32))
+    found = attention()(*drawn(), None, AttnMaskType.no_mask, packed_seq_params=params)
+    torch.testing.assert_close(found, written_out(drawn(), same_sequence()), rtol=0, atol=2e-6)
+
+
+def test_dropout_drops_in_training_alone(single_process):
+    core, params = attention(attention_dropout=0.5), segmented(torch.tensor(BOUNDS, dtype=torch.int32))
+    trained = core(*drawn(), None, packed_seq_params=params)
+    evaluated = core.eval()(*drawn(), None, packed_seq_params=params)
+    assert not torch.equal(trained, evaluated)
+    torch.testing.assert_close(evaluated, attention()(*drawn(), None, packed_seq_params=params))
+
+
+def test_what_it_cannot_do_is_refused(single_process):
+    params = segmented(torch.tensor(BOUNDS, dtype=torch.int32))
+    for changes in ({"window_size": (4, 0)}, {"softmax_type": "off-by-one"}):
+        with pytest.raises(ValueError, match="expected window_size=None and softmax_type='vanilla'"):
+            attention(**changes)(*drawn(), None, packed_seq_params=params)
+    elsewhere = torch.tensor(BOUNDS, dtype=torch.int32, device="meta")
+    plain = PackedSeqParams(qkv_format="thd", cu_seqlens_q=elsewhere, cu_seqlens_kv=elsewhere)
+    with pytest.raises(ValueError, match="boundaries are on meta alone"):
+        attention()(*drawn(), None, packed_seq_params=plain)
+    with pytest.raises(ValueError, match="boundaries on the CPU"):
+        segmented(elsewhere)
+    with pytest.raises(ValueError, match="a number for each position"):
+        segmented(torch.tensor(BOUNDS), spans=SPANS[:3])
+    with pytest.raises(ValueError, match="span 1 lies in the packed sequences 0 and 2"):
+        segmented(torch.tensor(BOUNDS), spans=torch.ones(16, dtype=torch.int32))
+
+
+# In a model --------------------------------------------------------------------------------------
+
+
+def language(config, kind: str):
+    changes = {"position_embedding_type": kind}
+    if kind == "mrope":
+        config = replace(config, mrope_section=[2, 1, 1])
+    return tiny.language_spec(config, **changes)
+
+
+@pytest.mark.parametrize("kind", ["rope", "mrope"])
+def test_a_pack_with_images_equals_its_samples_apart(single_process, kind):
+    torch.manual_seed(0)
+    images = tiny.image_spec(decoders={}, output_projections=[])
+    config = tiny.mimo_config(
+        language(tiny.language_config(num_query_groups=2), kind),
+        modality_submodules={"images": images},
+        special_token_ids={"images": tiny.READ},
+        generation_token_ids={},
+        modality_loss_weights={},
+    )
+    model = MimoModel(config)
+    alone = packed.alone()
+    for batch in alone:
+        batch["input_ids"] = batch["input_ids"].masked_fill(batch["input_ids"] == tiny.WRITE, 3)
+        length = batch["input_ids"].shape[1]
+        ids = torch.arange(length)[None]
+        if kind == "mrope":
+            batch["position_ids"] = torch.stack([ids, ids // 2, ids % 3])
+    counts = {"text": sum(batch["loss_mask"].sum() for batch in alone)}
+    expected, gradients = packed.step(model, [(batch, None) for batch in alone], counts)
+    together = packed.packed(alone)
+    if kind == "mrope":
+        lengths = [length for _, length, _, _ in packed.SEQUENCES]
+        rows = [batch["position_ids"] for batch in alone]
+        together["position_ids"] = torch.cat([F.pad(x, (0, n - x.shape[-1])) for x, n in zip(rows, lengths)], -1)
+    found, theirs = packed.step(model, [(together, None)], counts)
+    torch.testing.assert_close(found["text"].sum, expected["text"].sum, rtol=1e-6, atol=0)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(theirs[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_spans_of_a_model_equal_a_mask_that_is_written_out_on_bare_gpt(single_process):
+    torch.manual_seed(0)
+    spec = tiny.language_spec(tiny.language_config())
+    config = tiny.mimo_config(
+        spec, modality_submodules={}, special_token_ids={}, generation_token_ids={}, modality_loss_weights={}
+    )
+    model = MimoModel(config).eval()
+    ids = torch.randint(0, 60, (1, 16), generator=torch.Generator().manual_seed(1))
+    positions = torch.cat([torch.arange(stop - start) for start, stop in itertools.pairwise(BOUNDS)])[None]
+    params = segmented(torch.tensor(BOUNDS, dtype=torch.int32), spans=SPANS)
+    found, _ = model(ids, position_ids=positions, packed_seq_params=params)
+    for sequence, (start, stop) in enumerate(itertools.pairwise(BOUNDS)):
+        if start == stop:
+            continue
+        hidden = ~span_mask(SPANS[start:stop])[None, None]
+        length = stop - start
+        alone = model.language_model(ids[:, start:stop], torch.arange(length)[None], hidden)
+        torch.testing.assert_close(found[:, start:stop], alone, rtol=0, atol=1e-5, msg=str(sequence))
