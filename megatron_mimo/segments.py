@@ -156,8 +156,8 @@ class SegmentAttention(DotProductAttention):
         if self.config.window_size is not None or self.config.softmax_type != "vanilla":
             raise ValueError(
                 "packed sequences without TransformerEngine: expected window_size=None and softmax_type='vanilla', "
-                f"found {self.config.window_size} and {self.config.softmax_type!r}. Use backend='transformer_engine', or do "
-                "not pack."
+                f"found {self.config.window_size} and {self.config.softmax_type!r}. Use "
+                "backend='transformer_engine', or do not pack."
             )
 
 
