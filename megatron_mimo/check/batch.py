@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from megatron_mimo.batch import Nested, Shown
 from megatron_mimo.check.positions import PositionKind
 from megatron_mimo.check.tokens import check_loss_mask, check_packed, check_padding_mask, check_token_tensors
 from megatron_mimo.config import MimoModelConfig, generation_table
@@ -25,9 +26,6 @@ from megatron_mimo.tally import outside_vocabulary, verify_vocabulary
 
 if TYPE_CHECKING:
     from megatron.core.packed_seq_params import PackedSeqParams
-
-Nested = Mapping[str, Mapping[str, Mapping[str, Tensor]]]
-Shown = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)

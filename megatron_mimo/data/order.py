@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from megatron_mimo.batch import Batch
 
 
 class ShuffledMicrobatches(Sampler[list[int]]):
@@ -57,14 +60,14 @@ class ShuffledMicrobatches(Sampler[list[int]]):
 
 def microbatches_of(
     dataset: Sequence,
-    collate: Callable[[Sequence], dict[str, object]],
+    collate: Callable[[Sequence], Batch],
     *,
     start: int,
     micro_batch_size: int,
     rank: int,
     size: int,
     workers: int,
-) -> Iterator[dict[str, object]]:
+) -> Iterator[Batch]:
     """Batches without end, collated in `workers` processes (0: in this one).
 
     Args:
@@ -74,8 +77,8 @@ def microbatches_of(
         workers: processes that read ahead.
     """
     order = ShuffledMicrobatches(len(dataset), start=start, micro_batch_size=micro_batch_size, rank=rank, size=size)
-    loader = DataLoader(
-        dataset,
+    loader: DataLoader[Any] = DataLoader(
+        cast("Dataset[Any]", dataset),  # which asks of it no more than length and item
         batch_sampler=order,
         collate_fn=collate,
         num_workers=workers,

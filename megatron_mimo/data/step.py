@@ -6,24 +6,26 @@ count is added up over the data-parallel ranks, because each loss is divided by 
 step. Group by group, a step takes
 
     one all-reduce of the counts over the data-parallel group (readers on the last stage alone),
-    one message with counts and layouts over the tensor-parallel group,
+    one message with counts and manifests over the tensor-parallel group,
     one broadcast of bytes over the tensor-parallel group for each microbatch, when its turn comes.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_mimo.data.transfer import Layout, pack, unpack
+from megatron_mimo.batch import Batch
+from megatron_mimo.data.transfer import Manifest, from_bytes, to_bytes
 
-Batch = Mapping[str, object]
-Counts = dict[str, float]
+#: What a batch counts: kind and names of what is counted -> how many.
+Counts = dict[tuple[str, ...], float]
 
 # Keywords of MimoModel.forward by where in the pipeline they are needed; others go to every stage.
 FIRST_ONLY = ("modality_inputs",)
@@ -31,7 +33,7 @@ LAST_ONLY = ("labels", "loss_mask")
 ENDS_ONLY = ("modality_targets", "placement")
 
 
-def part_for_stage(batch: Batch, *, first: bool, last: bool) -> dict[str, object]:
+def part_for_stage(batch: Batch, *, first: bool, last: bool) -> Batch:
     """What one pipeline stage needs of a batch: middle stages see token ids, positions and masks.
 
     Args:
@@ -43,10 +45,12 @@ def part_for_stage(batch: Batch, *, first: bool, last: bool) -> dict[str, object
         >>> part_for_stage(batch, first=True, last=False)
         {'input_ids': 1, 'modality_inputs': 3, 'modality_targets': 4}
     """
-    unneeded = () if first else FIRST_ONLY
-    unneeded += () if last else LAST_ONLY
-    unneeded += () if first or last else ENDS_ONLY
-    return {name: value for name, value in batch.items() if name not in unneeded}
+    unneeded = {
+        *(() if first else FIRST_ONLY),
+        *(() if last else LAST_ONLY),
+        *(() if first or last else ENDS_ONLY),
+    }
+    return cast(Batch, {name: value for name, value in batch.items() if name not in unneeded})
 
 
 @dataclass
@@ -60,27 +64,27 @@ class StepBatches:
 
     counts: Counts
     microbatch_counts: deque[Counts]
-    _layouts: deque[Layout]
+    _manifests: deque[Manifest]
     _buffers: deque[Tensor]
     _device: torch.device
     _group: dist.ProcessGroup
 
     def __len__(self) -> int:
-        return len(self._layouts)
+        return len(self._manifests)
 
-    def next(self) -> tuple[dict[str, object], Counts]:
+    def next(self) -> tuple[Batch, Counts]:
         """The next microbatch on this rank's device, and its counts.
 
         Collective over the tensor-parallel group: one broadcast from its rank 0.
         """
-        layout, counts = self._layouts.popleft(), self.microbatch_counts.popleft()
+        manifest, counts = self._manifests.popleft(), self.microbatch_counts.popleft()
         if self._buffers:
             buffer = self._buffers.popleft().to(self._device, non_blocking=True)
         else:
-            buffer = torch.empty(layout.size, dtype=torch.uint8, device=self._device)
-        if self._group.size() > 1 and layout.size:
+            buffer = torch.empty(manifest.size, dtype=torch.uint8, device=self._device)
+        if self._group.size() > 1 and manifest.size:
             dist.broadcast(buffer, group=self._group, group_src=0)
-        return unpack(layout, buffer), counts
+        return from_bytes(manifest, buffer), counts
 
 
 def read_step(
@@ -106,25 +110,34 @@ def read_step(
 
     Raises:
         RuntimeError: the data ended within the step.
+        ValueError: no iterator on a rank that reads.
     """
-    layouts, buffers, counts = [], [], []
+    manifests: list[Manifest] = []
+    buffers: list[Tensor] = []
+    counts: list[Counts] = []
+    total: Counts = {}
     if tensor_group.rank() == 0:
         pin = device.type == "cuda"
         for index in range(microbatches):
             batch = _next_batch(iterator, index, microbatches)
-            layout, buffer = pack(keep(batch), pin)
-            layouts.append(layout)
+            manifest, buffer = to_bytes(keep(batch), pin)
+            manifests.append(manifest)
             buffers.append(buffer)
             counts.append(count(batch))
-    total = _sum_over(counts, data_group, device) if tensor_group.rank() == 0 else {}
+        total = _sum_over(counts, data_group, device)
     if tensor_group.size() > 1:
-        message = [total, counts, layouts]
+        message = [(total, counts, manifests)]
         dist.broadcast_object_list(message, group=tensor_group, group_src=0)
-        total, counts, layouts = message
-    return StepBatches(total, deque(counts), deque(layouts), deque(buffers), device, tensor_group)
+        ((total, counts, manifests),) = message
+    return StepBatches(total, deque(counts), deque(manifests), deque(buffers), device, tensor_group)
 
 
 def _next_batch(iterator: Iterator[Batch] | None, index: int, microbatches: int) -> Batch:
+    if iterator is None:
+        raise ValueError(
+            "read_step: expected an iterator over batches on rank 0 of the tensor-parallel group, found None. Give "
+            "the data to every rank that reads."
+        )
     try:
         return next(iterator)
     except StopIteration:

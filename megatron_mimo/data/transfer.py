@@ -1,7 +1,7 @@
 """A nested batch as one flat buffer of bytes, so that it moves in one transfer.
 
 A batch of several modalities is a dozen small tensors of several dtypes. Broadcast one by one they cost
-a dozen collectives; packed they cost one, and one copy from the host to the device.
+a dozen collectives; in one buffer they cost one, and one copy from the host to the device.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What a packed batch is made of; small.
+class Manifest:
+    """What lies where in a batch's buffer; small.
 
     Args:
-        tree: the batch with a `Slot` in the place of each tensor and a `Record` of each dataclass. Fields
+        tree: the batch with a `Slot` in place of each tensor and a `Record` of each dataclass. Fields
             of dataclasses with the metadata `on_host` are in it as they are.
         size: bytes of the buffer.
     """
@@ -54,8 +54,8 @@ class Layout:
     size: int
 
 
-def pack(batch: object, pin: bool = False) -> tuple[Layout, Tensor]:
-    """The layout of a batch and its buffer, uint8 `[size]` on the CPU.
+def to_bytes(batch: object, pin: bool = False) -> tuple[Manifest, Tensor]:
+    """The manifest of a batch and its buffer, uint8 `[size]` on the CPU.
 
     Args:
         batch: tensors on the CPU, and anything that can be pickled, in nested mappings, lists,
@@ -66,8 +66,8 @@ def pack(batch: object, pin: bool = False) -> tuple[Layout, Tensor]:
         ValueError: a tensor is not on the CPU.
 
     Example:
-        >>> layout, buffer = pack({"input_ids": torch.arange(3), "name": "first"})
-        >>> unpack(layout, buffer)
+        >>> manifest, buffer = to_bytes({"input_ids": torch.arange(3), "name": "first"})
+        >>> from_bytes(manifest, buffer)
         {'input_ids': tensor([0, 1, 2]), 'name': 'first'}
     """
     tensors: list[tuple[Slot, Tensor]] = []
@@ -76,17 +76,17 @@ def pack(batch: object, pin: bool = False) -> tuple[Layout, Tensor]:
     buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
     for slot, tensor in tensors:
         _view(buffer, slot).copy_(tensor)
-    return Layout(tree, size), buffer
+    return Manifest(tree, size), buffer
 
 
-def unpack(layout: Layout, buffer: Tensor) -> object:
+def from_bytes(manifest: Manifest, buffer: Tensor) -> Any:
     """The batch again, its tensors views of `buffer`.
 
     Args:
-        layout: from `pack`, here or on another rank.
-        buffer: uint8 `[layout.size]`, on any device.
+        manifest: from `to_bytes`, here or on another rank.
+        buffer: uint8 `[manifest.size]`, on any device.
     """
-    return _rebuilt(layout.tree, buffer)
+    return _rebuilt(manifest.tree, buffer)
 
 
 def _described(node: object, where: str, tensors: list[tuple[Slot, Tensor]]) -> object:
@@ -117,7 +117,7 @@ def _described(node: object, where: str, tensors: list[tuple[Slot, Tensor]]) -> 
     return node
 
 
-def _rebuilt(node: object, buffer: Tensor) -> Any:
+def _rebuilt(node: Any, buffer: Tensor) -> Any:
     if isinstance(node, Slot):
         return _view(buffer, node)
     if isinstance(node, Record):

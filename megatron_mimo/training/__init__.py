@@ -14,15 +14,16 @@ if TYPE_CHECKING:
     from megatron_mimo.training.pretraining.loop import Recipe, adapt_megatron, dataset_provider, pretrain
     from megatron_mimo.training.pretraining.script import forward_step, model_provider
     from megatron_mimo.training.scale import StepScale, loss_func
-    from megatron_mimo.training.trainer import StepReport, Trainer, TrainerSettings
+    from megatron_mimo.training.settings import StepReport, TrainerSettings
+    from megatron_mimo.training.trainer import Trainer
 
 _HOMES = {
     "ForwardStep": "training.forward",
     "Recipe": "training.pretraining.loop",
-    "StepReport": "training.trainer",
+    "StepReport": "training.settings",
     "StepScale": "training.scale",
     "Trainer": "training.trainer",
-    "TrainerSettings": "training.trainer",
+    "TrainerSettings": "training.settings",
     "TrainingControl": "training.parts.control",
     "adapt_megatron": "training.pretraining.loop",
     "add_mimo_args": "training.pretraining.arguments",

@@ -9,11 +9,13 @@ import torch.distributed as dist
 from megatron.core.utils import unwrap_model
 from torch import nn
 
-from megatron_mimo.data.step import Batch, Counts, StepBatches, part_for_stage, read_step
+from megatron_mimo.batch import Batch
+from megatron_mimo.data.step import Counts, StepBatches, read_step
 from megatron_mimo.draws import restart_draws
 from megatron_mimo.losses import LossTerm
 from megatron_mimo.model import MimoModel
 from megatron_mimo.output import loss_terms
+from megatron_mimo.training.reading import part_for, placed_batches
 from megatron_mimo.training.scale import StepScale, loss_func
 from megatron_mimo.training.speed import counts as names
 
@@ -107,7 +109,7 @@ class ForwardStep:
     def _read(self, iterator: Iterator[Batch] | None, mimo: MimoModel, number: int) -> StepBatches:
         groups = mimo.pg_collection
         return read_step(
-            iterator,
+            placed_batches(iterator, mimo),
             number,
             keep=partial(part_for, model=mimo),
             count=partial(names.count_batch, model=mimo) if mimo.post_process else _nothing,
@@ -144,32 +146,6 @@ class ForwardStep:
                     f"loss term {name!r} counted {found.item():g} but {expected:g} were told ahead. The "
                     "decoder's loss_shape (or count) must say what its loss sums over."
                 )
-
-
-def part_for(batch: Batch, model: MimoModel) -> Batch:
-    """What a model's pipeline stage needs of a batch.
-
-    A first stage needs the targets of modalities whose generation tokens are fed from them, no other.
-    The placement is made here, on the CPU, where the batch's collator did not: its counts are then known
-    on the host, which a first stage without decoders learns from nothing else.
-
-    Args:
-        batch: keyword arguments of `MimoModel.forward`.
-        model: of the stage.
-    """
-    if "placement" not in batch and (model.pre_process or model.post_process):
-        placement = model.place(batch["input_ids"], batch.get("packed_seq_params"))
-        batch = {**batch, "placement": placement.bound()}
-    part = part_for_stage(batch, first=model.pre_process, last=model.post_process)
-    if model.post_process or not part.get("modality_targets"):
-        return part
-    fed = {
-        modality: target
-        for modality, target in part["modality_targets"].items()
-        if modality not in model.modality_submodules  # the model refuses it with a message
-        or model.modality_submodules[modality].generation_input is not None
-    }
-    return {**part, "modality_targets": fed}
 
 
 def _nothing(batch: Batch) -> Counts:

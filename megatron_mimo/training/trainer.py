@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -21,8 +21,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_mimo.batch import Batch
 from megatron_mimo.config import MimoModelConfig
-from megatron_mimo.data.step import Batch
+from megatron_mimo.data.step import Counts
 from megatron_mimo.launch import Run, exit_on_error
 from megatron_mimo.layout import check_layout, check_sequence_length
 from megatron_mimo.model import MimoModel
@@ -36,6 +37,7 @@ from megatron_mimo.training.chunks import (
 from megatron_mimo.training.forward import ForwardStep
 from megatron_mimo.training.parts.control import TrainingControl
 from megatron_mimo.training.progress import Progress
+from megatron_mimo.training.settings import History, StepReport, TrainerSettings
 from megatron_mimo.training.speed.counts import term
 from megatron_mimo.training.stop import StopRequest
 
@@ -43,89 +45,6 @@ from megatron_mimo.training.stop import StopRequest
 #: pure function: every pipeline stage asks for itself, and a resumed run asks again. Each microbatch
 #: holds keyword arguments of `MimoModel.forward`, on the CPU.
 StepData = Callable[[int, int, int], Sequence[Batch]]
-
-DECAYS = ("constant", "linear", "cosine")
-
-
-@dataclass(frozen=True)
-class TrainerSettings:
-    """How long and how often.
-
-    Args:
-        steps: of the whole run; the learning rate's schedule ends there.
-        warmup_steps: over which the learning rate rises from 0.
-        decay: its course afterwards, down to the optimizer's `min_lr`.
-        seed: of the decoders' draws.
-        evaluate_every: steps between evaluations, of which there is one after the last step too; None
-            leaves that one alone.
-        evaluation_steps: steps of data that an evaluation takes.
-        save_every: steps between checkpoints; the end and a SIGTERM save one in any case.
-        directory: of the checkpoints, a path or a string; None saves none.
-        progress: show a progress bar on the last rank.
-    """
-
-    steps: int
-    warmup_steps: int = 0
-    decay: Literal["constant", "linear", "cosine"] = "cosine"
-    seed: int = 1234
-    evaluate_every: int | None = None
-    evaluation_steps: int = 1
-    save_every: int | None = None
-    directory: Path | str | None = None
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        if self.directory is not None:
-            object.__setattr__(self, "directory", Path(self.directory))
-        if self.decay not in DECAYS:
-            raise ValueError(f"TrainerSettings: decay must be one of {list(DECAYS)}, got {self.decay!r}")
-        for name in ("steps", "evaluate_every", "evaluation_steps", "save_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"TrainerSettings: {name} must be at least 1, got {value}")
-        if not 0 <= self.warmup_steps < self.steps:
-            raise ValueError(
-                f"TrainerSettings: warmup_steps must lie in [0, steps = {self.steps}), got {self.warmup_steps}"
-            )
-        if self.save_every is not None and self.directory is None:
-            raise ValueError(f"TrainerSettings: save_every {self.save_every} needs a directory to save to")
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one step did; equal on all ranks.
-
-    Args:
-        step: its index, from 0.
-        losses: term -> mean over the whole batch, and `"loss"`, the weighted sum. Terms that the
-            batch counted nothing of are left out.
-        learning_rate: of parameters without a factor of their own.
-        gradient_norm: before clipping; None where the optimizer does not compute it.
-        skipped: the gradients had an infinity or NaN, and no weight changed (fp16).
-        seconds: wall-clock time.
-    """
-
-    step: int
-    losses: Mapping[str, float]
-    learning_rate: float
-    gradient_norm: float | None
-    skipped: bool
-    seconds: float
-
-
-@dataclass
-class History:
-    """What a run reported.
-
-    Args:
-        steps: a report for each step.
-        evaluations: step -> losses of the evaluation after it.
-        stopped: a SIGTERM ended the run before its last step.
-    """
-
-    steps: list[StepReport] = field(default_factory=list)
-    evaluations: dict[int, Mapping[str, float]] = field(default_factory=dict)
-    stopped: bool = False
 
 
 class Trainer:
@@ -184,7 +103,7 @@ class Trainer:
             seed=settings.seed,
             on_step=self._keep_counts,
         )
-        self._counts: Mapping[str, float] = {}
+        self._counts: Counts = {}
         self._trained = checkpoints.Trained.by(self.control, config, optimizer.use_distributed_optimizer)
 
     def train(self, data: StepData, evaluation: StepData | None = None) -> History:
@@ -263,11 +182,12 @@ class Trainer:
 
         Collective over all ranks.
         """
-        if self.settings.directory is None:
+        directory = self.settings.directory
+        if directory is None:
             return None
         with parameters_gathered(self.chunks, self.optimizer):
             return checkpoints.save(
-                self.settings.directory, self.steps_done, self.models, self.optimizer, self.schedule, self.run,
+                Path(directory), self.steps_done, self.models, self.optimizer, self.schedule, self.run,
                 self._trained,
             )  # fmt: skip
 
@@ -292,7 +212,7 @@ class Trainer:
             >>> trainer.load("aligned/step_00001000", weights_only=True)              # doctest: +SKIP
         """
         if path is None and self.settings.directory is not None:
-            path = checkpoints.latest(self.settings.directory)
+            path = checkpoints.latest(Path(self.settings.directory))
         if path is not None and weights_only:
             checkpoints.load_weights(Path(path), self.models, self.optimizer, self.run)
         elif path is not None:
@@ -323,15 +243,15 @@ class Trainer:
     def _shape(self, batches: Sequence[Batch]) -> tuple[int, tuple[int, int]]:
         """Number of microbatches and `(B, S)`, told by the rank that reads to its tensor-parallel group."""
         group = self.run.groups.tp
-        shapes = [tuple(batch["input_ids"].shape) for batch in batches]
+        shapes = [cast(tuple[int, int], tuple(batch["input_ids"].shape)) for batch in batches]
         if group.rank() == 0:
             self._check_shapes(shapes)
-        message = [len(shapes), shapes[0] if shapes else None]
+        message = [(len(shapes), shapes[0])] if shapes else [(0, (0, 0))]
         if group.size() > 1:
             dist.broadcast_object_list(message, group=group, group_src=0)
-        return tuple(message)
+        return message[0]
 
-    def _check_shapes(self, shapes: Sequence[tuple[int, ...]]) -> None:
+    def _check_shapes(self, shapes: Sequence[tuple[int, int]]) -> None:
         if not shapes:
             raise ValueError("a step has no microbatch: the data must give at least one for every step")
         config = self.models[0].config
@@ -344,7 +264,7 @@ class Trainer:
         for _, length in set(shapes):
             check_sequence_length(length, self.run.layout, config)
 
-    def _keep_counts(self, step: int, counts: Mapping[str, float]) -> None:
+    def _keep_counts(self, step: int, counts: Counts) -> None:
         self._counts = counts
 
     def _agree(
@@ -352,7 +272,7 @@ class Trainer:
         logged: list[dict[str, Tensor]],
         norm: float | None,
         succeeded: bool,
-        counts: Mapping[str, float],
+        counts: Counts,
     ) -> tuple[dict[str, float], float | None, bool]:
         """Losses, gradient norm and success as all ranks shall know them.
 

@@ -2,15 +2,20 @@
 
 import pytest
 import torch
+from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_mimo import MimoModel, loss_terms
+from megatron_mimo.data.step import read_step
 from megatron_mimo.decoders import (
     DiscreteDecoder,
     FlowDecoder,
     FlowTransformerDecoder,
     RegressionDecoder,
 )
-from megatron_mimo.training.speed.counts import TOKENS, count_batch, term
+from megatron_mimo.training.reading import placed_batches
+from megatron_mimo.training.speed.counts import TOKENS, count_batch, items, rows_read, rows_written, term
+from megatron_mimo.training.speed.flops import part_sizes
+from megatron_mimo.training.speed.throughput import Throughput
 from tests import packed, tiny
 
 WIDTH = 16
@@ -60,3 +65,47 @@ def test_padding_of_packed_sequences_does_not_count_where_there_is_no_mask(singl
     counts = count_batch(batch, model)
     assert counts[term("text")] == counts[TOKENS] == 5 + 3
     assert counts[term("text")] == loss_terms(*model(**batch))["text"].count.item()
+
+
+def test_a_modality_with_a_space_in_its_name_goes_through_the_throughput_log(single_process):
+    named = dict(
+        modality_submodules={"my images": tiny.image_spec(encoders={"my patches": ModuleSpec(tiny.PatchEncoder)})},
+        special_token_ids={"my images": tiny.READ},
+        generation_token_ids={"my images": tiny.WRITE},
+        modality_loss_weights={},
+    )
+    model = MimoModel(tiny.mimo_config(**named))
+    batch = tiny.batch()
+    batch["input_ids"][batch["input_ids"] == tiny.HEAR] = 1
+    batch["modality_inputs"] = {"my images": {"my patches": batch["modality_inputs"]["images"]["patches"]}}
+    batch["modality_targets"] = {"my images": batch["modality_targets"]["images"]}
+    counts = count_batch(batch, model)
+    assert (counts[rows_read("my images")], counts[rows_written("my images")]) == (4, 5)
+    assert counts[items("my images", "my patches")] == 2
+    assert counts[term("my images/pixels")] == loss_terms(*model(**batch))["my images/pixels"].count.item()
+    reports = []
+    Throughput(part_sizes([model]), None, lambda _, rates: reports.append(rates), every=1).add(1, counts, seconds=2.0)
+    (rates,) = reports
+    assert rates["my images tokens read/s"] == 2.0 and rates["my images tokens written/s"] == 2.5
+    assert rates["my images/my patches items/s"] == 1.0
+
+
+def test_rows_are_counted_in_the_placement_that_the_reader_made_and_tokens_are_compared_once(
+    single_process, monkeypatch
+):
+    model, placed = MimoModel(tiny.mimo_config()), []
+    place = model.place
+    monkeypatch.setattr(model, "place", lambda *given: placed.append(place(*given)) or placed[-1])
+    (batch,) = placed_batches(iter([tiny.batch()]), model)
+    batch["input_ids"] = torch.zeros_like(batch["input_ids"])  # which has none of the tokens
+    counts = count_batch(batch, model)
+    found = [counts[rows_read("images")], counts[rows_read("audio")], counts[rows_written("images")]]
+    assert found == [4, 3, 5] and len(placed) == 1
+
+
+def test_a_rank_that_reads_without_an_iterator_is_told_so(single_process):
+    with pytest.raises(ValueError, match="expected an iterator over batches on rank 0 .* found None"):
+        read_step(
+            None, 1, keep=dict, count=lambda batch: {}, tensor_group=single_process.groups.tp, data_group=None,
+            device=torch.device("cpu"),
+        )  # fmt: skip

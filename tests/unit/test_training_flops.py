@@ -57,7 +57,7 @@ def test_packed_sequences_attend_within_themselves(single_process):
     ids = torch.arange(1, 13)[None]
     batch = {"input_ids": ids, "labels": ids, "packed_seq_params": packed.packed_params([4, 4, 2, 0], [4, 4, 4, 0])}
     counts = count_batch(batch, model)
-    assert counts["samples"] == 3
+    assert counts[("samples",)] == 3
     flops = step_flops({"language_model": PartSize(attention=1.0)}, counts, training=False)
     assert flops == {"language_model": 4 * 12 * 4}
 
@@ -115,7 +115,12 @@ def test_vision_transformer_counts_its_own_positions_and_whole_attention(single_
     model = megatron_mimo.MimoModel(
         tiny.mimo_config(modality_submodules={"images": images, "audio": tiny.audio_spec()})
     )
-    counts = {"positions": 48.0, "samples": 3.0, "items images/vit": 2.0, "items audio/frames": 0.0}
+    counts = {
+        ("positions",): 48.0,
+        ("samples",): 3.0,
+        ("media items", "images", "vit"): 2.0,
+        ("media items", "audio", "frames"): 0.0,
+    }
     found = step_flops(part_sizes([model]), counts, training=False)["images/encoders/vit"]
     rows = 4 + 1  # patches of 4 x 4 pixels and the class token
     assert found == 2 * (LAYER + 3 * 4 * 4 * H) * 2 * rows + 4 * H * 2 * rows * rows
@@ -142,11 +147,11 @@ def test_decoder_of_patches_counts_them_for_each_token(single_process):
     )
     sizes = part_sizes([model])
     counts = {
-        "positions": 48.0,
-        "samples": 3.0,
-        "items images/patches": 0.0,
-        "items audio/frames": 0.0,
-        "rows written images": 4.0,
+        ("positions",): 48.0,
+        ("samples",): 3.0,
+        ("media items", "images", "patches"): 0.0,
+        ("media items", "audio", "frames"): 0.0,
+        ("rows written", "images"): 4.0,
     }
     weights = sum(
         p.numel()
@@ -166,11 +171,11 @@ def test_what_is_added_and_not_multiplied_counts_nothing(single_process):
 def test_rates_are_sums_over_the_steps_since_the_last_report_divided_by_their_seconds():
     sizes = {"language_model": PartSize(weights=100.0, trained=100.0), "images/encoders/vit": PartSize(weights=10.0)}
     counts = {
-        "positions": 50.0,
-        "samples": 5.0,
-        "rows read images": 20.0,
-        "rows written tones": 4.0,
-        "items images/vit": 2.0,
+        ("positions",): 50.0,
+        ("samples",): 5.0,
+        ("rows read", "images"): 20.0,
+        ("rows written", "tones"): 4.0,
+        ("media items", "images", "vit"): 2.0,
     }
     reports = []
     rates = Throughput(sizes, 1e6, lambda *report: reports.append(report), every=2)
@@ -191,7 +196,7 @@ def test_rates_are_sums_over_the_steps_since_the_last_report_divided_by_their_se
 def test_without_a_stated_peak_there_is_no_mfu():
     reports = []
     Throughput({}, None, lambda *report: reports.append(report), every=1).add(
-        1, {"positions": 1.0, "samples": 1.0}, 0.5
+        1, {("positions",): 1.0, ("samples",): 1.0}, 0.5
     )
     ((_, rates),) = reports
     assert rates == {"tokens/s": 2.0, "samples/s": 2.0, "TFLOP/s": 0.0}

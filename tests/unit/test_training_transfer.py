@@ -9,7 +9,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_mimo.data.step import part_for_stage
-from megatron_mimo.data.transfer import ALIGNMENT, Slot, pack, unpack
+from megatron_mimo.data.transfer import ALIGNMENT, Slot, from_bytes, to_bytes
 from megatron_mimo.placement import build_placement
 
 DTYPES = [
@@ -27,10 +27,10 @@ class Clip:
 
 
 def sent(batch: object) -> object:
-    """`batch` as another process gets it: the layout pickled, the bytes copied."""
-    layout, buffer = pack(batch)
-    assert buffer.dtype == torch.uint8 and buffer.shape == (layout.size,)
-    return unpack(pickle.loads(pickle.dumps(layout)), buffer.clone())
+    """`batch` as another process gets it: the manifest pickled, the bytes copied."""
+    manifest, buffer = to_bytes(batch)
+    assert buffer.dtype == torch.uint8 and buffer.shape == (manifest.size,)
+    return from_bytes(pickle.loads(pickle.dumps(manifest)), buffer.clone())
 
 
 def same(found: object, expected: object) -> bool:
@@ -103,24 +103,24 @@ def test_batches_of_no_tensor_one_or_an_empty_one_come_back(batch):
     assert same(sent(batch), batch)
 
 
-def test_tensors_start_on_multiples_of_the_alignment_and_the_layout_holds_none():
-    layout, _ = pack({"a": torch.ones(3), "b": [torch.ones(70, dtype=torch.float64)], "c": torch.ones(1)})
-    slots = [layout.tree["a"], layout.tree["b"][0], layout.tree["c"]]
+def test_tensors_start_on_multiples_of_the_alignment_and_the_manifest_holds_none():
+    manifest, _ = to_bytes({"a": torch.ones(3), "b": [torch.ones(70, dtype=torch.float64)], "c": torch.ones(1)})
+    slots = [manifest.tree["a"], manifest.tree["b"][0], manifest.tree["c"]]
     assert all(isinstance(slot, Slot) for slot in slots)
     assert [slot.start for slot in slots] == [0, ALIGNMENT, 6 * ALIGNMENT]
-    assert layout.size == 6 * ALIGNMENT + 4
+    assert manifest.size == 6 * ALIGNMENT + 4
 
 
-def test_unpacked_tensors_are_views_of_the_one_buffer():
-    layout, buffer = pack({"a": torch.ones(3), "b": torch.ones(2)})
-    first, second = unpack(layout, buffer).values()
+def test_tensors_that_come_back_are_views_of_the_one_buffer():
+    manifest, buffer = to_bytes({"a": torch.ones(3), "b": torch.ones(2)})
+    first, second = from_bytes(manifest, buffer).values()
     assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr() == buffer.data_ptr()
 
 
 def test_tensor_that_is_not_on_the_cpu_is_refused_by_its_place_in_the_batch():
     batch = {"modality_inputs": {"images": [torch.ones(1), torch.ones(1, device="meta")]}}
     with pytest.raises(ValueError, match=r"batch\['modality_inputs'\]\['images'\]\[1\] lies on meta"):
-        pack(batch)
+        to_bytes(batch)
 
 
 WHOLE = dict.fromkeys(
@@ -145,8 +145,8 @@ def test_each_pipeline_stage_gets_only_what_it_needs(first, last, more):
 
 def test_what_the_host_knows_of_a_placement_stays_out_of_the_buffer():
     placement = build_placement(torch.tensor([[1, -200, -200, 61]]), {"images": -200}, {"images": 61})
-    layout, buffer = pack({"placement": placement})
-    found = unpack(layout, torch.zeros_like(buffer))["placement"]
+    manifest, buffer = to_bytes({"placement": placement})
+    found = from_bytes(manifest, torch.zeros_like(buffer))["placement"]
     assert found.host.positions.equal(placement.host.positions)
     assert found.spans("images").tolist() == [[0, 1, 3]]
     assert not found.positions.any()  # these lay in the buffer, which came as zeros

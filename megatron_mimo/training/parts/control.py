@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations
+from typing import cast
 
 import torch
 from megatron.core.distributed import finalize_model_grads
@@ -28,6 +29,7 @@ from torch import nn
 
 from megatron_mimo.compat.megatron import is_tied_copy, key_without_decay
 from megatron_mimo.config import SUBMODULE_KEYS, MimoModelConfig
+from megatron_mimo.modality.submodules import ModalitySubmodules
 from megatron_mimo.model import MimoModel
 from megatron_mimo.training.parts.compiled import CompiledForward
 from megatron_mimo.training.parts.graphed import GraphedForward
@@ -190,7 +192,7 @@ class TrainingControl:
         """The encoders on this stage that are named."""
         named = self._prefixes(parts, model.mimo_config)
         for modality, submodule in model.modality_submodules.items():
-            for name, encoder in submodule.encoders.items():
+            for name, encoder in cast(ModalitySubmodules, submodule).encoders.items():
                 if f"modality_submodules.{modality}.encoders.{name}.".startswith(named):
                     yield encoder
 
@@ -295,13 +297,13 @@ def _finalize_with_rows(model_chunks, num_tokens=None, *, rows: frozenset[int], 
         for weight in _embedding_weights(mimo):
             first = weight.shape[0] * mimo.pg_collection.tp.rank()
             local = sorted(row - first for row in rows if first <= row < first + weight.shape[0])
-            _zero_rows_except(weight.main_grad, local)
+            _zero_rows_except(weight.main_grad, local)  # type: ignore[attr-defined]  # DDP's
 
 
 def _keep_statistics(module: nn.Module) -> None:
     """Has a norm use its running statistics from now on, whatever mode the model is put into."""
     module.eval()
-    module.train = lambda mode=True: module
+    module.train = lambda mode=True: module  # type: ignore[method-assign]
 
 
 def _zero_rows_except(gradient: torch.Tensor, rows: Sequence[int]) -> None:

@@ -8,54 +8,75 @@ through, which the throughput and FLOPs of the step are reckoned from.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_mimo.data.step import Batch, Counts
+from megatron_mimo.batch import Batch, Nested
+from megatron_mimo.data.step import Counts
+from megatron_mimo.decoders.base import Decoder
 from megatron_mimo.labels import default_loss_mask
+from megatron_mimo.modality.submodules import ModalitySubmodules
 from megatron_mimo.model import MimoModel
+from megatron_mimo.placement import Placement
 from megatron_mimo.plan import padding_of
 
-TOKENS = "tokens"  # positions that the language loss looks at
-POSITIONS = "positions"
-SAMPLES = "samples"  # sequences, of which a packed row has several
+# Kinds of counts, the first entry of a key; the others name what is counted.
+LOSS, READ, WRITTEN, ITEMS = "loss", "rows read", "rows written", "media items"
+
+Key = tuple[str, ...]
+TOKENS: Key = ("tokens",)  # positions that the language loss looks at
+POSITIONS: Key = ("positions",)
+SAMPLES: Key = ("samples",)  # sequences, of which a packed row has several
 
 
-def term(name: str) -> str:
-    """Name of a loss term's count."""
-    return f"loss {name}"
+def term(name: str) -> Key:
+    """Key of a loss term's count."""
+    return LOSS, name
 
 
-def rows_read(modality: str) -> str:
-    """Name of the count of a modality's special tokens."""
-    return f"rows read {modality}"
+def rows_read(modality: str) -> Key:
+    """Key of the count of a modality's special tokens."""
+    return READ, modality
 
 
-def rows_written(modality: str) -> str:
-    """Name of the count of a modality's generation tokens."""
-    return f"rows written {modality}"
+def rows_written(modality: str) -> Key:
+    """Key of the count of a modality's generation tokens."""
+    return WRITTEN, modality
 
 
-def items(modality: str, encoder: str) -> str:
-    """Name of the count of images, clips, ... that went through an encoder."""
-    return f"items {modality}/{encoder}"
+def items(modality: str, encoder: str) -> Key:
+    """Key of the count of media items that went through an encoder."""
+    return ITEMS, modality, encoder
 
 
-def decoders_of(model: MimoModel) -> dict[str, tuple[str, str]]:
+def submodules_of(model: MimoModel) -> dict[str, ModalitySubmodules]:
+    """Modality -> its parts on this pipeline stage."""
+    return cast(dict[str, ModalitySubmodules], dict(model.modality_submodules.items()))
+
+
+def decoders_of(model: MimoModel) -> dict[str, tuple[str, Decoder]]:
     """Loss term -> (modality, decoder), for every decoder on this pipeline stage."""
+    parts = submodules_of(model)
     return {
-        f"{modality}/{name}": (modality, name)
+        f"{modality}/{name}": (modality, cast(Decoder, decoder))
         for modality in model.mimo_config.generation_token_ids
-        for name in model.modality_submodules[modality].decoders
+        for name, decoder in parts[modality].decoders.items()
     }
 
 
+def placement_of(batch: Batch, model: MimoModel) -> Placement:
+    """The placement that a batch brings, or else one made of its token ids."""
+    placement = batch.get("placement")
+    return placement or model.place(batch["input_ids"], batch.get("packed_seq_params")).bound()
+
+
 def count_batch(batch: Batch, model: MimoModel) -> Counts:
-    """What one batch counts, by name; the same names in the same order for every batch.
+    """What one batch counts; the same keys in the same order for every batch.
 
     Args:
-        batch: keyword arguments of `MimoModel.forward`, tensors on the CPU, the whole sequence.
+        batch: tensors on the CPU, the whole sequence. Rows read and written are looked up in its placement.
         model: of the last pipeline stage, whose decoders know what their losses count.
 
     Raises:
@@ -63,15 +84,16 @@ def count_batch(batch: Batch, model: MimoModel) -> Counts:
     """
     ids, labels, mask = batch["input_ids"], batch.get("labels"), batch.get("loss_mask")
     if labels is None:
+        given = sorted(batch.keys() - {"placement"})  # which the reader of batches added
         raise ValueError(
-            f"a training batch has no labels, found {sorted(batch)}. Give labels [B, S], the id that "
+            f"a training batch has no labels, found {given}. Give labels [B, S], the id that "
             "each position shall predict, and a loss_mask of zeros where nothing is to be learned."
         )
     if mask is None:
         padding = padding_of(batch.get("packed_seq_params"), ids)
         reads = [modality for modality, given in (batch.get("modality_inputs") or {}).items() if given]
         mask = default_loss_mask(ids, labels, padding, model.mimo_config, model.modality_submodules, reads)
-    counts = {
+    counts: Counts = {
         term("text"): float(mask.sum()),
         TOKENS: float(mask.count_nonzero()),
         POSITIONS: float(ids.numel()),
@@ -79,10 +101,9 @@ def count_batch(batch: Batch, model: MimoModel) -> Counts:
     }
     targets = batch.get("modality_targets") or {}
     for name, (modality, decoder) in decoders_of(model).items():
-        target = (targets.get(modality) or {}).get(decoder)
-        takes = model.modality_submodules[modality].decoders[decoder]
-        counts[term(name)] = 0.0 if target is None else takes.count(target)
-    return counts | _traffic(ids, batch.get("modality_inputs") or {}, model)
+        target = (targets.get(modality) or {}).get(name.removeprefix(f"{modality}/"))
+        counts[term(name)] = 0.0 if target is None else decoder.count(target)
+    return counts | _traffic(placement_of(batch, model), batch.get("modality_inputs") or {}, model)
 
 
 def _sequences(ids: Tensor, packed: PackedSeqParams | None) -> int:
@@ -92,14 +113,14 @@ def _sequences(ids: Tensor, packed: PackedSeqParams | None) -> int:
     return int((packed.cu_seqlens_q.diff() > 0).sum())
 
 
-def _traffic(ids: Tensor, inputs: Mapping[str, Mapping], model: MimoModel) -> Counts:
-    """Rows that each modality reads and writes, and items through each encoder."""
+def _traffic(placement: Placement, inputs: Nested, model: MimoModel) -> Counts:
+    """Rows that each modality reads and writes, and media items through each encoder."""
     config = model.mimo_config
-    counts = {rows_read(name): float((ids == token).sum()) for name, token in config.special_token_ids.items()}
-    counts |= {rows_written(name): float((ids == token).sum()) for name, token in config.generation_token_ids.items()}
+    counts: Counts = {rows_read(name): float(placement.counts(name).sum()) for name in config.special_token_ids}
+    counts |= {rows_written(name): float(placement.generation_total(name)) for name in config.generation_token_ids}
     for modality in config.modality_submodules:
         given = inputs.get(modality) or {}
-        for encoder in config.submodule_specs(modality).get("encoders") or {}:
+        for encoder in cast(Mapping, config.submodule_specs(modality).get("encoders") or {}):
             counts[items(modality, encoder)] = float(_items(given.get(encoder) or {}))
     return counts
 

@@ -109,7 +109,7 @@ def step_flops(sizes: Mapping[str, PartSize], counts: Counts, *, training: bool 
         training: count the backward pass too.
 
     Example:
-        >>> counts = {"positions": 10.0, "samples": 2.0}
+        >>> counts = {("positions",): 10.0, ("samples",): 2.0}
         >>> step_flops({"language_model": PartSize(weights=100.0, trained=100.0)}, counts)
         {'language_model': 6000.0}
     """
@@ -150,12 +150,12 @@ def _part_names(model: MimoModel) -> list[str]:
 def _parts_here(model: MimoModel) -> dict[str, nn.Module]:
     """The parts that this chunk has."""
     parts: dict[str, nn.Module] = {LANGUAGE: model.language_model}
-    for modality, submodule in model.modality_submodules.items():
-        for kind in ("encoders", "decoders"):
-            for name, module in submodule.get_submodule(kind).items():
+    for modality, submodule in names.submodules_of(model).items():
+        for kind, named in (("encoders", submodule.encoders), ("decoders", submodule.decoders)):
+            for name, module in named.items():
                 parts[f"{modality}/{kind}/{name}"] = module
         for kind in ("input_projections", "output_projections"):
-            if len(submodule.get_submodule(kind)):
+            if any(submodule.get_submodule(kind).children()):
                 parts[f"{modality}/{kind}"] = submodule.get_submodule(kind)
         if submodule.generation_input is not None:
             parts[f"{modality}/generation_input"] = submodule.generation_input

@@ -1,4 +1,4 @@
-"""How fast a run goes: tokens, rows of each modality, images, operations, and their share of the peak."""
+"""How fast a run goes: tokens, rows of each modality, media items, operations, and their share of the peak."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from megatron_mimo.training.speed import counts as names
 from megatron_mimo.training.speed.flops import PartSize, stated_peak, step_flops
 
 Rates = dict[str, float]
+
+# What the log calls a modality's or an encoder's counts, by their kind.
+_LOGGED = {names.READ: "tokens read", names.WRITTEN: "tokens written", names.ITEMS: "items"}
 
 
 class Throughput:
@@ -41,7 +44,7 @@ class Throughput:
 
     def add(self, steps: int, counts: Counts, seconds: float) -> None:
         """Takes note of a step, the `steps`-th of the run, and reports where it is time."""
-        self._summed = {name: self._summed.get(name, 0.0) + count for name, count in counts.items()}
+        self._summed = {key: self._summed.get(key, 0.0) + count for key, count in counts.items()}
         self._seconds += seconds
         if steps % self._every == 0:
             self._report(steps, self.rates(self._seconds))
@@ -52,12 +55,9 @@ class Throughput:
         counts, rates = self._summed, {}
         rates["tokens/s"] = counts[names.POSITIONS] / seconds
         rates["samples/s"] = counts[names.SAMPLES] / seconds
-        for name, count in counts.items():
-            if name.startswith(("rows read ", "rows written ")):
-                kind, modality = name.removeprefix("rows ").split(" ")
-                rates[f"{modality} tokens {kind}/s"] = count / seconds
-            elif name.startswith("items "):
-                rates[f"{name.removeprefix('items ')} items/s"] = count / seconds
+        for (kind, *of), count in counts.items():
+            if kind in _LOGGED:
+                rates[f"{'/'.join(of)} {_LOGGED[kind]}/s"] = count / seconds
         flops = step_flops(self._sizes, counts)
         for part, operations in flops.items():
             rates[f"{part} TFLOP/s"] = operations / seconds / 1e12

@@ -1,0 +1,53 @@
+"""What a pipeline stage reads of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from megatron_mimo.batch import Batch
+from megatron_mimo.data.step import part_for_stage
+from megatron_mimo.model import MimoModel
+from megatron_mimo.training.speed.counts import placement_of, submodules_of
+
+
+def placed_batches(batches: Iterator[Batch] | None, model: MimoModel) -> Iterator[Batch] | None:
+    """Batches with their placement, where the stage places or counts rows; None for None.
+
+    The placement is made once, on the CPU, where the batch's collator did not: its counts are then known
+    on the host, which a first stage without decoders learns from nothing else.
+
+    Args:
+        batches: tensors on the CPU.
+        model: of the stage.
+    """
+    if batches is None or not (model.pre_process or model.post_process):
+        return batches
+    return map(partial(_placed, model=model), batches)
+
+
+def part_for(batch: Batch, model: MimoModel) -> Batch:
+    """What a model's pipeline stage needs of a batch.
+
+    A first stage needs the targets of modalities whose generation tokens are fed from them, no other.
+
+    Args:
+        batch: of all stages.
+        model: of the stage.
+    """
+    part = part_for_stage(batch, first=model.pre_process, last=model.post_process)
+    targets = part.get("modality_targets")
+    if model.post_process or not targets:
+        return part
+    parts = submodules_of(model)
+    fed = {
+        modality: target
+        for modality, target in targets.items()
+        if modality not in parts  # the model refuses it with a message
+        or parts[modality].generation_input is not None
+    }
+    return {**part, "modality_targets": fed}
+
+
+def _placed(batch: Batch, model: MimoModel) -> Batch:
+    return {**batch, "placement": placement_of(batch, model)}

@@ -1,0 +1,91 @@
+"""What a `Trainer` is told, and what it reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+DECAYS = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """How long and how often.
+
+    Args:
+        steps: of the whole run; the learning rate's schedule ends there.
+        warmup_steps: over which the learning rate rises from 0.
+        decay: its course afterwards, down to the optimizer's `min_lr`.
+        seed: of the decoders' draws.
+        evaluate_every: steps between evaluations, of which there is one after the last step too; None
+            leaves that one alone.
+        evaluation_steps: steps of data that an evaluation takes.
+        save_every: steps between checkpoints; the end and a SIGTERM save one in any case.
+        directory: of the checkpoints, a path or a string; None saves none.
+        progress: show a progress bar on the last rank.
+    """
+
+    steps: int
+    warmup_steps: int = 0
+    decay: Literal["constant", "linear", "cosine"] = "cosine"
+    seed: int = 1234
+    evaluate_every: int | None = None
+    evaluation_steps: int = 1
+    save_every: int | None = None
+    directory: Path | str | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.directory is not None:
+            object.__setattr__(self, "directory", Path(self.directory))
+        if self.decay not in DECAYS:
+            raise ValueError(f"TrainerSettings: decay must be one of {list(DECAYS)}, got {self.decay!r}")
+        for name in ("steps", "evaluate_every", "evaluation_steps", "save_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"TrainerSettings: {name} must be at least 1, got {value}")
+        if not 0 <= self.warmup_steps < self.steps:
+            raise ValueError(
+                f"TrainerSettings: warmup_steps must lie in [0, steps = {self.steps}), got {self.warmup_steps}"
+            )
+        if self.save_every is not None and self.directory is None:
+            raise ValueError(f"TrainerSettings: save_every {self.save_every} needs a directory to save to")
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did; equal on all ranks.
+
+    Args:
+        step: its index, from 0.
+        losses: term -> mean over the whole batch, and `"loss"`, the weighted sum. Terms that the
+            batch counted nothing of are left out.
+        learning_rate: of parameters without a factor of their own.
+        gradient_norm: before clipping; None where the optimizer does not compute it.
+        skipped: the gradients had an infinity or NaN, and no weight changed (fp16).
+        seconds: wall-clock time.
+    """
+
+    step: int
+    losses: Mapping[str, float]
+    learning_rate: float
+    gradient_norm: float | None
+    skipped: bool
+    seconds: float
+
+
+@dataclass
+class History:
+    """What a run reported.
+
+    Args:
+        steps: a report for each step.
+        evaluations: step -> losses of the evaluation after it.
+        stopped: a SIGTERM ended the run before its last step.
+    """
+
+    steps: list[StepReport] = field(default_factory=list)
+    evaluations: dict[int, Mapping[str, float]] = field(default_factory=dict)
+    stopped: bool = False
