@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
 from types import FunctionType
+from typing import cast
 
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import LayerType
@@ -48,7 +49,8 @@ def check_layout(layout: Layout, config: MimoModelConfig, sequence_length: int |
     if layout.pipeline_model_parallel_size > 1:
         _check_stages(layout, config, language)
     for modality in config.modality_submodules:
-        _check_encoders(modality, config.submodule_specs(modality).get("encoders") or {})
+        encoders = config.submodule_specs(modality).get("encoders") or {}
+        _check_encoders(modality, cast(Mapping[str, object], encoders))
     if sequence_length is not None:
         check_sequence_length(sequence_length, layout, language)
 

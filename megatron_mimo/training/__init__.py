@@ -11,15 +11,16 @@ if TYPE_CHECKING:
     from megatron_mimo.training.forward import ForwardStep
     from megatron_mimo.training.parts.control import TrainingControl
     from megatron_mimo.training.pretraining.arguments import add_mimo_args
-    from megatron_mimo.training.pretraining.loop import Recipe, adapt_megatron, dataset_provider, pretrain
-    from megatron_mimo.training.pretraining.script import forward_step, model_provider
+    from megatron_mimo.training.pretraining.dataset import Recipe, dataset_provider
+    from megatron_mimo.training.pretraining.loop import adapt_megatron, pretrain
+    from megatron_mimo.training.pretraining.provider import forward_step, model_provider
     from megatron_mimo.training.scale import StepScale, loss_func
     from megatron_mimo.training.settings import StepReport, TrainerSettings
     from megatron_mimo.training.trainer import Trainer
 
 _HOMES = {
     "ForwardStep": "training.forward",
-    "Recipe": "training.pretraining.loop",
+    "Recipe": "training.pretraining.dataset",
     "StepReport": "training.settings",
     "StepScale": "training.scale",
     "Trainer": "training.trainer",
@@ -28,10 +29,10 @@ _HOMES = {
     "adapt_megatron": "training.pretraining.loop",
     "add_mimo_args": "training.pretraining.arguments",
     "check_layout": "layout",
-    "dataset_provider": "training.pretraining.loop",
-    "forward_step": "training.pretraining.script",
+    "dataset_provider": "training.pretraining.dataset",
+    "forward_step": "training.pretraining.provider",
     "loss_func": "training.scale",
-    "model_provider": "training.pretraining.script",
+    "model_provider": "training.pretraining.provider",
     "pretrain": "training.pretraining.loop",
     "read_step": "data.step",
 }

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import Float16Module
 from torch import nn
@@ -18,31 +19,57 @@ from megatron_mimo.model import MimoModel
 from megatron_mimo.training.parts.control import TrainingControl
 
 
+def build_stage(
+    config: MimoModelConfig,
+    control: TrainingControl,
+    *,
+    pre_process: bool,
+    post_process: bool,
+    vp_stage: int | None,
+    pg_collection: ProcessGroupCollection | None,
+) -> MimoModel:
+    """The model of one pipeline stage, or of one chunk of it, whose parts train as `control` says.
+
+    Every loop builds its models here: `Trainer` and `pretrain`, this library's and Megatron's.
+
+    Args:
+        config: of the whole model.
+        control: what is frozen, compiled and graphed, and what happens to gradients after their reduction.
+        pre_process, post_process, vp_stage: which stage and chunk it is.
+        pg_collection: process groups; None for Megatron's global ones.
+    """
+    model = MimoModel(
+        config, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage, pg_collection=pg_collection
+    )
+    control.apply(model)
+    for parameter in model.parameters():
+        set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+    control.graph(model)
+    model.config.finalize_model_grads_func = control.finalize_func()
+    return model
+
+
 def build_chunks(config: MimoModelConfig, run: Run, control: TrainingControl) -> list[MimoModel]:
     """This rank's model chunks, one without an interleaved pipeline, on its device.
 
     Args:
         config: of the model.
         run: the layout and its process groups.
-        control: what is frozen, compiled and graphed.
+        control: how the parts train.
     """
-    virtual = run.layout.virtual_pipeline_model_parallel_size
-    stages = run.layout.pipeline_model_parallel_size
-    chunks = []
-    for vp_stage in (None,) if virtual is None else range(virtual):
-        model = MimoModel(
+    chunks = run.layout.virtual_pipeline_model_parallel_size
+    last = run.layout.pipeline_model_parallel_size - 1
+    return [
+        build_stage(
             config,
+            control,
             pre_process=run.pipeline_rank == 0 and vp_stage in (None, 0),
-            post_process=run.pipeline_rank == stages - 1 and vp_stage in (None, (virtual or 1) - 1),
+            post_process=run.pipeline_rank == last and vp_stage in (None, (chunks or 1) - 1),
             vp_stage=vp_stage,
             pg_collection=run.groups,
-        )
-        control.apply(model)
-        for parameter in model.parameters():
-            set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
-        control.graph(model.to(run.device))
-        chunks.append(model)
-    return chunks
+        ).to(run.device)
+        for vp_stage in ((None,) if chunks is None else range(chunks))
+    ]
 
 
 def wrap_chunks(chunks: list[MimoModel], run: Run, ddp: DistributedDataParallelConfig) -> list[DistributedDataParallel]:
@@ -70,17 +97,15 @@ def wrap_chunks(chunks: list[MimoModel], run: Run, ddp: DistributedDataParallelC
     return wrapped
 
 
-def hook_schedule(chunks: list[DistributedDataParallel], control: TrainingControl, scale_loss: Callable) -> None:
-    """Tells Megatron's schedules, through the model's configuration, how gradients are handled.
+def hook_schedule(chunks: list[DistributedDataParallel], scale_loss: Callable) -> None:
+    """Tells Megatron's schedules, through the model's configuration, how gradients are scaled and reduced.
 
     Args:
         chunks: this rank's.
-        control: what happens to gradients after their reduction.
         scale_loss: the optimizer's loss scale.
     """
     config, ddp = chunks[0].module.config, chunks[0].ddp_config
     one_or_all = (lambda of_each: of_each[0]) if len(chunks) == 1 else (lambda of_each: of_each)
-    config.finalize_model_grads_func = control.finalize_func()
     config.grad_scale_func = scale_loss
     if ddp.overlap_grad_reduce:
         config.no_sync_func = one_or_all([chunk.no_sync for chunk in chunks])

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core.utils import unwrap_model
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_mimo.batch import Batch
 from megatron_mimo.data.step import Counts, StepBatches, read_step
 from megatron_mimo.draws import restart_draws
 from megatron_mimo.losses import LossTerm
 from megatron_mimo.model import MimoModel
-from megatron_mimo.output import loss_terms
+from megatron_mimo.output import MimoOutput, loss_terms
 from megatron_mimo.training.reading import part_for, placed_batches
 from megatron_mimo.training.scale import StepScale, loss_func
 from megatron_mimo.training.speed import counts as names
+
+#: What a microbatch gave, and what makes its loss of it; None before the last pipeline stage.
+Forwarded = tuple[Tensor | MimoOutput, Callable[..., Any] | None]
 
 
 class ForwardStep:
@@ -51,7 +55,7 @@ class ForwardStep:
         self._agreed: set[tuple[str, bool]] = set()
         self._evaluated: dict[int | None, int] = {}
 
-    def __call__(self, data_iterator: Iterator[Batch] | None, model: nn.Module):
+    def __call__(self, data_iterator: Iterator[Batch] | None, model: nn.Module) -> Forwarded:
         """One microbatch through `model`, and the function that makes its loss.
 
         Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 
 from megatron_mimo.batch import Batch
 from megatron_mimo.data.step import part_for_stage
@@ -23,7 +22,9 @@ def placed_batches(batches: Iterator[Batch] | None, model: MimoModel) -> Iterato
     """
     if batches is None or not (model.pre_process or model.post_process):
         return batches
-    return map(partial(_placed, model=model), batches)
+    # Megatron's iterators over data have a next batch and are no iterables.
+    each: Iterator[Batch | None] = iter(lambda: next(batches, None), None)
+    return ({**batch, "placement": placement_of(batch, model)} for batch in each if batch is not None)
 
 
 def part_for(batch: Batch, model: MimoModel) -> Batch:
@@ -47,7 +48,3 @@ def part_for(batch: Batch, model: MimoModel) -> Batch:
         or parts[modality].generation_input is not None
     }
     return {**part, "modality_targets": fed}
-
-
-def _placed(batch: Batch, model: MimoModel) -> Batch:
-    return {**batch, "placement": placement_of(batch, model)}

@@ -94,7 +94,7 @@ class Trainer:
             pg_collection=run.groups,
         )
         self.schedule = _schedule(self.optimizer, optimizer, settings)
-        hook_schedule(self.chunks, self.control, self.optimizer.scale_loss)
+        hook_schedule(self.chunks, self.optimizer.scale_loss)
         self.steps_done = 0
         self._microbatches = 1
         self._forward_step = ForwardStep(

@@ -103,6 +103,21 @@ def test_rows_are_counted_in_the_placement_that_the_reader_made_and_tokens_are_c
     assert found == [4, 3, 5] and len(placed) == 1
 
 
+def test_batches_of_what_has_no_more_than_a_next_one_are_placed_when_their_turn_comes(single_process):
+    class Data:  # as Megatron's RerunDataIterator
+        left = 2
+
+        def __next__(self):
+            self.left -= 1
+            if self.left < 0:
+                raise StopIteration
+            return tiny.batch()
+
+    batches = placed_batches(data := Data(), MimoModel(tiny.mimo_config()))
+    assert data.left == 2 and "placement" in next(batches) and data.left == 1
+    assert len(list(batches)) == 1
+
+
 def test_a_rank_that_reads_without_an_iterator_is_told_so(single_process):
     with pytest.raises(ValueError, match="expected an iterator over batches on rank 0 .* found None"):
         read_step(

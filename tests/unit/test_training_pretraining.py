@@ -18,14 +18,14 @@ from examples.recipes import parts
 from megatron_mimo import training
 from megatron_mimo.compat.megatron_training import with_printable_help
 from megatron_mimo.training import TrainingControl
-from megatron_mimo.training.pretraining.arguments import add_mimo_args, control_from_args
-from megatron_mimo.training.pretraining.loop import (
+from megatron_mimo.training.pretraining.arguments import add_mimo_args, control_from_args, with_loss_weights
+from megatron_mimo.training.pretraining.checks import (
     DATA_ARGUMENTS,
+    check_data_arguments,
+    check_in_effect,
     check_resumed,
-    check_used,
-    with_loss_weights,
+    check_supported,
 )
-from megatron_mimo.training.pretraining.script import check_in_effect
 from tests import tiny, warm
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +44,7 @@ def test_a_loss_weight_of_an_unknown_modality_is_refused():
 
 
 def arguments(**given) -> Namespace:
-    """What `check_used` looks at."""
+    """What `check_supported` looks at."""
     return Namespace(**{**dict(mtp_num_layers=None, graph_encoders=[], encoder_recompute_granularity=None), **given})
 
 
@@ -71,20 +71,21 @@ def test_two_learning_rates_of_the_embedding_are_refused_and_those_of_other_part
 @pytest.mark.parametrize("name", DATA_ARGUMENTS)
 def test_arguments_of_megatrons_datasets_are_refused_by_name(name):
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')}: the data is the recipe's"):
-        check_used(arguments(**{name: ["corpus"]}))
+        check_data_arguments(Namespace(**{name: ["corpus"]}))
+    check_data_arguments(Namespace(data_path=None))
 
 
 def test_multi_token_prediction_is_refused_and_nothing_else():
-    check_used(arguments(data_path=None))
+    check_supported(arguments())
     with pytest.raises(ValueError, match="--mtp-num-layers 2: multi-token prediction"):
-        check_used(arguments(mtp_num_layers=2))
+        check_supported(arguments(mtp_num_layers=2))
 
 
 def test_graphs_of_recomputed_encoders_are_refused():
-    check_used(arguments(graph_encoders=["encoders"]))
-    check_used(arguments(encoder_recompute_granularity="full"))
+    check_supported(arguments(graph_encoders=["encoders"]))
+    check_supported(arguments(encoder_recompute_granularity="full"))
     with pytest.raises(ValueError, match="--graph-encoders with --encoder-recompute-granularity full"):
-        check_used(arguments(graph_encoders=["encoders"], encoder_recompute_granularity="full"))
+        check_supported(arguments(graph_encoders=["encoders"], encoder_recompute_granularity="full"))
 
 
 def write_checkpoint(directory: Path, args: Namespace | None) -> None:
@@ -241,15 +242,16 @@ def test_arguments_that_nothing_would_follow_in_a_script_of_ones_own_are_refused
     with pytest.raises(ValueError, match=message):
         check_in_effect(args)
     check_in_effect(args_of("--freeze", "encoders"))
+    check_in_effect(args_of("--device-peak-tflops", "1"), logs_throughput=True)
 
 
 @pytest.mark.parametrize(
     ("name", "home"),
     [
         ("add_mimo_args", "pretraining.arguments"),
-        ("forward_step", "pretraining.script"),
+        ("forward_step", "pretraining.provider"),
         ("loss_func", "scale"),
-        ("model_provider", "pretraining.script"),
+        ("model_provider", "pretraining.provider"),
         ("pretrain", "pretraining.loop"),
     ],
 )

@@ -1,12 +1,18 @@
-"""Command-line arguments for what Megatron has no argument of its own."""
+"""Command-line arguments for what Megatron has no argument of its own, and what they mean."""
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.launch import Layout
 from megatron_mimo.training.parts.control import LANGUAGE_MODEL, TrainingControl
+
+#: `(args) -> configuration`, as a recipe's.
+ModelConfig = Callable[[Namespace], MimoModelConfig]
 
 
 def add_mimo_args(parser: ArgumentParser) -> ArgumentParser:
@@ -97,6 +103,37 @@ def layout_from_args(args: Namespace) -> Layout:
         expert_model_parallel_size=args.expert_model_parallel_size,
         expert_tensor_parallel_size=args.expert_tensor_parallel_size,
     )
+
+
+def with_loss_weights(config: MimoModelConfig, args: Namespace) -> MimoModelConfig:
+    """`config` with the weights of `--modality-loss-weight`, which win over the recipe's.
+
+    Raises:
+        ValueError: a modality that the model does not have.
+    """
+    given = once_each("--modality-loss-weight", args.modality_loss_weight)
+    known = ["text", *config.modality_submodules]
+    for name in given:
+        if name not in known:
+            raise ValueError(f"--modality-loss-weight: the model has no modality {name!r}, expected one of {known}")
+    return replace(config, modality_loss_weights={**config.modality_loss_weights, **given})
+
+
+@dataclass(frozen=True)
+class PartOverrides:
+    """In place of `get_megatron_optimizer_config`: `(config, overrides)` with the factors of the parts.
+
+    Args:
+        ask: Megatron's function.
+        model_config: says what the parts are called.
+    """
+
+    ask: Callable[..., Any]
+    model_config: ModelConfig
+
+    def __call__(self, args: Namespace) -> Any:
+        optimizer, _ = self.ask(args)
+        return optimizer, control_from_args(args).overrides(optimizer, self.model_config(args))
 
 
 def once_each(option: str, pairs: Sequence[tuple[str, float]]) -> Mapping[str, float]:

@@ -1,0 +1,128 @@
+"""One run of Megatron's loop in this process: what its arguments ask for, and what its steps have in common."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+from megatron_mimo.config import MimoModelConfig
+from megatron_mimo.data.step import Counts
+from megatron_mimo.layout import check_layout
+from megatron_mimo.model import MimoModel
+from megatron_mimo.training.forward import ForwardStep
+from megatron_mimo.training.parts.control import TrainingControl
+from megatron_mimo.training.pretraining.arguments import (
+    ModelConfig,
+    control_from_args,
+    layout_from_args,
+    with_loss_weights,
+)
+from megatron_mimo.training.pretraining.checks import check_in_effect, check_resumed, check_supported
+from megatron_mimo.training.speed.flops import PartSize, part_sizes
+from megatron_mimo.training.speed.throughput import Throughput, log_to_megatron, peak_of_all
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What Megatron's arguments ask for, once nothing in them is refused.
+
+    Attributes:
+        model: of the whole model.
+        control: which parts train, and how.
+    """
+
+    model: MimoModelConfig
+    control: TrainingControl
+
+
+class Session:
+    """A run of Megatron's loop. `session_of` gives the one of this process.
+
+    Args:
+        args: Megatron's, one object for the whole run.
+    """
+
+    def __init__(self, args: Namespace) -> None:
+        self.args = args
+        #: Whether the run tells tokens/s, FLOPs and MFU.
+        self.logs_throughput = False
+        self._asked: tuple[ModelConfig, Asked] | None = None
+        self._chunks: list[MimoModel] = []
+        self._sizes: dict[str, PartSize] = {}
+        self._counts: Counts = {}
+
+    def ask(self, model_config: ModelConfig) -> Asked:
+        """What the arguments ask for; checked the first time, later calls get the same.
+
+        Args:
+            model_config: gives the configuration for Megatron's arguments, as a recipe's does.
+
+        Raises:
+            ValueError: an argument that would be ignored, a layout that cannot work, a part or modality that the
+                model does not have, or a checkpoint to go on from in whose run other parts trained.
+        """
+        if self._asked is None or self._asked[0] != model_config:
+            check_in_effect(self.args, self.logs_throughput)
+            check_supported(self.args)
+            layout, control = layout_from_args(self.args), control_from_args(self.args)
+            model = with_loss_weights(model_config(self.args), self.args)
+            check_layout(layout, model, self.args.seq_length)
+            control.check(model)
+            check_resumed(self.args, control, model)
+            self._asked = model_config, Asked(model, control)
+        return self._asked[1]
+
+    def built(self, chunk: MimoModel) -> None:
+        """Takes note of a model chunk of this rank; with the last one the sizes of all parts are known.
+
+        Where throughput is logged, the last chunk's call is collective over the pipeline-parallel group.
+        """
+        self._chunks.append(chunk)
+        if len(self._chunks) == (self.args.virtual_pipeline_model_parallel_size or 1):
+            self._sizes = part_sizes(self._chunks) if self.logs_throughput else {}
+            self._chunks = []
+
+    @cached_property
+    def forward_step(self) -> ForwardStep:
+        """The run's forward step, which keeps its microbatches."""
+        return ForwardStep(
+            microbatches=get_num_microbatches,
+            step=lambda: self.args.curr_iteration,
+            seed=self.args.seed,
+            on_step=self._keep_counts,
+        )
+
+    def stepped(self, seconds: float) -> None:
+        """Takes note of how long a training step took; pipeline stages that count nothing keep silent."""
+        if self._counts:
+            self._throughput.add(self.args.curr_iteration + 1, self._counts, seconds)
+
+    @cached_property
+    def _throughput(self) -> Throughput:
+        args = self.args
+        peak = peak_of_all(args.world_size, args.bf16 or args.fp16, args.device_peak_tflops)
+        return Throughput(self._sizes, peak, log_to_megatron(args), args.log_interval)
+
+    def _keep_counts(self, step: int, counts: Counts) -> None:
+        self._counts = counts
+
+
+# Megatron keeps one set of arguments a process, and calls providers and forward step with nothing that tells the run.
+_session: Session | None = None
+
+
+def session_of(args: Namespace) -> Session:
+    """The session of Megatron's arguments, of which a run has one object."""
+    global _session
+    if _session is None or _session.args is not args:
+        _session = Session(args)
+    return _session
+
+
+def end_session() -> None:
+    """Forgets the run; the model's configuration and the last step's microbatches go with it."""
+    global _session
+    _session = None
