@@ -33,7 +33,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 import megatron_mimo
-from examples.recipes.parts import with_fused_attention
 from megatron_mimo import MimoModel, specs
 from megatron_mimo.decoders import Decoder
 from megatron_mimo.losses import LossTerm
@@ -83,7 +82,7 @@ def build(size: Size, dtype: torch.dtype, device: torch.device, generates: bool)
         params_dtype=dtype,
         calculate_per_token_loss=True,
     )
-    layers = with_fused_attention(specs.language_layer_spec(config, backend="torch"))
+    layers = specs.with_fused_attention(specs.language_layer_spec(config, backend="torch"))
     language = ModuleSpec(
         module=GPTModel,
         params=dict(

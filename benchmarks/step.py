@@ -41,7 +41,6 @@ from torch import Tensor
 import megatron_mimo
 from benchmarks.stages import STAGES, Marks, kernel_times, mark
 from examples.recipes import vlm_clip_1b as recipe
-from examples.recipes.parts import with_fused_attention
 from megatron_mimo import MimoModel, MimoModelConfig, loss_terms, specs, total_loss
 from megatron_mimo.training.parts.compiled import CompiledForward
 from megatron_mimo.training.parts.graphed import GraphedForward
@@ -125,7 +124,7 @@ def configs(size: Size, backend: specs.Backend, dtype: torch.dtype) -> tuple[Mod
     )
     layers = specs.language_layer_spec(language, backend)
     if backend == "torch":
-        layers = with_fused_attention(layers)
+        layers = specs.with_fused_attention(layers)
     images = recipe.image_spec(vision, projection, size.side)
     model = ModuleSpec(
         module=GPTModel,

@@ -15,8 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-NO_RECIPES = ("__init__", "parts")
-OURS = sorted(path.stem for path in Path(__file__).with_name("recipes").glob("*.py") if path.stem not in NO_RECIPES)
+OURS = sorted(path.stem for path in Path(__file__).with_name("recipes").glob("[!_]*.py"))
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ was asked for in every place, the final norm included.
 """
 
 from collections.abc import Callable
+import copy
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mimo.compat.hybrid import StackWithNorm, stack_layers
+from megatron_mimo.attention import FusedAttention
 from megatron_mimo.compat.megatron import norms_chosen_at_import
 from megatron_mimo.segments import SegmentAttention
 
@@ -38,6 +40,7 @@ __all__ = [
     "norm",
     "projection_spec",
     "vision_layer_spec",
+    "with_fused_attention",
 ]
 
 Backend = Literal["auto", "transformer_engine", "apex", "torch"]
@@ -355,6 +358,24 @@ def _of_backend(node: Any, backend: Backend, config: TransformerConfig) -> Any:
         return replace(part, core_attention=attention) if isinstance(part, SelfAttentionSubmodules) else part
 
     return _each(_with_norm(node, norm(backend, config.normalization)), attend)
+
+
+def with_fused_attention(layers: ModuleSpec) -> ModuleSpec:
+    """Plain-torch layers with torch's fused attention, which CUDA graphs can replay; `layers` stay as they are.
+
+    Args:
+        layers: of a transformer block, such as `vision_layer_spec(config, "torch")`.
+
+    Example:
+        >>> config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2)
+        >>> layers = with_fused_attention(vision_layer_spec(config, "torch"))
+        >>> layers.submodules.layer_specs[0].submodules.self_attention.submodules.core_attention.__name__
+        'FusedAttention'
+    """
+    changed = copy.deepcopy(layers)
+    for layer in changed.submodules.layer_specs:
+        layer.submodules.self_attention.submodules.core_attention = FusedAttention
+    return changed
 
 
 def _with_norm(node: Any, chosen: type) -> Any:

@@ -9,7 +9,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
-from examples.recipes.parts import with_fused_attention
 from megatron_mimo import specs
 
 
@@ -34,7 +33,7 @@ def compiling() -> Iterator[list]:
 def vision_transformer(config: TransformerConfig) -> nn.Module:
     """Megatron's, of plain torch layers with torch's fused attention; images are `[n, 3, 8, 8]`."""
     spec = specs.clip_vit_spec(config, "torch", patch_dim=4, img_h=8, img_w=8)
-    spec.params["transformer_layer_spec"] = with_fused_attention(spec.params["transformer_layer_spec"])
+    spec.params["transformer_layer_spec"] = specs.with_fused_attention(spec.params["transformer_layer_spec"])
     return spec.module(**spec.params)
 
 

@@ -166,7 +166,7 @@ def training_batch(samples: Samples) -> dict:
     """Keyword arguments of `MimoModel.forward` for samples, with the targets of all losses.
 
     The language model learns the digit that answers READ and HEAR, and to name the digit at every position
-    that it draws or dials: the decoder then finds it there. Each image or clip names its digit once in all.
+    that it draws or dials: the decoder then finds it there. Each media item names its digit once in all.
     """
     ids = sequences(samples.task, samples.digit)
     read, drawn, dialled = samples.of(READS_IMAGE), samples.of(DRAWS), samples.of(DIALS)

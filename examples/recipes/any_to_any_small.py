@@ -19,7 +19,6 @@ from megatron.core.models.multimodal.llava_model import MultimodalProjector
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
-from examples.recipes.parts import backend, encoder_config, language_spec
 from megatron_mimo import (
     AudioModalitySubmodules,
     MimoModelConfig,
@@ -29,6 +28,7 @@ from megatron_mimo import (
 from megatron_mimo.assemble import images_to_patches
 from megatron_mimo.decoders import FlowTransformerDecoder, RegressionDecoder
 from megatron_mimo.decoders.inputs import QueryInput
+from megatron_mimo.training import backend_from_args, encoder_config_from_args, language_spec_from_args
 
 # Data ------------------------------------------------------------------------------------
 
@@ -177,7 +177,7 @@ def collate(samples: Sequence[Sample]) -> dict[str, object]:
 def model_config(args: Namespace) -> MimoModelConfig:
     """The model; sizes of the language model are Megatron's arguments."""
     return MimoModelConfig(
-        language_model=language_spec(args),
+        language_model=language_spec_from_args(args),
         modality_submodules={"images": image_spec(args), "tones": tone_spec(args)},
         special_token_ids={"images": TOKEN["<image>"], "tones": TOKEN["<tone>"]},
         generation_token_ids={"images": TOKEN["<draw>"], "tones": TOKEN["<sing>"]},
@@ -186,8 +186,8 @@ def model_config(args: Namespace) -> MimoModelConfig:
 
 def image_spec(args: Namespace) -> ModuleSpec:
     """Images: read by a small vision transformer, written by a flow transformer over all patches."""
-    vision = encoder_config(args, num_layers=2, hidden_size=128, num_attention_heads=4)
-    projection = encoder_config(
+    vision = encoder_config_from_args(args, num_layers=2, hidden_size=128, num_attention_heads=4)
+    projection = encoder_config_from_args(
         args,
         num_layers=1,
         hidden_size=args.hidden_size,
@@ -200,7 +200,7 @@ def image_spec(args: Namespace) -> ModuleSpec:
         submodules={
             "encoders": {
                 "vit": specs.clip_vit_spec(
-                    vision, backend(args), patch_dim=PATCH, img_h=SIDE, img_w=SIDE, add_class_token=False
+                    vision, backend_from_args(args), patch_dim=PATCH, img_h=SIDE, img_w=SIDE, add_class_token=False
                 )
             },
             "input_projections": [
@@ -208,7 +208,7 @@ def image_spec(args: Namespace) -> ModuleSpec:
                     module=MultimodalProjector,
                     params=dict(
                         config=projection,
-                        submodules=specs.projection_spec(projection, backend(args)).submodules,
+                        submodules=specs.projection_spec(projection, backend_from_args(args)).submodules,
                         projector_type="mlp",
                         input_size=vision.hidden_size,
                     ),

@@ -12,8 +12,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from examples.recipes.parts import encoder_config, language_spec, with_fused_attention
 from megatron_mimo import MimoModelConfig, VisionModalitySubmodules, specs
+from megatron_mimo.training import encoder_config_from_args, language_spec_from_args
 
 SIDE, PATCH = 336, 14
 IMAGES = 4
@@ -33,7 +33,7 @@ def image_spec(vision: TransformerConfig, projection: TransformerConfig, side: i
         side: of the images, in pixels.
     """
     clip = specs.clip_vit_spec(vision, "torch", patch_dim=PATCH, img_h=side, img_w=side)
-    clip.params["transformer_layer_spec"] = with_fused_attention(clip.params["transformer_layer_spec"])
+    clip.params["transformer_layer_spec"] = specs.with_fused_attention(clip.params["transformer_layer_spec"])
     return ModuleSpec(
         module=VisionModalitySubmodules,
         submodules={
@@ -61,9 +61,10 @@ def model_config(args: Namespace) -> MimoModelConfig:
         ffn_hidden_size=args.hidden_size,
         num_attention_heads=args.num_attention_heads,  # not used, but checked
     )
+    images = image_spec(encoder_config_from_args(args, **VISION), encoder_config_from_args(args, **projection))
     return MimoModelConfig(
-        language_model=language_spec(args),
-        modality_submodules={"images": image_spec(encoder_config(args, **VISION), encoder_config(args, **projection))},
+        language_model=language_spec_from_args(args),
+        modality_submodules={"images": images},
         special_token_ids={"images": IMAGE_TOKEN},
     )
 

@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     from megatron_mimo.training.forward import ForwardStep
     from megatron_mimo.training.parts.control import TrainingControl
     from megatron_mimo.training.pretraining.arguments import add_mimo_args
+    from megatron_mimo.training.pretraining.configs import (
+        backend_from_args,
+        encoder_config_from_args,
+        language_spec_from_args,
+    )
     from megatron_mimo.training.pretraining.dataset import Recipe, dataset_provider
     from megatron_mimo.training.pretraining.loop import adapt_megatron, pretrain
     from megatron_mimo.training.pretraining.provider import forward_step, model_provider
@@ -28,9 +33,12 @@ _HOMES = {
     "TrainingControl": "training.parts.control",
     "adapt_megatron": "training.pretraining.loop",
     "add_mimo_args": "training.pretraining.arguments",
+    "backend_from_args": "training.pretraining.configs",
     "check_layout": "layout",
     "dataset_provider": "training.pretraining.dataset",
+    "encoder_config_from_args": "training.pretraining.configs",
     "forward_step": "training.pretraining.provider",
+    "language_spec_from_args": "training.pretraining.configs",
     "loss_func": "training.scale",
     "model_provider": "training.pretraining.provider",
     "pretrain": "training.pretraining.loop",

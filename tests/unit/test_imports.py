@@ -27,6 +27,7 @@ ROOMS = [
     "idle",
     "assemble",
     "segments",
+    "attention",
     "specs",
     "build",
     "sharded_state",

@@ -14,10 +14,9 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from examples.recipes import parts
 from megatron_mimo import training
 from megatron_mimo.compat.megatron_training import with_printable_help
-from megatron_mimo.training import TrainingControl
+from megatron_mimo.training import TrainingControl, language_spec_from_args
 from megatron_mimo.training.pretraining.arguments import add_mimo_args, control_from_args, with_loss_weights
 from megatron_mimo.training.pretraining.checks import (
     DATA_ARGUMENTS,
@@ -168,7 +167,7 @@ def test_scaled_rotary_embeddings_reach_the_language_model(monkeypatch):
         "megatron.training.argument_utils.core_transformer_config_from_args", lambda args: tiny.language_config()
     )
     args = Mock(use_rope_scaling=True, rope_scaling_factor=4.0, rotary_seq_len_interpolation_factor=2)
-    params = parts.language_spec(args).params
+    params = language_spec_from_args(args).params
     assert (params["rope_scaling"], params["rope_scaling_factor"]) == (True, 4.0)
     assert params["seq_len_interpolation_factor"] == 2
 

@@ -1,0 +1,47 @@
+"""Core attentions that Megatron does not have."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class FusedAttention(MegatronModule):
+    """Torch's fused attention in place of Megatron's own, which without TransformerEngine keeps every score.
+
+    A `core_attention` of Megatron's layers, built and called as these do; `specs.with_fused_attention` puts it there.
+    It has no dropout, no softmax scale of its own and no mask but the causal one.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.causal = attn_mask_type == AttnMaskType.causal
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """`[S, B, heads, D]` each -> `[S, B, heads * D]`; there is no mask but the causal one."""
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+        return mixed.permute(2, 0, 1, 3).flatten(2)
