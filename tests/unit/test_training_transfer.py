@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_mimo.data.step import part_for_stage
 from megatron_mimo.data.transfer import ALIGNMENT, Slot, from_bytes, to_bytes
+from megatron_mimo.deferred import Checks
 from megatron_mimo.placement import build_placement
 
 DTYPES = [
@@ -41,6 +42,8 @@ def same(found: object, expected: object) -> bool:
         return found.contiguous().flatten().view(torch.uint8).equal(expected.contiguous().flatten().view(torch.uint8))
     if type(found) is not type(expected):
         return False
+    if isinstance(expected, Checks):
+        return True  # a copy waits for nothing
     if is_dataclass(expected):
         return all(same(getattr(found, each.name), getattr(expected, each.name)) for each in fields(expected))
     if isinstance(expected, dict):

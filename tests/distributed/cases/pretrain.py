@@ -157,7 +157,7 @@ LAYOUTS = {
 
 
 REFUSED = {
-    "sequence length 63 is not divisible by 2": [
+    "expected a sequence length that is a multiple of 2 (": [
         "--tensor-model-parallel-size",
         "2",
         "--sequence-parallel",
