@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Required, TypedDict
 
 from torch import Tensor
 
+from megatron_mimo.moved import names_of
 from megatron_mimo.placement import Placement
 
 if TYPE_CHECKING:
@@ -51,3 +52,6 @@ class Batch(TypedDict, total=False):
     packed_seq_params: PackedSeqParams | None
     placement: Placement | None
     generation_inputs: Shown | None
+
+
+__getattr__ = names_of(__name__)

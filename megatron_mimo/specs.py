@@ -5,8 +5,8 @@ a wrapper of torch's that refuses sequence parallelism. The specs here are Megat
 was asked for in every place, the final norm included.
 """
 
-from collections.abc import Callable
 import copy
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal
 
@@ -24,8 +24,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_mimo.compat.hybrid import StackWithNorm, stack_layers
 from megatron_mimo.attention import FusedAttention
+from megatron_mimo.compat.hybrid import StackWithNorm, stack_layers
 from megatron_mimo.compat.megatron import norms_chosen_at_import
 from megatron_mimo.segments import SegmentAttention
 

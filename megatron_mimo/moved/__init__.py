@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from importlib import import_module
+from types import ModuleType
 
 #: Old module -> the module that has its names now; all below `megatron_mimo`.
 MODULES = {
@@ -30,7 +31,7 @@ MODULES = {
     "training.loss": "training.scale",
     "training.pretraining": "training.pretraining.loop",
     "training.sampling": "data.order",
-    "training.script": "training.pretraining.script",
+    "training.script": "training.pretraining.provider",
     "training.throughput": "training.speed.throughput",
     "training.transfer": "data.transfer",
     "widths": "modality.fit",
@@ -44,7 +45,27 @@ NAMES = {
     ("batch", "default_loss_mask"): "labels",
     ("batch", "default_positions"): "plan",
     ("batch", "packed_padding"): "plan",
+    ("training.pretraining", "DATA_ARGUMENTS"): "training.pretraining.checks",
+    ("training.pretraining", "ModelConfig"): "training.pretraining.arguments",
+    ("training.pretraining", "PartOverrides"): "training.pretraining.arguments",
+    ("training.pretraining", "Recipe"): "training.pretraining.dataset",
+    ("training.pretraining", "build_stage"): "training.chunks",
+    ("training.pretraining", "check_recipe"): "training.pretraining.dataset",
+    ("training.pretraining", "check_resumed"): "training.pretraining.checks",
+    ("training.pretraining", "check_supported"): "training.pretraining.checks",
+    ("training.pretraining", "dataset_provider"): "training.pretraining.dataset",
+    ("training.pretraining", "seed_draws_once"): "training.pretraining.provider",
+    ("training.pretraining", "with_loss_weights"): "training.pretraining.arguments",
     ("training.pretraining", "with_printable_help"): "compat.megatron_training",
+    ("training.script", "check_in_effect"): "training.pretraining.checks",
+    ("training.trainer", "DECAYS"): "training.settings",
+}
+
+#: Names that are others now: old module and name -> name in the new module.
+RENAMED = {
+    ("training.transfer", "Layout"): "Manifest",
+    ("training.transfer", "pack"): "to_bytes",
+    ("training.transfer", "unpack"): "from_bytes",
 }
 
 #: Names without a successor: old module and name -> what to do instead.
@@ -58,7 +79,9 @@ REMOVED = {
     ("deferred", "check"): "megatron_mimo.deferred.Checks holds the checks of one owner",
     ("deferred", "report"): "megatron_mimo.deferred.Checks.report() reports those of one owner",
     ("training.pretraining", "Replacement"): "megatron_mimo.compat.megatron_training replaces functions one by one",
-    ("training.pretraining", "check_no_config"): "build_stage of the same module refuses a configuration",
+    ("training.pretraining", "ModelProvider"): "megatron_mimo.training.model_provider builds every stage",
+    ("training.pretraining", "check_no_config"): "megatron_mimo.training.model_provider refuses a configuration",
+    ("training.pretraining", "check_used"): "check_supported and check_data_arguments of training.pretraining.checks",
 }
 
 
@@ -83,12 +106,15 @@ def names_of(module: str) -> Callable[[str], object]:
             raise AttributeError(
                 f"module {module!r} has no attribute {name!r}" + (f" any more: {instead}" if instead else "")
             )
+        new = RENAMED.get((old, name), name)
         try:
-            found = getattr(import_module(f"megatron_mimo.{home}"), name)
+            found = getattr(import_module(f"megatron_mimo.{home}"), new)
         except AttributeError:
             raise AttributeError(f"module {module!r} has no attribute {name!r}") from None
+        if isinstance(found, ModuleType):  # which the new module imports: `from package import module` asks here first
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
         warnings.warn(
-            f"megatron_mimo.{old}.{name} has moved to megatron_mimo.{home}.{name}; import it from there. "
+            f"megatron_mimo.{old}.{name} has moved to megatron_mimo.{home}.{new}; import it from there. "
             "The old place goes with version 0.3.",
             DeprecationWarning,
             stacklevel=2,

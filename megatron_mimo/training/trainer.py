@@ -27,6 +27,7 @@ from megatron_mimo.data.step import Counts
 from megatron_mimo.launch import Run, exit_on_error
 from megatron_mimo.layout import check_layout, check_sequence_length
 from megatron_mimo.model import MimoModel
+from megatron_mimo.moved import names_of
 from megatron_mimo.training.checkpoints import saving as checkpoints
 from megatron_mimo.training.chunks import (
     build_chunks,
@@ -358,3 +359,6 @@ def _schedule(optimizer, config: OptimizerConfig, settings: TrainerSettings) -> 
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
+
+
+__getattr__ = names_of(__name__)
