@@ -25,8 +25,7 @@ from megatron_mimo.data.packs import Pack, packed
 from megatron_mimo.data.progress import Progress, State, redealt
 from megatron_mimo.data.samples import Policy, Sample, SampleProcessor, fitted
 from megatron_mimo.data.sources import Source
-from megatron_mimo.data.transfer import pack as flattened
-from megatron_mimo.data.transfer import unpack
+from megatron_mimo.data.transfer import from_bytes, to_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +113,7 @@ class _Samples(Dataset):
         except SampleError as error:
             return position, Skipped(error.kind, f"{name}: {error}")
         # One flat buffer: each tensor that comes from a worker holds a file open until it is let go.
-        return position, flattened(sample)
+        return position, to_bytes(sample)
 
 
 class PackedData:
@@ -364,7 +363,7 @@ class _Ahead:
 def _read(position: int, found: Any) -> _Read | _Left:
     if isinstance(found, Skipped):
         return _Left(position, found)
-    return _Read(position, cast(Sample, unpack(*found)))
+    return _Read(position, cast(Sample, from_bytes(*found)))
 
 
 def _as_it_is(item: Any) -> Any:
