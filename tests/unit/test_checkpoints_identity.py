@@ -17,7 +17,7 @@ from megatron_mimo.compat.checkpoints import checkpoints_by
 from megatron_mimo.decoders.regression import RegressionDecoder
 from megatron_mimo.training import Trainer, TrainerSettings, TrainingControl
 from megatron_mimo.training.checkpoints import identity, loop
-from megatron_mimo.training.pretraining.loop import check_resumed
+from megatron_mimo.training.pretraining.checks import check_resumed
 from tests import tiny
 from tests.unit.test_training_pretraining import loading
 from tests.unit.test_training_trainer import one_batch, trainer

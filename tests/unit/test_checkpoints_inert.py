@@ -19,7 +19,7 @@ from megatron_mimo.compat.checkpoints import checkpoints_by
 from megatron_mimo.training.checkpoints import loop
 from megatron_mimo.training.checkpoints.inert import check_inert
 from megatron_mimo.training.parts.control import TrainingControl
-from megatron_mimo.training.pretraining.loop import check_resumed
+from megatron_mimo.training.pretraining.checks import check_resumed
 from tests import evil, tiny
 from tests.unit.test_training_pretraining import loading
 from tests.unit.test_training_trainer import one_batch, trainer
