@@ -86,7 +86,8 @@ def align_checked(
     tables = _tables(embeddings, placement)
     words = plain_lookup(language_embedding)
     vocabulary = _vocabulary(language_embedding, placement) if words is None else words.num_embeddings
-    _check_vocabulary(input_ids, placement, vocabulary)
+    if vocabulary is not None and (placement.vocabulary_size is None or placement.vocabulary_size > vocabulary):
+        _check_vocabulary(input_ids, placement, vocabulary)
     if words is not None:
         # Calling the modules would have run these first: Megatron's DDP waits there for gathered parameters.
         run_forward_pre_hooks(language_embedding, (input_ids, position_ids))
@@ -223,12 +224,8 @@ def _vocabulary(language_embedding: nn.Module, placement: Placement) -> int | No
     return placement.vocabulary_size
 
 
-def _check_vocabulary(input_ids: Tensor, placement: Placement, num_embeddings: int | None) -> None:
-    """Raises, deferred on the device, for a text id that the table lacks, unless the placement saw to it."""
-    if num_embeddings is None:
-        return
-    if placement.vocabulary_size is not None and placement.vocabulary_size <= num_embeddings:
-        return
+def _check_vocabulary(input_ids: Tensor, placement: Placement, num_embeddings: int) -> None:
+    """Raises, deferred on the device, for a text id that the table lacks."""
     outside = (placement.source < 0) & outside_vocabulary(input_ids, num_embeddings)
     advice = "Declare those that are special tokens in special_token_ids, or mask them out of the batch."
 

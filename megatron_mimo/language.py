@@ -164,9 +164,14 @@ class LanguageCall:
         self._experts = model.config.num_moe_experts is not None
         self._predicts_more = bool(model.config.mtp_num_layers) and model.post_process
 
+    @property
+    def reads_ids(self) -> bool:
+        """Whether this stage reads token ids beside the embedded rows: multi-token prediction does."""
+        return self._predicts_more
+
     def __call__(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         decoder_input: Tensor | None,
         rows: Mapping[str, Tensor],
         attention_mask: Tensor | None,
@@ -180,7 +185,7 @@ class LanguageCall:
         """What the language model returns (hidden states, logits or per-token loss), and its states.
 
         Args:
-            input_ids: `[B, S]`, global sequence; read by multi-token prediction alone.
+            input_ids: `[B, S]`, global sequence, where `reads_ids`.
             decoder_input: `[S_local, B, H]`, rank-local; None behind the first pipeline stage.
             rows: reading table -> `[N, H]`, placed in `decoder_input`.
             attention_mask: as `joined_with_causal` takes it, or None.

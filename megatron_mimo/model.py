@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import ModelType
@@ -12,7 +12,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
 from megatron_mimo.align import align_by_token_positions, align_checked
-from megatron_mimo.check import BatchCheck, Media, Nested, Shown, check_modalities
+from megatron_mimo.check import BatchCheck, Media, Nested, Shown
 from megatron_mimo.config import MimoModelConfig, generation_table
 from megatron_mimo.decoders.targets import Prepared
 from megatron_mimo.deferred import Checks
@@ -23,8 +23,8 @@ from megatron_mimo.language import LanguageCall, build_language_model, position_
 from megatron_mimo.modality.build import build_submodules
 from megatron_mimo.output import MimoOutput, ModalityOutput
 from megatron_mimo.placement import Placement
-from megatron_mimo.plan import Plan, Planner
-from megatron_mimo.route import route
+from megatron_mimo.plan import Brought, Plan, Planner
+from megatron_mimo.route import route, row_groups
 from megatron_mimo.sharded_state import sharded_state_dict
 from megatron_mimo.sharding import SequenceShard
 
@@ -166,16 +166,17 @@ class MimoModel(MegatronModule):
         media = self._check.media(modality_inputs, modality_targets, generation_inputs)
         targets = self.prepare(media.targets)
         start = 0 if inference_context is None else inference_context.sequence_len_offset
+        brought = Brought.of(frozenset(media.inputs), targets, media.shown)
         plan = self._planner.plan(
-            input_ids, position_ids, packed_seq_params, padding_mask, placement, media, targets, self.training, start
+            input_ids, position_ids, packed_seq_params, padding_mask, placement, brought, self.training, start
         )
 
         rows = self.encode(media, targets, plan) if self.pre_process else {}
         rows = exchange(rows)
         decoder_input = self.align(input_ids, rows, plan) if self.pre_process else None
-        labels, loss_mask = self.learned(input_ids, labels, loss_mask, media, plan)
+        labels, loss_mask = self.learned(input_ids, labels, loss_mask, brought.reads, plan)
         language, states = self._run_language_model(
-            input_ids,
+            input_ids if self._run_language_model.reads_ids else None,
             decoder_input,
             rows,
             attention_mask,
@@ -187,7 +188,7 @@ class MimoModel(MegatronModule):
             runtime_gather_output,
         )
         hidden = self.route(states, plan)
-        outputs = self.decode_losses(language, states, hidden, targets, plan) if self._generates else language
+        outputs = self.decode_losses(language, hidden, targets, plan) if self._generates else language
         if not self.training:
             self._checks.report()  # no next step will
         return outputs, loss_mask
@@ -238,7 +239,12 @@ class MimoModel(MegatronModule):
         return align_checked(embedding, input_ids, plan.positions, rows, plan.placement, plan.shard, group)
 
     def learned(
-        self, input_ids: Tensor, labels: Tensor | None, loss_mask: Tensor | None, media: Media, plan: Plan
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None,
+        loss_mask: Tensor | None,
+        reads: Collection[str],
+        plan: Plan,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Labels and loss mask `[B, S / CP]` of this rank; without a mask every label that can be learned counts.
 
@@ -248,42 +254,35 @@ class MimoModel(MegatronModule):
         if labels is not None:
             if loss_mask is None:
                 loss_mask = default_loss_mask(
-                    input_ids, labels, plan.padding, self.mimo_config, self.modality_submodules, media.inputs
+                    input_ids, labels, plan.padding, self.mimo_config, self.modality_submodules, reads
                 )
             self._check.labels(labels, loss_mask)
         return _cut(plan.shard, labels), _cut(plan.shard, loss_mask)
 
     def route(self, hidden: Tensor, plan: Plan) -> dict[str, Tensor]:
-        """Hidden states `[N, H]` at every modality's generation tokens, where their count is known."""
-        groups, context_group = self._row_groups()
+        """Hidden states `[N, H]` at every modality's generation tokens; none `[0, H]` where their count is unknown."""
+        groups, context_group = row_groups(self.pg_collection, self.config.sequence_parallel)
         rows = {}
         for modality, count in plan.counts.items() if self._generates else ():
-            if count is not None:
-                rule = self.modality_submodules[modality].position_rule
-                positions = plan.placement.generation_positions(modality, count, rule)
-                rows[modality] = route(hidden, positions, plan.shard, groups, context_group)
+            rule = self.modality_submodules[modality].position_rule
+            positions = plan.placement.generation_positions(modality, count or 0, rule)
+            rows[modality] = route(hidden, positions, plan.shard, groups, context_group)
         return rows
 
-    def decode_losses(
-        self, language: Tensor, states: Tensor, hidden: Mapping[str, Tensor], targets: Nested, plan: Plan
-    ) -> MimoOutput:
+    def decode_losses(self, language: Tensor, hidden: Mapping[str, Tensor], targets: Nested, plan: Plan) -> MimoOutput:
         """Language output, each output modality's hidden states, and its decoders' loss terms.
 
         Args:
             language: what the language model returned.
-            states: `[S_local, B, H]`, which rows that are not there would look like.
             hidden: modality -> `[N, H]`.
             targets: prepared targets.
             plan: of the batch.
         """
-        context = self.pg_collection.cp
-        share = (context.rank(), context.size())
+        share = (self.pg_collection.cp.rank(), self.pg_collection.cp.size())
         outputs = {}
-        for modality in self.mimo_config.generation_token_ids:
-            rows = hidden.get(modality)
-            submodule = self.modality_submodules[modality]
-            read = states if rows is None else rows
-            outputs[modality] = ModalityOutput(rows, submodule.loss(read, targets.get(modality, {}), share))
+        for modality, rows in hidden.items():
+            losses = self.modality_submodules[modality].loss(rows, targets.get(modality, {}), share)
+            outputs[modality] = ModalityOutput(None if plan.counts[modality] is None else rows, losses)
         return MimoOutput(language, outputs, plan.placement)
 
     def decode(
@@ -303,18 +302,8 @@ class MimoModel(MegatronModule):
             ValueError: options for a modality or decoder that the model lacks, or generation tokens of a
                 sample that are no whole number of images or clips.
         """
-        if not isinstance(outputs, MimoOutput):
-            raise TypeError(
-                f"decode takes a MimoOutput, found {type(outputs).__name__}: give what forward returned first, "
-                "`outputs, _ = model(...)`, on the last pipeline stage of a model that writes."
-            )
         options = options or {}
-        check_modalities("options", options, outputs.modalities)
-        for modality, of_decoders in options.items():
-            for name in of_decoders:
-                self.modality_submodules[modality].decoder_name(name, where=f"options[{modality!r}]")
-        if outputs.placement is not None:
-            self._check.whole_media(outputs)
+        self._check.decoding(outputs, options)
         return {
             modality: {
                 name: self.modality_submodules[modality].decode(
@@ -404,16 +393,6 @@ class MimoModel(MegatronModule):
         plan.placement.check_rows(modality, encoded.rows.shape[0], rows_per_item)
         # These rows may leave out parameters that others use, or a layer that nothing reads: they get zeros.
         return with_idle(encoded.rows, [submodule.encode_nothing(self._rows_like)])
-
-    def _row_groups(self):
-        """Groups whose ranks own different rows, and the one whose ranks decode different rows."""
-        groups = []
-        if self.config.sequence_parallel and self.pg_collection.tp.size() > 1:
-            groups.append(self.pg_collection.tp)
-        context_group = self.pg_collection.cp if self.pg_collection.cp.size() > 1 else None
-        if context_group is not None:
-            groups.append(context_group)
-        return tuple(groups), context_group
 
 
 def _cut(shard: SequenceShard, tensor: Tensor | None) -> Tensor | None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
 
-from megatron_mimo.check import BatchCheck, Media, Nested
+from megatron_mimo.check import BatchCheck
 from megatron_mimo.config import MimoModelConfig
+from megatron_mimo.decoders.targets import Prepared
 from megatron_mimo.deferred import Checks
 from megatron_mimo.placement import Placement, build_placement
 from megatron_mimo.sharding import SequenceShard, sequence_shard
@@ -44,6 +45,40 @@ class Plan:
     positions: Tensor
     padding: Tensor | None
     counts: Mapping[str, int | None]
+
+
+@dataclass(frozen=True)
+class Brought:
+    """Which modalities have anything in a batch, and the rows that are known before anything runs.
+
+    Attributes:
+        reads: modalities with inputs.
+        written: modality -> decoder -> rows of its targets.
+        shown: modality -> rows of inputs of its generation input.
+    """
+
+    reads: frozenset[str]
+    written: Mapping[str, Mapping[str, int]]
+    shown: Mapping[str, int]
+
+    @classmethod
+    def of(
+        cls,
+        reads: frozenset[str],
+        targets: Mapping[str, Mapping[str, Prepared]],
+        shown: Mapping[str, Prepared],
+    ) -> Self:
+        """What modalities with inputs, prepared targets and prepared inputs of generation inputs bring."""
+        written = {
+            modality: {name: target.num_rows for name, target in of_decoders.items()}
+            for modality, of_decoders in targets.items()
+        }
+        return cls(reads, written, {modality: given.num_rows for modality, given in shown.items()})
+
+    @property
+    def modalities(self) -> list[str]:
+        """Every modality that has anything, in alphabetical order."""
+        return sorted({*self.reads, *self.written, *self.shown})
 
 
 class Planner:
@@ -81,7 +116,7 @@ class Planner:
             input_ids,
             self._config.reading_tables,
             self._config.generation_token_ids,
-            cu_seqlens=_boundaries(packed_seq_params),
+            cu_seqlens=boundaries_of(packed_seq_params),
             vocabulary_size=self._config.language_model.params.get("vocab_size"),
             checks=self._checks,
         )
@@ -93,8 +128,7 @@ class Planner:
         packed_seq_params: PackedSeqParams | None,
         padding_mask: Tensor | None,
         placement: Placement | None,
-        media: Media,
-        targets: Nested,
+        brought: Brought,
         training: bool,
         start: int,
     ) -> Plan:
@@ -102,8 +136,7 @@ class Planner:
 
         Args:
             input_ids, position_ids, packed_seq_params, padding_mask, placement: as `MimoModel.forward` takes them.
-            media: what the batch brings.
-            targets: prepared targets.
+            brought: which modalities have anything in the batch, and how much.
             training: whether every generation token needs a target.
             start: positions that an inference context holds already, from which those left out go on.
 
@@ -111,30 +144,32 @@ class Planner:
             ValueError: counts that differ, naming modality, sample and both; on a device at the latest one step
                 later.
         """
-        shard, boundaries = self._shard(input_ids, packed_seq_params), _boundaries(packed_seq_params)
-        padding = padding_of(packed_seq_params, input_ids, padding_mask)
-        position_ids = self._check.positions(position_ids, default_positions(input_ids, boundaries) + start, media)
+        shape, device, boundaries = input_ids.shape, input_ids.device, boundaries_of(packed_seq_params)
+        shard = self._shard(shape[1], boundaries, device)
+        padding = padding_of(packed_seq_params, shape[1], device, padding_mask)
+        default = default_positions(input_ids, boundaries) + start
+        position_ids = self._check.positions(position_ids, default, brought.modalities)
         if not self._uses_placement:
-            return Plan(len(input_ids), None, shard, position_ids, padding, {})
+            return Plan(shape[0], None, shard, position_ids, padding, {})
         placement = self._adopted(placement, input_ids, packed_seq_params)
         if padding is not None:
-            self._check.padding(placement, padding.expand_as(input_ids))
-        counts = count_generation(placement, media, targets, self._config, self._submodules, training)
-        self._check.unfed(media, placement, counts)
-        return Plan(len(input_ids), placement, shard, position_ids, padding, counts)
+            self._check.padding(placement, padding.expand(shape))
+        counts = count_generation(placement, brought, self._config, self._submodules, training)
+        self._check.unfed(brought.reads, placement, counts)
+        return Plan(shape[0], placement, shard, position_ids, padding, counts)
 
-    def _shard(self, input_ids: Tensor, packed_seq_params: PackedSeqParams | None = None) -> SequenceShard:
+    def _shard(self, length: int, boundaries: Tensor | None, device: torch.device) -> SequenceShard:
         """Which positions of the sequence are this rank's."""
         groups = self._groups
         splits = self._sequence_parallel
         return sequence_shard(
-            input_ids.shape[1],
+            length,
             cp_rank=groups.cp.rank(),
             cp_size=groups.cp.size(),
             tp_rank=groups.tp.rank() if splits else 0,
             tp_size=groups.tp.size() if splits else 1,
-            cu_seqlens=_boundaries(packed_seq_params),
-            device=input_ids.device,
+            cu_seqlens=boundaries,
+            device=device,
             checks=self._checks,
         )
 
@@ -143,10 +178,10 @@ class Planner:
     ) -> Placement:
         """The caller's placement, checked and on the ids' device, or a new one."""
         if made is None:
-            return self.place(input_ids, packed_seq_params)
+            return self.place(input_ids, packed_seq_params).bound()
         if isinstance(made, Placement) and made.device != input_ids.device:
             made = made.to(input_ids.device, non_blocking=True)
-        self._check.placement(made, input_ids, packed=_boundaries(packed_seq_params) is not None)
+        self._check.placement(made, input_ids, packed=boundaries_of(packed_seq_params) is not None)
         return replace(made, checks=self._checks)
 
 
@@ -169,20 +204,24 @@ def default_positions(input_ids: Tensor, cu_seqlens: Tensor | None = None) -> Te
 
 
 def padding_of(
-    packed_seq_params: PackedSeqParams | None, input_ids: Tensor, padding_mask: Tensor | None = None
+    packed_seq_params: PackedSeqParams | None,
+    length: int,
+    device: torch.device | str = "cpu",
+    padding_mask: Tensor | None = None,
 ) -> Tensor | None:
-    """Positions that hold nothing, bool `[B, S]` on the ids' device, or None where there are none.
+    """Positions that hold nothing, bool `[1 or B, S]`, or None where there are none.
 
     Args:
         packed_seq_params: of the batch, whose sequences may have padding between them.
-        input_ids: `[B, S]`.
+        length: `S`.
+        device: where the answer is wanted.
         padding_mask: bool `[B, S]`, or None.
     """
-    padded = _boundaries(packed_seq_params)
+    padded = boundaries_of(packed_seq_params)
     own = None if packed_seq_params is None else packed_seq_params.cu_seqlens_q
     if padded is None or own is None or own is padded:
         return padding_mask
-    between = packed_padding(input_ids.shape[1], own, padded.to(input_ids.device))
+    between = packed_padding(length, own, padded.to(device))
     return between if padding_mask is None else between | padding_mask
 
 
@@ -215,19 +254,13 @@ def packed_padding(length: int, cu_seqlens: Tensor, cu_seqlens_padded: Tensor) -
 
 
 def count_generation(
-    placement: Placement,
-    media: Media,
-    targets: Nested,
-    config: MimoModelConfig,
-    submodules: nn.ModuleDict,
-    training: bool,
+    placement: Placement, brought: Brought, config: MimoModelConfig, submodules: nn.ModuleDict, training: bool
 ) -> dict[str, int | None]:
-    """Generation tokens of each modality as the host knows them, held against the batch's targets.
+    """Generation tokens of each modality as the host knows them, held against the rows that the batch brings.
 
     Args:
         placement: of the batch.
-        media: what the batch brings.
-        targets: modality -> decoder -> prepared targets.
+        brought: rows of targets and of shown inputs.
         config: of the model.
         submodules: modality -> its `ModalitySubmodules` on this stage.
         training: whether every generation token needs a target. Without, a count that only the device knows is
@@ -239,10 +272,14 @@ def count_generation(
     """
     special, counts = config.special_token_ids, {}
     for modality, token_id in config.generation_token_ids.items():
-        submodule = submodules[modality]
+        submodule, known = submodules[modality], None
         # Where reading and generating share a token, inputs say that this batch reads.
-        reads = modality in media.inputs and special.get(modality) == token_id
-        known = _rows_brought(placement, media, targets, modality, submodule)
+        reads = modality in brought.reads and special.get(modality) == token_id
+        for name, known in brought.written.get(modality, {}).items():
+            placement.check_generation(modality, known, submodule.span_of(name), submodule.medium_of(name))
+        if modality in brought.shown:
+            known = brought.shown[modality]
+            placement.check_generation(modality, known)
         if known is None:
             known = placement.generation_count(modality)
             if training and submodule.decoders and not reads:
@@ -255,22 +292,7 @@ def count_generation(
     return counts
 
 
-def _rows_brought(
-    placement: Placement, media: Media, targets: Nested, modality: str, submodule: nn.Module
-) -> int | None:
-    """Rows that targets or shown inputs of a modality stand for, checked; None without either."""
-    known = None
-    if modality in targets:
-        for name, prepared in targets[modality].items():
-            known = prepared.num_rows
-            placement.check_generation(modality, known, submodule.span_of(name), submodule.medium_of(name))
-    elif modality in media.shown:
-        known = media.shown[modality].num_rows
-        placement.check_generation(modality, known)
-    return known
-
-
-def _boundaries(packed_seq_params: PackedSeqParams | None) -> Tensor | None:
+def boundaries_of(packed_seq_params: PackedSeqParams | None) -> Tensor | None:
     """Padded boundaries `[sequences + 1]` of packed sequences, None where nothing is packed."""
     if packed_seq_params is None or packed_seq_params.qkv_format != "thd":
         return None

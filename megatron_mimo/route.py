@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from megatron_mimo.sharding import SequenceShard
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
 
 def route(
@@ -38,6 +43,20 @@ def route(
     _, batch_size, _ = hidden.shape
     index, owned = shard.local_index(positions, batch_size)
     return _Route.apply(hidden, index, owned, groups, context_group)
+
+
+def row_groups(
+    groups: ProcessGroupCollection, sequence_parallel: bool
+) -> tuple[tuple[torch.distributed.ProcessGroup, ...], torch.distributed.ProcessGroup | None]:
+    """Groups whose ranks own different rows, and the one whose ranks decode different rows, None for one rank.
+
+    Args:
+        groups: of the language model, of which `tp` and `cp` are used.
+        sequence_parallel: whether tensor-parallel ranks own different rows.
+    """
+    context_group = groups.cp if groups.cp.size() > 1 else None
+    tensor_group = groups.tp if sequence_parallel and groups.tp.size() > 1 else None
+    return tuple(group for group in (tensor_group, context_group) if group is not None), context_group
 
 
 class _Route(torch.autograd.Function):

@@ -7,7 +7,7 @@ knows is compared without waiting for it and reported when the next step begins 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -125,9 +125,10 @@ class BatchCheck:
         named = {"modality_inputs": inputs, "modality_targets": targets, "generation_inputs": shown}
         for name, given in named.items():
             check_modalities(name, given, self._submodules)
-        media = Media(_with_data(inputs), _present(targets), self._shown(_present(shown), _present(targets)))
-        self._check_connected("modality_targets", media.targets, "generation_token_ids", "decoder")
-        self._check_connected("modality_inputs", media.inputs, "special_token_ids", "encoder")
+        written = _present(targets)
+        media = Media(_with_data(inputs), written, self._shown(_present(shown), written.keys()))
+        self._check_connected("modality_targets", sorted(media.targets), "generation_token_ids", "decoder")
+        self._check_connected("modality_inputs", sorted(media.inputs), "special_token_ids", "encoder")
         for modality, given in media.inputs.items():
             if not isinstance(given, Mapping):
                 raise TypeError(
@@ -135,15 +136,14 @@ class BatchCheck:
                 )
         return media
 
-    def positions(self, given: Tensor | None, default: Tensor, media: Media) -> Tensor:
+    def positions(self, given: Tensor | None, default: Tensor, present: Sequence[str]) -> Tensor:
         """Position ids as the language model takes them, as `PositionKind.chosen` says.
 
         Args:
             given: int64 `[B, S]` or `[k, B, S]`, or None.
             default: `[B, S]`, counted from 0 (within each packed sequence), or from what is cached.
-            media: what the batch brings.
+            present: modalities that have anything in the batch.
         """
-        present = sorted({*media.inputs, *media.targets, *media.shown})
         return self._positions.chosen(given, default, present, self._checks)
 
     def placement(self, made: Placement, input_ids: Tensor, packed: bool) -> None:
@@ -201,11 +201,11 @@ class BatchCheck:
             found = torch.where(inside, positions, -1).amax()
             self._checks.check(Arrival(found), lambda at, what=what: _refuse_padding(what, at, padding.shape[1]), what)
 
-    def unfed(self, media: Media, placement: Placement, counts: Mapping[str, int | None]) -> None:
+    def unfed(self, reads: Collection[str], placement: Placement, counts: Mapping[str, int | None]) -> None:
         """Refuses special tokens that nothing in this batch fills, on the stage that places rows.
 
         Args:
-            media: what the batch brings.
+            reads: modalities with inputs.
             placement: of the batch.
             counts: generation tokens that are known to have rows, by modality.
 
@@ -214,7 +214,7 @@ class BatchCheck:
         """
         for table in placement.names if self._first else ():
             modality = table.removesuffix(generation_table(""))
-            if table == modality and table in media.inputs:
+            if table == modality and table in reads:
                 continue  # its rows are counted when they are there
             generates = self._submodules[modality].generation_input is not None
             shared = generation_table(modality) not in placement.names
@@ -243,6 +243,29 @@ class BatchCheck:
 
         self._checks.check(Arrival(outside.sum(dim=1)), verify, "labels")
 
+    def decoding(self, outputs: MimoOutput, options: Mapping[str, Mapping[str, Mapping]]) -> None:
+        """Refuses what `MimoModel.decode` cannot decode.
+
+        Args:
+            outputs: from `MimoModel.forward`.
+            options: modality -> decoder -> keyword options of its `sample`.
+
+        Raises:
+            TypeError: something else than a `MimoOutput`.
+            ValueError: options for a modality or decoder that the model lacks; as `whole_media`.
+        """
+        if not isinstance(outputs, MimoOutput):
+            raise TypeError(
+                f"decode takes a MimoOutput, found {type(outputs).__name__}: give what forward returned first, "
+                "`outputs, _ = model(...)`, on the last pipeline stage of a model that writes."
+            )
+        check_modalities("options", options, outputs.modalities)
+        for modality, of_decoders in options.items():
+            for name in of_decoders:
+                self._submodules[modality].decoder_name(name, where=f"options[{modality!r}]")
+        if outputs.placement is not None:
+            self.whole_media(outputs)
+
     def whole_media(self, outputs: MimoOutput) -> None:
         """Refuses images or clips that would be assembled from rows of two samples.
 
@@ -256,7 +279,7 @@ class BatchCheck:
                 outputs.placement.check_generation(modality, output.hidden.shape[0], span, medium)
         outputs.placement.raise_deferred()
 
-    def _check_connected(self, name: str, given: Mapping[str, object], tokens: str, what: str) -> None:
+    def _check_connected(self, name: str, given: Sequence[str], tokens: str, what: str) -> None:
         known = getattr(self._config, tokens)
         for modality in given:
             if modality not in known:
@@ -265,11 +288,11 @@ class BatchCheck:
                     f"Configure its token and a {what}, or leave them out."
                 )
 
-    def _shown(self, shown: Shown, targets: Nested) -> dict[str, Prepared]:
+    def _shown(self, shown: Shown, written: Collection[str]) -> dict[str, Prepared]:
         """Inputs of generation inputs, checked and counted once, on the stage that has the generation inputs."""
         prepared = {}
         for modality, given in shown.items():
-            if modality in targets:
+            if modality in written:
                 raise ValueError(
                     f"both generation_inputs and modality_targets have {modality!r}. Targets are shown to "
                     "the language model by themselves; give generation_inputs where nothing is learned."
@@ -318,13 +341,13 @@ def _is_nothing(value: object) -> bool:
 
 def _with_data(inputs: Nested | None) -> dict:
     """Inputs of the modalities, and of their encoders, that hold any data: zero images are no images."""
-    return {
-        modality: {name: given for name, given in encoders.items() if not _is_nothing(given)}
-        if isinstance(encoders, Mapping)
-        else encoders
-        for modality, encoders in (inputs or {}).items()
-        if not _is_nothing(encoders)
-    }
+    found = {}
+    for modality, encoders in (inputs or {}).items():
+        if isinstance(encoders, Mapping):
+            encoders = {name: given for name, given in encoders.items() if not _is_nothing(given)}
+        if encoders is not None and encoders != {}:
+            found[modality] = encoders
+    return found
 
 
 def _present(given: Mapping | None) -> dict:

@@ -56,10 +56,10 @@ def check_token_tensors(
         raise TypeError(f"expected labels of int64 or int32, found {labels.dtype}: they are token ids")
     for name in ("labels", "loss_mask"):
         if name in given:
-            _check_shape(name, given[name], given[name].shape == input_ids.shape, input_ids)
+            _check_shape(name, given[name], given[name].shape == input_ids.shape, input_ids.shape)
     if position_ids is not None:
         fits = position_ids.dim() in (2, 3) and position_ids.shape[-2:] == input_ids.shape
-        _check_shape("position_ids", position_ids, fits, input_ids)
+        _check_shape("position_ids", position_ids, fits, input_ids.shape)
     if attention_mask is not None:
         _check_attention_mask(attention_mask, input_ids)
 
@@ -77,14 +77,12 @@ def _check_attention_mask(attention_mask: Tensor, input_ids: Tensor) -> None:
         )
     samples, _, queries, keys = attention_mask.shape
     fits = samples in (1, batch_size) and queries in (1, length) and keys == length
-    _check_shape("attention_mask", attention_mask, fits, input_ids)
+    _check_shape("attention_mask", attention_mask, fits, input_ids.shape)
 
 
-def _check_shape(name: str, value: Tensor, fits: bool, input_ids: Tensor) -> None:
+def _check_shape(name: str, value: Tensor, fits: bool, shape: torch.Size) -> None:
     if not fits:
-        raise ValueError(
-            f"{name} has shape {list(value.shape)}, which does not fit input_ids {list(input_ids.shape)} ([B, S])"
-        )
+        raise ValueError(f"{name} has shape {list(value.shape)}, which does not fit input_ids {list(shape)} ([B, S])")
 
 
 def check_loss_mask(loss_mask: Tensor, checks: Checks) -> None:
@@ -123,7 +121,7 @@ def check_padding_mask(padding_mask: Tensor, input_ids: Tensor) -> None:
     if not isinstance(padding_mask, Tensor) or padding_mask.dtype != torch.bool:
         found = padding_mask.dtype if isinstance(padding_mask, Tensor) else type(padding_mask).__name__
         raise TypeError(f"padding_mask must be a bool tensor, True where a position is padding, found {found}")
-    _check_shape("padding_mask", padding_mask, padding_mask.shape == input_ids.shape, input_ids)
+    _check_shape("padding_mask", padding_mask, padding_mask.shape == input_ids.shape, input_ids.shape)
 
 
 def check_packed(packed_seq_params: PackedSeqParams, length: int, checks: Checks) -> None:

@@ -39,11 +39,11 @@ def plan(
         `source` int32 [B, S], `row` int32 [B, S], `positions` int32 [T, B * S] and `counts` int64 [T + 1, B], as
         `Placement` describes them.
     """
-    source_BS = torch.full_like(input_ids_BS, -1, dtype=torch.int32)
+    source_BS = torch.full(input_ids_BS.shape, -1, dtype=torch.int32, device=input_ids_BS.device)
     row_BS = torch.zeros_like(source_BS)
     found = {token_id: input_ids_BS == token_id for token_id in (*reading_ids, *generation_ids)}
     tokens = [found[token_id] for token_id in reading_ids]
-    text_BS = torch.ones_like(input_ids_BS, dtype=torch.bool)
+    text_BS = torch.ones_like(source_BS, dtype=torch.bool)
     for read_BS in tokens:
         text_BS &= ~read_BS
     if text_is_table:

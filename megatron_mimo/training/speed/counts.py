@@ -90,7 +90,7 @@ def count_batch(batch: Batch, model: MimoModel) -> Counts:
             "each position shall predict, and a loss_mask of zeros where nothing is to be learned."
         )
     if mask is None:
-        padding = padding_of(batch.get("packed_seq_params"), ids)
+        padding = padding_of(batch.get("packed_seq_params"), ids.shape[1])
         reads = [modality for modality, given in (batch.get("modality_inputs") or {}).items() if given]
         mask = default_loss_mask(ids, labels, padding, model.mimo_config, model.modality_submodules, reads)
     counts: Counts = {
