@@ -5,13 +5,14 @@ import torch
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 import megatron_mimo
+from megatron_mimo import specs
 from tests import tiny
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(scope="module")
-def hybrid():
+@pytest.fixture(scope="module", params=["megatron", "ours"])
+def hybrid(request):
     pytest.importorskip("transformer_engine", reason="HybridModel's stack is TransformerEngine's")
     from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
     from megatron.core.models.hybrid.hybrid_model import HybridModel
@@ -22,7 +23,9 @@ def hybrid():
         module=HybridModel,
         params=dict(
             config=config,
-            hybrid_stack_spec=hybrid_stack_spec,
+            hybrid_stack_spec=hybrid_stack_spec
+            if request.param == "megatron"
+            else specs.hybrid_stack_spec(config, "transformer_engine"),
             vocab_size=tiny.VOCABULARY,
             max_sequence_length=64,
             hybrid_layer_pattern="*-*-",  # attention, MLP: state-space layers need yet another package

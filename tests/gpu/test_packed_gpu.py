@@ -97,3 +97,31 @@ def test_what_is_written_in_padding_is_reported(run):
         model(**batch, modality_targets={"images": {"out": targets}})
         torch.cuda.synchronize()
         model.finish_checks()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_packed_mrope_gives_the_logits_of_its_sequences_apart(run, fused):
+    pytest.importorskip("transformer_engine", reason="packed attention is TransformerEngine's")
+    config = tiny.language_config(
+        num_attention_heads=2,
+        params_dtype=torch.bfloat16,
+        bf16=True,
+        apply_rope_fusion=fused,
+        mrope_section=[2, 3, 3],
+    )
+    layers = partial(specs.language_layer_spec, backend="transformer_engine")
+    spec = tiny.language_spec(config, position_embedding_type="mrope", transformer_layer_spec=layers)
+    model = MimoModel(megatron_mimo.MimoModelConfig(spec)).cuda().bfloat16().eval()
+    ids = torch.randint(1, 60, (1, 24), device="cuda")
+    sections = torch.stack([torch.arange(24) % 12, torch.arange(24) % 12 // 3, torch.arange(24) % 12 % 5])[
+        :, None
+    ].cuda()
+    bounds = torch.tensor([0, 12, 24], dtype=torch.int32, device="cuda")
+    params = packed.PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=12, max_seqlen_kv=12
+    )
+    with torch.no_grad():
+        together = model(ids, position_ids=sections, packed_seq_params=params)[0]
+        apart = [model(ids[:, i : i + 12], position_ids=sections[..., i : i + 12])[0] for i in (0, 12)]
+    # bfloat16 keeps 3 digits, and packed rows meet other kernels.
+    torch.testing.assert_close(together.float(), torch.cat(apart, dim=1).float(), rtol=3e-2, atol=3e-2)
