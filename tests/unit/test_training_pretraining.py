@@ -25,6 +25,7 @@ from megatron_mimo.training.pretraining.checks import (
     check_resumed,
     check_supported,
 )
+from megatron_mimo.training.pretraining.session import end_session, session_of
 from tests import tiny, warm
 
 ROOT = Path(__file__).parents[2]
@@ -263,3 +264,31 @@ def test_megatron_calls_the_model_provider_as_its_own():
     given = list(inspect.signature(partial(training.model_provider, None)).parameters)
     assert given == ["pre_process", "post_process", "vp_stage", "config", "pg_collection"]
     assert list(inspect.signature(training.forward_step).parameters) == ["data_iterator", "model"]
+
+
+def test_what_the_arguments_ask_for_is_worked_out_and_checked_once_a_run(single_process):
+    sizes = dict.fromkeys(["tensor", "pipeline", "context", "expert"], 1)
+    args = args_of("--modality-loss-weight", "images=3")
+    for name, value in {
+        **{f"{axis}_model_parallel_size".replace("context_model", "context"): size for axis, size in sizes.items()},
+        **dict(virtual_pipeline_model_parallel_size=None, expert_tensor_parallel_size=None, world_size=1),
+        **dict(mtp_num_layers=None, seq_length=16, load=None, pretrained_checkpoint=None, finetune=False),
+    }.items():
+        setattr(args, name, value)
+    asked = []
+
+    def model_config(args):
+        asked.append(args)
+        return tiny.mimo_config()
+
+    session = session_of(args)
+    first = session.ask(model_config)
+    assert session_of(args) is session and session.ask(model_config) is first and asked == [args]
+    assert first.model.modality_loss_weights["images"] == 3
+    assert session_of(Namespace()) is not session  # another run's
+    end_session()
+
+
+def test_a_configuration_of_megatrons_own_is_refused():
+    with pytest.raises(ValueError, match="model_provider got a TransformerConfig, expected None"):
+        training.model_provider(lambda args: tiny.mimo_config(), config=tiny.language_config())
