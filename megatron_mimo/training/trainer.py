@@ -36,6 +36,7 @@ from megatron_mimo.training.chunks import (
     wrap_chunks,
 )
 from megatron_mimo.training.forward import ForwardStep
+from megatron_mimo.training.masters import Masters
 from megatron_mimo.training.parts.control import TrainingControl
 from megatron_mimo.training.progress import Progress
 from megatron_mimo.training.settings import History, StepReport, TrainerSettings
@@ -94,6 +95,7 @@ class Trainer:
             use_gloo_process_groups=False,
             pg_collection=run.groups,
         )
+        self._masters = Masters(self.models, self.optimizer)
         self.schedule = _schedule(self.optimizer, optimizer, settings)
         hook_schedule(self.chunks, self.optimizer.scale_loss)
         self.steps_done = 0
@@ -142,8 +144,13 @@ class Trainer:
         return history
 
     def train_step(self, data: StepData) -> StepReport:
-        """One optimizer step on `data` of step `steps_done`. Collective over all ranks."""
+        """One optimizer step on `data` of step `steps_done`. Collective over all ranks.
+
+        Raises:
+            ValueError: a half-precision weight changed by other means than `load_state_dict`; see `sync_weights`.
+        """
         started = time.perf_counter()
+        self._masters.follow()
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -186,6 +193,7 @@ class Trainer:
         directory = self.settings.directory
         if directory is None:
             return None
+        self._masters.follow()
         with parameters_gathered(self.chunks, self.optimizer):
             return checkpoints.save(
                 Path(directory), self.steps_done, self.models, self.optimizer, self.schedule, self.run,
@@ -221,6 +229,18 @@ class Trainer:
                 Path(path), self.models, self.optimizer, self.schedule, self.run, self._trained
             )
         return self.steps_done
+
+    def sync_weights(self) -> None:
+        """Takes weights that other code changed into the optimizer's float32 copies (bf16 and fp16).
+
+        `load_state_dict` of the model or of any module in it needs no call. Not collective: every rank that holds the
+        weight changes it and calls this.
+
+        Example:
+            >>> trainer.models[0].language_model.output_layer.weight.data.mul_(0.5)   # doctest: +SKIP
+            >>> trainer.sync_weights()                                                # doctest: +SKIP
+        """
+        self._masters.sync()
 
     # Below: what a step needs ---------------------------------------------------------------
 

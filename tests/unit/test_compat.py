@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_mimo.compat import checkpoints, hybrid, megatron, megatron_training, notices
+from megatron_mimo.compat import checkpoints, hybrid, megatron, megatron_optimizers, megatron_training, notices
 from megatron_mimo.compat import torch as torch_names
 from tests import tiny
 
@@ -65,6 +65,9 @@ NAMES = {
     "megatron.describe_momentum": (
         "megatron.core.optimizer.optimizer.MegatronOptimizer", ["optimizer", "config", "init_state_fn"]
     ),
+    "megatron_optimizers.masters_of": (
+        "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer._get_model_param_range_map", ["self", "param"]
+    ),
     "megatron.writers_report_here": (
         "megatron.core.dist_checkpointing.strategies.filesystem_async.get_write_results_queue", ["mp_mode"]
     ),
@@ -105,6 +108,7 @@ def test_the_name_is_there_with_its_parameters(ours: str) -> None:
 MODULES = {
     "torch": torch_names,
     "megatron": megatron,
+    "megatron_optimizers": megatron_optimizers,
     "megatron_training": megatron_training,
     "checkpoints": checkpoints,
     "hybrid": hybrid,
