@@ -14,7 +14,8 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "compat" not in path.
 # Public by their spelling, documented nowhere; `compat` says what each is for.
 UNDOCUMENTED = {
     "LNImpl", "WrappedTorchNorm", "float16_groups", "fp32_from_float16_groups", "is_stub_optimizer",
-    "model_float16_groups", "shard_fp32_from_float16_groups", "assume_constant_result", "chained_optimizers", "compile_helpers",
+    "model_float16_groups", "shard_fp32_from_float16_groups",
+    "assume_constant_result", "chained_optimizers", "compile_helpers",
     "get_device_arch_version", "get_megatron_optimizer_config", "get_tensor_model_parallel_group_if_none",
     "init_state_fn", "initialize_megatron", "packed_metadata",
 }  # fmt: skip
