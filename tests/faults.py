@@ -91,10 +91,10 @@ FAULTS = [
         layout("dp2_distributed_optimizer"),
     ),
     Fault(
-        "stand-ins of an idle encoder get no gradient",
+        "an idle decoder's parameters get no gradient",
         "idle.py",
-        "return grad, *(torch.zeros_like(anchor) for anchor in ctx.saved_tensors)",
-        "return grad, *(None for anchor in ctx.saved_tensors)",
+        "return grad, ctx.parameter.new_zeros(()).expand_as(ctx.parameter)",
+        "return grad, None",
         decoder("diffusers", "dp2_one_without"),
     ),
     Fault(
@@ -107,8 +107,8 @@ FAULTS = [
     Fault(
         "data-parallel ranks begin with weights of their own",
         "launch.py",
-        "torch.manual_seed(seed + 100 * pipeline_rank)",
-        "torch.manual_seed(seed + 100 * pipeline_rank + local_rank)",
+        "    torch.manual_seed(seed + 100 * pipeline_rank)\n    model",
+        "    seed += dist.get_rank()\n    torch.manual_seed(seed + 100 * pipeline_rank)\n    model",
         layout("dp2"),
     ),
     Fault(
@@ -147,17 +147,17 @@ FAULTS = [
         decoder("discrete", "tp2_sp"),
     ),
     Fault(
-        "a bias is added on every rank before the sum",
+        "partial products of a row layer are not summed",
         "decoders/parallel_layers.py",
         "return super().forward(x)[0]\n\n\ndef",
-        "return super().forward(x)[0] + self.bias\n\n\ndef",
-        decoder("flow", "tp2"),
+        "return torch.nn.functional.linear(x, self.weight, self.bias)\n\n\ndef",
+        decoder("flow_transformer", "tp2"),
     ),
     Fault(
-        "modulations are put together from one rank's part",
-        "decoders/layers.py",
-        "self.linear = sharding.column(width, parts * width, gather=True)",
-        "self.linear = sharding.whole(width, parts * width); self.linear.weight.partition_dim = 0",
+        "attention has every head on every rank",
+        "decoders/flow_transformer.py",
+        "self.heads = heads // sharding.size",
+        "self.heads = heads",
         decoder("flow_transformer_own", "tp2"),
     ),
     Fault(
