@@ -198,6 +198,7 @@ def energon(path: Path, shape: PackShape, workers: int) -> Iterator[tuple[int, i
     class Encoded(EnergonSample):
         sample: Any
 
+    @stateless
     def cook(sample: dict) -> Cooked:
         return Cooked(**basic_sample_keys(sample), record=sample["json"])
 

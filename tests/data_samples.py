@@ -12,10 +12,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_mimo.data.chat import PLAIN_TEMPLATE, ChatText
+from megatron_mimo.data.loading import PackedData, ReadingOptions
 from megatron_mimo.data.media import Limits
+from megatron_mimo.data.packing import PackShape
 from megatron_mimo.data.readers import Reading
 from megatron_mimo.data.samples import Handling, SampleProcessor
-from megatron_mimo.data.writers import ImageWriter
+from megatron_mimo.data.sources import JsonLines
+from megatron_mimo.data.writers import ImageWriter, Writing
+from tests import tiny
 
 SPECIAL = [
     "<pad>",
@@ -136,3 +140,53 @@ def text(words: str, **more: object) -> dict:
 def image(name: str, **more: object) -> dict:
     """An image part."""
     return {"type": "image", "image": name, **more}
+
+
+class TinyRows:
+    """Reads an image as two rows of the tiny models' encoder, and writes it as three of their decoder."""
+
+    rate, limits = 0.0, Limits()
+
+    def __init__(self, written: bool) -> None:
+        self._written = written
+
+    def __call__(self, medium: Image.Image) -> Reading | Writing:
+        pixels = torch.from_numpy(np.asarray(medium, dtype=np.float32)).flatten() / 255
+        if self._written:
+            return Writing(3, {"pixels": {"pixels": pixels[: 3 * tiny.PIXELS].view(3, -1)}})
+        return Reading(2, {"patches": {"x": pixels[: 2 * tiny.PIXELS].view(1, 2, -1)}})
+
+
+def tiny_processor(**changes) -> SampleProcessor:
+    """Samples for the models of `tests.tiny`."""
+    words = {word: index for index, word in enumerate(["<pad>", "<unk>", "<end>", *"abcdefghijklmnopqrstuvwxyz"])}
+    machine = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    machine.pre_tokenizer = pre_tokenizers.Whitespace()
+    words_alone = PreTrainedTokenizerFast(tokenizer_object=machine, pad_token="<pad>", eos_token="<end>")
+    images = Handling(
+        "images",
+        special=tiny.READ,
+        generation=tiny.WRITE,
+        reader=TinyRows(written=False),
+        writer=TinyRows(written=True),
+        **changes,
+    )
+    return SampleProcessor(ChatText(words_alone, template=PLAIN_TEMPLATE), {"image": images})
+
+
+def tiny_records(folder: Path, count: int = 40) -> Path:
+    """Conversations of a few letters, with an image to read, to write, or none."""
+    records = []
+    for index in range(count):
+        (folder / f"{index}.png").write_bytes(png(4, 4, index))
+        asked = [text("a b c d e f g"[: 1 + 2 * (index % 7)])] + ([image(f"{index}.png")] if index % 3 == 0 else [])
+        said = [text("h i j"[: 1 + 2 * (index % 3)])] + ([image(f"{index}.png")] if index % 3 == 1 else [])
+        records.append({"messages": [user(*asked), assistant(*said)]})
+    return lines(folder / "train.jsonl", records)
+
+
+def tiny_data(path: Path, rank: int = 0, size: int = 1, workers: int = 0, **changes) -> PackedData:
+    """Packs of 32 tokens for the models of `tests.tiny`."""
+    shape = PackShape(length=32, multiple=2, buffer=6)
+    options = ReadingOptions(workers=workers)
+    return PackedData([JsonLines(path)], tiny_processor(**changes), shape, rank=rank, size=size, options=options)

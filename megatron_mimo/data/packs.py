@@ -34,6 +34,7 @@ class Pack:
         modality_targets: modality -> decoder -> keyword -> tensor of all items.
         cu_seqlens: int32 `[samples + 1]`, boundaries of the samples themselves; None where they are not packed.
         cu_seqlens_padded: int32 `[samples + 1]`, where each begins in `input_ids`; the last one holds the rest.
+        spans: int32 `[S]`, the number of the item at positions that see the whole of it, else -1; None without any.
         names: where the samples come from.
         positions: the samples' numbers in the run's order.
         deltas: of each sample, see `positions`.
@@ -49,6 +50,7 @@ class Pack:
     modality_targets: Mapping[str, Inputs]
     cu_seqlens: Tensor | None
     cu_seqlens_padded: Tensor | None
+    spans: Tensor | None
     names: tuple[str, ...]
     positions: tuple[int, ...]
     deltas: tuple[int, ...]
@@ -108,7 +110,8 @@ def packed(samples: Sequence[Sample], shape: PackShape, *, pad_id: int = 0, posi
     ids, labels, position_ids = (torch.cat(parts, dim=-1) for parts in zip(*rows))
     cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
     padded = F.pad(torch.tensor(room).cumsum(0), (1, 0)).int()
-    return _pack(samples, ids[None], labels[None], position_ids[:, None], (cu_seqlens, padded), positions)
+    boundaries = (cu_seqlens, padded, _spans(samples, padded))
+    return _pack(samples, ids[None], labels[None], position_ids[:, None], boundaries, positions)
 
 
 def padded(samples: Sequence[Sample], length: int, *, pad_id: int = 0, positions: Sequence[int] = ()) -> Pack:
@@ -124,7 +127,21 @@ def padded(samples: Sequence[Sample], length: int, *, pad_id: int = 0, positions
         raise ValueError(f"a sample of {longest} tokens does not fit rows of {length}")
     rows = [_row(sample, length, pad_id) for sample in samples]
     ids, labels, position_ids = (list(parts) for parts in zip(*rows))
-    return _pack(samples, torch.stack(ids), torch.stack(labels), torch.stack(position_ids, 1), (None, None), positions)
+    return _pack(
+        samples, torch.stack(ids), torch.stack(labels), torch.stack(position_ids, 1), (None, None, None), positions
+    )
+
+
+def _spans(samples: Sequence[Sample], padded: Tensor) -> Tensor | None:
+    """The number of the item at each position that sees the whole of it."""
+    spans = torch.full((int(padded[-1]),), -1, dtype=torch.int32)
+    number = 0
+    for start, sample in zip(padded.tolist(), samples):
+        for item in sample.items:
+            if item.whole:
+                spans[start + item.start : start + item.start + item.length] = number
+                number += 1
+    return spans if number else None
 
 
 def _row(sample: Sample, width: int, pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,7 +160,7 @@ def _pack(
     ids: Tensor,
     labels: Tensor,
     position_ids: Tensor,
-    boundaries: tuple[Tensor | None, Tensor | None],
+    boundaries: tuple[Tensor | None, Tensor | None, Tensor | None],
     positions: Sequence[int],
 ) -> Pack:
     items = [item for sample in samples for item in sample.items]
@@ -156,6 +173,7 @@ def _pack(
         modality_targets=joined(item for item in items if item.written),
         cu_seqlens=boundaries[0],
         cu_seqlens_padded=boundaries[1],
+        spans=boundaries[2],
         names=tuple(sample.name for sample in samples),
         positions=tuple(positions),
         deltas=tuple(sample.delta for sample in samples),

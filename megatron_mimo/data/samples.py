@@ -36,6 +36,7 @@ class Handling:
         writer: makes targets; None: this kind is not written.
         reread: after a written span the same medium is read, so that later turns see it through the encoder.
         rule: positions of a span.
+        whole: whether all positions of a span see the whole of it (`Pack.spans`), and not what is before them alone.
         max_items: of one sample; a sample with more is refused.
 
     Raises:
@@ -53,6 +54,7 @@ class Handling:
     writer: Writer | None = None
     reread: bool = False
     rule: PositionRule = SEQUENTIAL
+    whole: bool = False
     max_items: int | None = None
 
     def __post_init__(self) -> None:
@@ -76,6 +78,7 @@ class Item:
         rows: positions that its rows fill or that it is written at.
         tensors: encoder or decoder -> keyword -> tensor.
         learn: of a written one, whether it counts in the loss.
+        whole: whether its positions see all of each other.
     """
 
     modality: str
@@ -85,6 +88,7 @@ class Item:
     rows: int
     tensors: Inputs
     learn: bool = True
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -217,7 +221,8 @@ class SampleProcessor:
         special = cast(int, handling.special)
         layout.text(tuple(special if token is None else token for token in tokens))
         layout.cost += reading.cost
-        layout.items.append(Item(handling.modality, False, start, len(tokens), reading.rows, reading.inputs))
+        item = Item(handling.modality, False, start, len(tokens), reading.rows, reading.inputs, whole=handling.whole)
+        layout.items.append(item)
 
     def _write(self, layout: _Layout, part: Part, root: Path | None, *, learn: bool) -> None:
         handling = self.handling[part.kind]
@@ -231,7 +236,8 @@ class SampleProcessor:
             layout.learn[start] = True  # it is what opens the span
         layout.text(handling.end, learn)
         layout.cost += writing.cost
-        item = Item(handling.modality, True, start, writing.rows, writing.rows, writing.targets, learn)
+        rows = writing.rows
+        item = Item(handling.modality, True, start, rows, rows, writing.targets, learn, handling.whole)
         layout.items.append(item)
         if handling.reread:
             self._read(layout, part, root)

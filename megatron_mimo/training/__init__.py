@@ -21,10 +21,13 @@ if TYPE_CHECKING:
     from megatron_mimo.training.pretraining.provider import forward_step, model_provider
     from megatron_mimo.training.scale import StepScale, loss_func
     from megatron_mimo.training.settings import StepReport, TrainerSettings
+    from megatron_mimo.training.sources import DataSource, PackSource
     from megatron_mimo.training.trainer import Trainer
 
 _HOMES = {
+    "DataSource": "training.sources",
     "ForwardStep": "training.forward",
+    "PackSource": "training.sources",
     "Recipe": "training.pretraining.dataset",
     "StepReport": "training.settings",
     "StepScale": "training.scale",

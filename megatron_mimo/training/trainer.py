@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_mimo.batch import Batch
 from megatron_mimo.config import MimoModelConfig
+from megatron_mimo.data.progress import State
 from megatron_mimo.data.step import Counts
 from megatron_mimo.launch import Run, exit_on_error
 from megatron_mimo.layout import check_layout, check_sequence_length
@@ -40,6 +41,7 @@ from megatron_mimo.training.masters import Masters
 from megatron_mimo.training.parts.control import TrainingControl
 from megatron_mimo.training.progress import Progress
 from megatron_mimo.training.settings import History, StepReport, TrainerSettings
+from megatron_mimo.training.sources import DataSource, Reader, read_state
 from megatron_mimo.training.speed.counts import term
 from megatron_mimo.training.stop import StopRequest
 
@@ -108,15 +110,18 @@ class Trainer:
         )
         self._counts: Counts = {}
         self._trained = checkpoints.Trained.by(self.control, config, optimizer.use_distributed_optimizer)
+        self._reader: Reader | None = None
+        self._data_state: State | None = None  # of the checkpoint, until a source takes it
 
-    def train(self, data: StepData, evaluation: StepData | None = None) -> History:
+    def train(self, data: StepData | DataSource, evaluation: StepData | None = None) -> History:
         """Trains to `settings.steps`, from where the trainer stands.
 
         On several ranks an exception on one of them ends the job at once, and a SIGTERM to one
         saves a checkpoint (where there is a directory) at the end of the current step.
 
         Args:
-            data: to train on.
+            data: to train on: a function of the step, or a source such as `PackSource`, which is read on one rank of
+                each data-parallel rank and goes on where the loaded checkpoint's was.
             evaluation: to evaluate on, every `settings.evaluate_every` steps and after the last one; asked for
                 steps `0 .. settings.evaluation_steps - 1`.
 
@@ -128,7 +133,7 @@ class Trainer:
                 f"evaluate_every is {self.settings.evaluate_every}, but train() got no evaluation data. Give "
                 "train(data, evaluation), or leave evaluate_every out."
             )
-        settings, history = self.settings, History()
+        settings, history, data = self.settings, History(), self._step_data(data)
         shown = settings.progress and self.run.rank == self.run.world_size - 1
         with exit_on_error(), StopRequest(self.run.device) as stop, Progress(settings.steps, shown) as bar:
             while self.steps_done < settings.steps and not history.stopped:
@@ -197,7 +202,7 @@ class Trainer:
         with parameters_gathered(self.chunks, self.optimizer):
             return checkpoints.save(
                 Path(directory), self.steps_done, self.models, self.optimizer, self.schedule, self.run,
-                self._trained,
+                self._trained, self._reader.state() if self._reader is not None else self._data_state,
             )  # fmt: skip
 
     def load(self, path: Path | str | None = None, *, weights_only: bool = False) -> int:
@@ -228,6 +233,7 @@ class Trainer:
             self.steps_done = checkpoints.load(
                 Path(path), self.models, self.optimizer, self.schedule, self.run, self._trained
             )
+            self._reader, self._data_state = None, read_state(Path(path))
         return self.steps_done
 
     def sync_weights(self) -> None:
@@ -243,6 +249,17 @@ class Trainer:
         self._masters.sync()
 
     # Below: what a step needs ---------------------------------------------------------------
+
+    def _step_data(self, data: StepData | DataSource) -> StepData:
+        """What a step asks for its microbatches. A source begins where the loaded checkpoint's was."""
+        if not isinstance(data, DataSource):
+            self._reader = None
+            return data
+        if self._data_state is not None:
+            data.load_state_dict(self._data_state)
+            self._data_state = None
+        self._reader = Reader(data, self.run)
+        return self._reader
 
     def _run(self, data: StepData, step: int, *, forward_only: bool) -> list[dict[str, Tensor]]:
         """Runs the schedule over a step's microbatches; gives their reports on the last stage."""

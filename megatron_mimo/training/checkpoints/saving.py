@@ -23,11 +23,13 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_mimo.compat.megatron import describe_momentum, writers_report_here
 from megatron_mimo.config import MimoModelConfig
+from megatron_mimo.data.progress import State
 from megatron_mimo.launch import Run
 from megatron_mimo.model import MimoModel
 from megatron_mimo.training.checkpoints import identity
 from megatron_mimo.training.checkpoints.reading import agree, problems_of, read
 from megatron_mimo.training.parts.control import TrainingControl
+from megatron_mimo.training.sources import write_state
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +72,12 @@ def save(
     schedule: OptimizerParamScheduler,
     run: Run,
     trained: Trained,
+    data: State | None = None,
 ) -> Path:
     """Writes `directory/step_<step>` and gives its path. Collective over all ranks.
 
-    A checkpoint of the same step that is there is replaced, once this one is whole.
+    A checkpoint of the same step that is there is replaced, once this one is whole. `data` says how far the run's data
+    source is.
     """
     path = directory / f"step_{step:08d}"
     written = directory / f"writing_{path.name}"
@@ -96,6 +100,8 @@ def save(
     dist.barrier()
     if run.rank == 0:
         identity.write(written, chunks[0].mimo_config)
+        if data is not None:
+            write_state(written, data)
         (written / _COMPLETE).touch()
         _replace(path, written)
         logger.info("saved step %d to %s", step, path)
