@@ -26,3 +26,14 @@ def test_a_training_step_gives_upstreams_loss(tmp_path):
     upstream, ours = json.loads((tmp_path / "step.json").read_text())["results"]
     assert (upstream["name"], ours["name"]) == ("upstream", "ours")
     assert ours["loss"] == pytest.approx(upstream["loss"], rel=1e-6)
+
+
+def test_reading_data(tmp_path):
+    contenders = ["ours", "padding"]
+    run(
+        "benchmarks.data", "--samples", "40", "--rounds", "1", "--workers", "0", "--contenders", *contenders,
+        "--output", str(tmp_path / "data.json"),
+    )  # fmt: skip
+    results = json.loads((tmp_path / "data.json").read_text())["results"]
+    assert list(results) == contenders
+    assert results["ours"]["waste"] < results["padding"]["waste"]
