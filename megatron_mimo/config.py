@@ -225,14 +225,30 @@ def _check_spec(name: str, spec: object) -> None:
         raise TypeError(f"{name} must be a ModuleSpec, got {type(spec).__name__}")
 
 
-def _check_modality_spec(modality: str, spec: ModuleSpec) -> None:
-    if not isinstance(modality, str):
-        raise TypeError(f"modality names must be strings, got {modality!r}")
-    if modality == "text" or "/" in modality or "." in modality or not modality:
+def check_part_name(what: str, name: object) -> None:
+    """Refuses what cannot name a modality, an encoder or a decoder.
+
+    Raises:
+        TypeError: no string.
+        ValueError: a separator of names, or what torch's `ModuleDict` has of its own.
+    """
+    from torch import nn  # not needed to import this module
+
+    if not isinstance(name, str):
+        raise TypeError(f"{what} names must be strings, got {name!r}")
+    if not name or "/" in name or "." in name:
         raise ValueError(
-            f"{modality!r} cannot name a modality: 'text' is the language model's own, and "
-            "'/' and '.' separate names in loss terms and parameter names. Choose another name."
+            f"{name!r} cannot name {what}: '/' and '.' separate names in loss terms and parameter names. Choose "
+            "another name."
         )
+    if name == "training" or name in dir(nn.ModuleDict):
+        raise ValueError(f"{name!r} cannot name {what}: torch's ModuleDict has it of its own. Choose another name.")
+
+
+def _check_modality_spec(modality: str, spec: ModuleSpec) -> None:
+    if modality == "text":
+        raise ValueError("'text' cannot name a modality: it is the language model's own. Choose another name.")
+    check_part_name("a modality", modality)
     _check_spec(f"modality_submodules[{modality!r}]", spec)
     if spec.submodules is not None:
         _check_mapping(f"submodules of modality_submodules[{modality!r}]", spec.submodules)
@@ -242,3 +258,6 @@ def _check_modality_spec(modality: str, spec: ModuleSpec) -> None:
                 f"modality_submodules[{modality!r}] has submodules entry {key!r}; "
                 f"expected some of {list(SUBMODULE_KEYS)}"
             )
+        parts = spec.submodules[key]
+        for name in parts if key in ("encoders", "decoders") and isinstance(parts, Mapping) else ():
+            check_part_name(f"one of the {key} of modality_submodules[{modality!r}]", name)

@@ -387,12 +387,10 @@ class MimoModel(MegatronModule):
         if given is None:
             return submodule.encode_nothing(self._rows_like)
         encoded = submodule.encode_items(given, f"modality_inputs[{modality!r}]")
-        rows_per_item = encoded.rows_per_item
-        if rows_per_item is not None and len(rows_per_item) == 1:
-            rows_per_item = None  # one item may hold the rows of several samples, packed
-        plan.placement.check_rows(modality, encoded.rows.shape[0], rows_per_item)
+        plan.placement.check_rows(modality, encoded.rows.shape[0], encoded.rows_per_item)
         # These rows may leave out parameters that others use, or a layer that nothing reads: they get zeros.
-        return with_idle(encoded.rows, [submodule.encode_nothing(self._rows_like)])
+        rows = encoded.rows.to(self._rows_like.dtype)
+        return with_idle(rows, [submodule.encode_nothing(self._rows_like)])
 
 
 def _cut(shard: SequenceShard, tensor: Tensor | None) -> Tensor | None:

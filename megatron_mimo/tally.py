@@ -164,8 +164,31 @@ def verify_rows(
             raise ValueError(
                 f"{name}: sample {sample} has {tokens} {kind} tokens but {rows} {embeddings} (batch: {total} "
                 f"{kind} tokens, {n_rows} {embeddings}). Give each {kind} token one "
-                f"{embeddings.removesuffix('s')}."
+                f"{embeddings.removesuffix('s')}.{_unsure(counts, kind, rows_per_item)}{_usual_causes(tokens, rows)}"
             )
+
+
+def _unsure(counts: Sequence[int], kind: str, rows_per_item: tuple[int, ...] | None) -> str:
+    """What is not known of a mismatch that only the totals show."""
+    if rows_per_item is not None or len(counts) == 1 or kind != "special":
+        return ""
+    return (
+        f" Which sample is wrong is not known (tokens of each: {list(counts)}): only the totals were compared, since "
+        "nothing told the rows of each image or clip, and rows were dealt out in order. An encoder tells them by "
+        "EncodedRows(rows, rows_per_item), or the batch by rows_per_item beside the encoder's inputs."
+    )
+
+
+def _usual_causes(tokens: int, rows: int) -> str:
+    if tokens < rows:
+        return (
+            " Too few tokens usually are a span that truncation cut, of this sample or whole of one before it; too "
+            "many rows a class token that the encoder keeps, or the padding of audio."
+        )
+    return (
+        " Too many tokens usually are a placeholder that the model sampled or that stands in the text by chance, or a "
+        "span made for a larger image than the encoder was given."
+    )
 
 
 def _rows_by_total(counts: Sequence[int], n_rows: int) -> list[int]:

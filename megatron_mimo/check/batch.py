@@ -326,14 +326,16 @@ def check_modalities(name: str, given: Mapping[str, object] | None, known: Mappi
 
 
 def _is_nothing(value: object) -> bool:
-    """Whether an input holds no data: None, an empty sequence or tensor, or a mapping of such."""
+    """Whether an input holds no data: None, an empty sequence or tensor, or a mapping of such. Options beside empty
+    tensors (`interpolate_pos_encoding=True`) are no data."""
     match value:
         case None:
             return True
         case Tensor():
             return value.numel() == 0
         case Mapping():
-            return all(_is_nothing(part) for part in value.values())
+            tensors = [part for part in value.values() if isinstance(part, Tensor)]
+            return all(_is_nothing(part) for part in tensors or value.values())
         case list() | tuple():
             return len(value) == 0
     return False

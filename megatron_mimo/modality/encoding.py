@@ -6,23 +6,37 @@ Shapes: `n` items (images, clips), `s` rows of an item, `h` width of an encoder,
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from megatron_mimo.modality.seam import in_dtype_of
+
 Inputs = Mapping[str, Mapping[str, Tensor]]
+Combine = Literal["concatenate", "interleave"]
+
+#: Beside an encoder's inputs: how many rows each of its items gives, for an encoder that does not say so itself.
+ROWS_PER_ITEM = "rows_per_item"
 
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """Rows of one modality, and how many each image or clip gave.
+    """Rows of one modality or encoder, and how many each image or clip gave.
+
+    An encoder whose output is flat (`[N, h]`: ragged audio, images at their own resolution) returns it, so that rows
+    are compared with special tokens sample by sample. Without counts only the totals of the batch are compared: a
+    sample with a row too many beside one with a row too few then passes, and the second reads a row of the first.
 
     Attributes:
-        rows: `[N, H]`, rank-local to the data-parallel rank.
-        rows_per_item: in the items' order; None where that is unknown. An error then cannot name the sample.
+        rows: `[N, H]`, rank-local to the data-parallel rank; an encoder may give `[n, s, h]` too.
+        rows_per_item: ints on the host, in the items' order, which add up to N; None where that is unknown.
+
+    Example:
+        >>> EncodedRows(torch.zeros(8, 4), rows_per_item=[3, 5]).rows_per_item
+        [3, 5]
     """
 
     rows: Tensor
@@ -53,8 +67,10 @@ class Asked(Mapping[str, Mapping[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def about(self, rows: Tensor) -> EncodedRows:
+    def about(self, rows: Tensor | EncodedRows) -> EncodedRows:
         """The rows with what was told of these very rows: whoever made others of them knows better."""
+        if isinstance(rows, EncodedRows):
+            return rows
         told = self.told
         return told if told is not None and told.rows is rows else EncodedRows(rows)
 
@@ -70,107 +86,144 @@ class EncoderKeywords:
     def __init__(self, encoders: Mapping[str, nn.Module], aliases: Mapping[str, str]) -> None:
         self._kinds = {name: type(encoder).__name__ for name, encoder in encoders.items()}
         self._accepted = {name: _keyword_names(encoder) for name, encoder in encoders.items()}
+        self._required = {name: _required_names(encoder) for name, encoder in encoders.items()}
         self._aliases = aliases
 
     def of(self, encoder: str, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The inputs under the encoder's own keywords."""
-        accepted = self._accepted[encoder]
-        if accepted is None:
-            return dict(given)
-        return {key if key in accepted else self._aliases.get(key, key): value for key, value in given.items()}
+        """The inputs under the encoder's own keywords, without those that are not for it."""
+        return {self._own(encoder, key): value for key, value in given.items() if not self._is_count(encoder, key)}
+
+    def counts(self, encoder: str, given: Mapping[str, object]) -> object:
+        """`rows_per_item` beside the inputs; None where there is none, or where it is an input of the encoder."""
+        return given.get(ROWS_PER_ITEM) if self._is_count(encoder, ROWS_PER_ITEM) else None
 
     def check(self, asked: Asked) -> None:
         """Refuses inputs that no encoder takes.
 
         Raises:
-            TypeError: inputs that are not mappings, or a keyword that the encoder lacks.
-            ValueError: an unknown encoder.
+            TypeError: inputs that are not mappings, a keyword that the encoder lacks, or one that it needs.
+            ValueError: no encoder at all, an unknown one, or one input under two names.
         """
         check_nested(asked.where, asked.inputs, "encoder name -> its inputs")
+        if not asked:
+            raise ValueError(
+                f"{asked.where} is empty: expected inputs of at least one of the modality's encoders "
+                f"{sorted(self._kinds)}. Leave the modality out of modality_inputs where a batch has none of it."
+            )
         for name, given in asked.items():
             if name not in self._kinds:
                 raise ValueError(
                     f"{asked.where} has inputs for encoder {name!r}, but the modality's encoders are "
                     f"{sorted(self._kinds)}"
                 )
-            where, accepted = f"{asked.where}[{name!r}]", self._accepted[name]
+            where = f"{asked.where}[{name!r}]"
             check_nested(where, given, "keyword -> value")
-            for keyword in self.of(name, given) if accepted is not None else ():
-                if keyword not in accepted:
-                    raise TypeError(f"{where} has keyword {keyword!r}; {self._kinds[name]} takes {sorted(accepted)}")
+            self._check_keywords(where, name, given)
+
+    def _own(self, encoder: str, key: str) -> str:
+        accepted = self._accepted[encoder]
+        return key if accepted is None or key in accepted else self._aliases.get(key, key)
+
+    def _is_count(self, encoder: str, key: str) -> bool:
+        """Whether a key tells the rows and is no input of this encoder."""
+        return key == ROWS_PER_ITEM and key not in (self._accepted[encoder] or ())
+
+    def _check_keywords(self, where: str, name: str, given: Mapping[str, Tensor]) -> None:
+        kind, accepted = self._kinds[name], self._accepted[name]
+        names: dict[str, str] = {}
+        for key in given:
+            if self._is_count(name, key):
+                continue
+            own = self._own(name, key)
+            if accepted is not None and own not in accepted:
+                raise TypeError(f"{where} has keyword {own!r}; {kind} takes {sorted(accepted)}")
+            other = names.setdefault(own, key)
+            if other != key:
+                raise ValueError(
+                    f"{where} has {other!r} and {key!r}, which are both {own!r} of {kind}: one would be dropped. Give "
+                    "it once."
+                )
+        missing = sorted(self._required[name] - names.keys())
+        if missing:
+            raise TypeError(f"{where} lacks {missing}, which {kind} needs; found {sorted(given)}")
 
 
-def run_encoder(name: str, encoder: nn.Module, keywords: Mapping[str, Tensor]) -> Tensor:
+def run_encoder(name: str, encoder: nn.Module, keywords: Mapping[str, Tensor], counts: object = None) -> EncodedRows:
     """An encoder's rows, `[n, s, h]` or `[n, h]`; floating-point inputs are cast to what it computes in.
 
     Megatron's mixed-precision wrapper casts a model's weights and its positional inputs only.
 
+    Args:
+        name, encoder, keywords: what to run on what.
+        counts: rows of each item, where its inputs tell them.
+
+    Returns:
+        With the rows of each item where they are told, or where the shape `[n, s, h]` says them. (`[1, s, h]` does
+        not: it may hold the rows of several items, packed.)
+
     Raises:
-        TypeError, ValueError: an output without such rows.
+        TypeError: an output without such rows, images of whole numbers that it cannot compute with, counts that are
+            no ints.
+        ValueError: another shape, counts that do not add up.
     """
-    weights = (p.dtype for p in encoder.parameters() if p.is_floating_point())
-    dtype = next(weights, None)
-    cast = {
-        key: value.to(dtype) if dtype is not None and isinstance(value, Tensor) and value.is_floating_point() else value
-        for key, value in keywords.items()
-    }
-    output = encoder(**cast)
-    rows = output
-    if isinstance(rows, Mapping):
+    output = _called(name, encoder, {key: in_dtype_of(encoder, value) for key, value in keywords.items()})
+    rows, told = output, counts
+    if isinstance(output, EncodedRows):
+        rows, told = output.rows, counts if output.rows_per_item is None else output.rows_per_item
+    elif isinstance(rows, Mapping):
         rows = tuple(rows.values())
     if isinstance(rows, tuple):
         rows = rows[0] if rows else None
     if not isinstance(rows, Tensor):
         raise TypeError(
-            f"encoder {name!r} returned {type(output).__name__}; expected a tensor, or a tuple "
-            "or mapping whose first element is one"
+            f"encoder {name!r} returned {type(output).__name__}; expected a tensor, EncodedRows, or a tuple "
+            "or mapping whose first element is a tensor"
         )
+    if not rows.is_floating_point():
+        raise TypeError(f"encoder {name!r} returned {rows.dtype}; expected floating-point rows")
     if rows.dim() not in (2, 3):
         raise ValueError(f"encoder {name!r} returned shape {list(rows.shape)}; expected [B, s, h] or [n, h]")
-    return rows
+    if told is not None:
+        return EncodedRows(rows, _checked_counts(name, told, rows.shape[:-1].numel()))
+    return EncodedRows(rows, _items_by_shape(rows) if len(rows) != 1 else None)
 
 
-def projected(output: Tensor | tuple[Tensor, nn.Parameter | None]) -> Tensor:
-    """Output of a projection; Megatron's linear layers may leave adding their bias to the caller."""
+def projected(projection: nn.Module, rows: Tensor) -> Tensor:
+    """Rows through a projection, cast to what it computes in; Megatron's linear layers may leave adding their bias to
+    the caller."""
+    output = projection(in_dtype_of(projection, rows))
     if not isinstance(output, tuple):
         return output
-    rows, bias = output
-    return rows if bias is None else rows + bias
+    projected_rows, bias = output
+    return projected_rows if bias is None else projected_rows + bias
 
 
-def combined(outputs: Mapping[str, Tensor], combine: Literal["concatenate", "interleave"] | None) -> Tensor:
-    """One `[N, h]` or `[n, s, h]` from the outputs of several encoders, in their order.
+def combined(outputs: Mapping[str, EncodedRows], combine: Combine | None) -> EncodedRows:
+    """One `[N, h]` or `[n, s, h]` from the outputs of several encoders, in their order, and the rows of each item.
+
+    Args:
+        outputs: encoder name -> its rows, at least one.
+        combine: None: item by item, as for encoders that see the same images. For one image that is also what
+            concatenation gives.
 
     Raises:
-        ValueError: outputs that cannot follow each other so, or that look like the same images and nothing says how
-            they follow each other.
+        ValueError: outputs that cannot follow each other so.
     """
     if len(outputs) == 1:
         return next(iter(outputs.values()))
-    if combine is None:
-        _check_not_the_same_items({name: rows.shape for name, rows in outputs.items()})
-    _check_equal("width", {name: rows.shape[-1] for name, rows in outputs.items()})
-    if combine != "interleave":
-        return torch.cat([rows.flatten(0, -2) for rows in outputs.values()])
-    for name, rows in outputs.items():
-        if rows.dim() != 3:
-            raise ValueError(
-                f"encoder {name!r} returned {list(rows.shape)}; combine='interleave' needs [n, s, h] from every encoder"
-            )
-    _check_equal("item count", {name: rows.shape[0] for name, rows in outputs.items()})
-    return torch.cat(list(outputs.values()), dim=1)
-
-
-def rows_per_item(
-    outputs: Mapping[str, Tensor], combine: Literal["concatenate", "interleave"] | None
-) -> list[int] | None:
-    """Rows that each item gave, in the order of `combined`; None where an output is flat."""
-    if any(rows.dim() != 3 for rows in outputs.values()):
-        return None
-    shapes = [rows.shape for rows in outputs.values()]
-    if combine == "interleave":
-        return [sum(shape[1] for shape in shapes)] * shapes[0][0]
-    return [length for count, length, _ in shapes for _ in range(count)]
+    _check_equal("width", {name: output.rows.shape[-1] for name, output in outputs.items()})
+    items = {name: _items(output) for name, output in outputs.items()}
+    flat = {name: output.rows.flatten(0, -2) for name, output in outputs.items()}
+    if combine == "concatenate":
+        counts = [count for known in items.values() for count in known or ()]
+        return EncodedRows(torch.cat(list(flat.values())), None if None in items.values() else counts)
+    _check_same_items(outputs, items, combine)
+    per_item = [sum(counts) for counts in zip(*items.values(), strict=True)]
+    if all(output.rows.dim() == 3 for output in outputs.values()):
+        return EncodedRows(torch.cat([output.rows for output in outputs.values()], dim=1), per_item)
+    pieces = [flat[name].split(counts) for name, counts in items.items()]
+    following = [piece for item in zip(*pieces, strict=True) for piece in item]
+    return EncodedRows(torch.cat(following or list(flat.values())), per_item)
 
 
 def check_nested(where: str, value: object, form: str) -> None:
@@ -191,14 +244,64 @@ def _check_equal(what: str, found: Mapping[str, int]) -> None:
         )
 
 
-def _check_not_the_same_items(shapes: Mapping[str, torch.Size]) -> None:
-    counts = {shape[0] for shape in shapes.values()}
-    if len(counts) == 1 and max(counts) > 1 and all(len(shape) == 3 for shape in shapes.values()):
-        raise ValueError(
-            f"encoders {sorted(shapes)} each returned {counts.pop()} items. Say how their rows follow each "
-            "other: combine='interleave' (item by item, the same images through each) or "
-            "combine='concatenate' (all items of the first, then all of the second)."
+def _check_same_items(
+    outputs: Mapping[str, EncodedRows], items: Mapping[str, list[int] | None], combine: Combine | None
+) -> None:
+    """Refuses rows that cannot follow each other item by item."""
+    numbers = {name: None if counts is None else len(counts) for name, counts in items.items()}
+    if None not in numbers.values() and len(set(numbers.values())) == 1:
+        return
+    found = {name: f"{list(outputs[name].rows.shape)}, {'?' if n is None else n} items" for name, n in numbers.items()}
+    raise ValueError(
+        f"combine={combine!r} lets the rows of several encoders follow each other item by item, which needs [n, s, h] "
+        f"or EncodedRows(rows, rows_per_item) with one n from each; found {found}. Set combine='concatenate' for "
+        "encoders that see different items: all of the first, then all of the second."
+    )
+
+
+def _items(output: EncodedRows) -> list[int] | None:
+    """Rows of each item, told or by the shape."""
+    return _items_by_shape(output.rows) if output.rows_per_item is None else output.rows_per_item
+
+
+def _items_by_shape(rows: Tensor) -> list[int] | None:
+    return [rows.shape[1]] * rows.shape[0] if rows.dim() == 3 else None
+
+
+def _called(name: str, encoder: nn.Module, keywords: Mapping[str, object]) -> object:
+    try:
+        return encoder(**keywords)
+    except RuntimeError as error:
+        whole = [key for key, value in keywords.items() if isinstance(value, Tensor) and value.dtype == torch.uint8]
+        if not whole:
+            raise
+        raise TypeError(
+            f"encoder {name!r} ({type(encoder).__name__}) cannot compute with {whole} of dtype uint8. Scale and "
+            "normalise images to floating point where the batch is made, as the encoder was trained."
+        ) from error
+
+
+def _checked_counts(name: str, told: object, rows: int) -> list[int]:
+    """Rows of each item as a list of ints, which add up.
+
+    Raises:
+        TypeError: something else; on a device, where looking would wait for it.
+        ValueError: another sum, or a negative one.
+    """
+    if isinstance(told, Tensor) and told.device.type == "cpu" and not told.is_floating_point():
+        told = told.tolist()
+    whole = isinstance(told, Sequence) and all(isinstance(one, int) and not isinstance(one, bool) for one in told)
+    if not whole:
+        what = f"a tensor on {told.device}" if isinstance(told, Tensor) else repr(told)
+        raise TypeError(
+            f"encoder {name!r}: {ROWS_PER_ITEM} must be a list of ints on the host, one for each item, found {what}"
         )
+    if sum(told) != rows or min(told, default=0) < 0:
+        raise ValueError(
+            f"encoder {name!r}: {ROWS_PER_ITEM} {list(told)} adds up to {sum(told)}, but it returned {rows} rows. Count "
+            "the rows of each item after pooling, and those of padding only if they are returned."
+        )
+    return list(told)
 
 
 def _keyword_names(module: nn.Module) -> frozenset[str] | None:
@@ -207,3 +310,10 @@ def _keyword_names(module: nn.Module) -> frozenset[str] | None:
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         return None
     return frozenset(parameter.name for parameter in parameters)
+
+
+def _required_names(module: nn.Module) -> frozenset[str]:
+    """Keywords without which a module's forward cannot be called."""
+    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    parameters = inspect.signature(module.forward).parameters.values()
+    return frozenset(p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in variable)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from abc import ABC
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar, Literal, Self
 
 import torch
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
+from megatron_mimo.config import check_part_name
 from megatron_mimo.decoders.base import Decoder
 from megatron_mimo.decoders.generation_input import GenerationInput
 from megatron_mimo.decoders.targets import Prepared, TargetDescription, Targets
@@ -24,11 +26,11 @@ from megatron_mimo.modality.encoding import (
     check_nested,
     combined,
     projected,
-    rows_per_item,
     run_encoder,
 )
 from megatron_mimo.modality.fit import check_reading, check_writing, own_projections, per_module
 from megatron_mimo.modality.parts import stage_parts
+from megatron_mimo.modality.seam import in_dtype_of
 from megatron_mimo.sharded_state import sharded_state_dict
 
 
@@ -43,7 +45,9 @@ class ModalitySubmodules(ABC, nn.Module):
 
     Args:
         encoders: name -> module called with its keyword inputs. It returns `[B, s, h]`,
-            `[n, h]`, or a tuple or mapping whose first element is one of these.
+            `[n, h]`, `EncodedRows` of one of them, or a tuple or mapping whose first element is one. Where `[n, h]`
+            holds several rows an item, `EncodedRows` or `rows_per_item` beside the inputs says how many, or a row too
+            many in one sample and too few in the next goes unseen.
         decoders: name -> `Decoder`. All read by one position rule.
         input_projections: none, one for all encoders (their widths are equal), or one per
             encoder in the order of `encoders`.
@@ -51,10 +55,9 @@ class ModalitySubmodules(ABC, nn.Module):
         generation_input: what the language model sees at the generation tokens; None for the
             token's own embedding.
         combine: how rows of several encoders follow each other. `"concatenate"`: all of the
-            first, then all of the second. `"interleave"`: item by item (all return `[n, s, h]`
-            with equal n), for encoders that see the same images. None concatenates, and refuses
-            where several encoders return the same number of items, two or more, since that looks
-            like the same images.
+            first, then all of the second. `"interleave"`: item by item, for encoders that see the same
+            images: all return `[n, s, h]` with equal n, or `EncodedRows` that tell as many items. None, too, is item
+            by item, and says in the error of the first batch where that cannot be.
 
     Raises:
         ValueError: projections that match neither one nor each of their encoders or decoders,
@@ -80,6 +83,9 @@ class ModalitySubmodules(ABC, nn.Module):
         combine: Literal["concatenate", "interleave"] | None = None,
     ) -> None:
         super().__init__()
+        for what, modules in {"an encoder": encoders, "a decoder": decoders}.items():
+            for name in modules or ():
+                check_part_name(what, name)
         self.encoders = nn.ModuleDict(encoders or {})
         self.decoders = nn.ModuleDict(decoders or {})
         self.input_projections = nn.ModuleList(input_projections or [])
@@ -168,14 +174,17 @@ class ModalitySubmodules(ABC, nn.Module):
             if name not in asked:
                 idle.append(stand_in([encoder, *own.get(name, ())]))
                 continue
-            rows = run_encoder(name, encoder, self._keywords.of(name, asked[name]))
+            given = asked[name]
+            counts = self._keywords.counts(name, given)
+            output = run_encoder(name, encoder, self._keywords.of(name, given), counts)
             for projection in own.get(name, ()):
-                rows = projected(projection(rows))
-            outputs[name] = rows
-        rows = combined(outputs, self.combine)
+                output = replace(output, rows=projected(projection, output.rows))
+            outputs[name] = output
+        whole = combined(outputs, self.combine)
+        rows = whole.rows
         if len(self.input_projections) == 1:
-            rows = projected(self.input_projections[0](rows))
-        return EncodedRows(with_idle(rows.flatten(0, -2), idle), rows_per_item(outputs, self.combine))
+            rows = projected(self.input_projections[0], rows)
+        return EncodedRows(with_idle(rows.flatten(0, -2), idle), whole.rows_per_item)
 
     # Writing ------------------------------------------------------------------------------
 
@@ -229,7 +238,7 @@ class ModalitySubmodules(ABC, nn.Module):
         """
         if not num_rows:
             return stand_in([self.generation_input], like)
-        return self.generation_input(given, num_rows)
+        return self.generation_input(given, num_rows).to(like.dtype)
 
     def loss(
         self, hidden: Tensor, targets: Mapping[str, Targets], share: tuple[int, int] = (0, 1)
@@ -272,8 +281,8 @@ class ModalitySubmodules(ABC, nn.Module):
             hidden: `[N, H]` hidden states at the generation tokens, as in `ModalityOutput.hidden`.
 
         Returns:
-            `[N, W]`, with gradient, in the projection's dtype; `hidden` itself without a projection. Equal
-            on tensor- and context-parallel ranks if `hidden` is.
+            `[N, W]`, with gradient, in the decoder's dtype; `hidden` itself without a projection where that is its
+            own. Equal on tensor- and context-parallel ranks if `hidden` is.
 
         Raises:
             ValueError: no such decoder.
@@ -287,7 +296,8 @@ class ModalitySubmodules(ABC, nn.Module):
         """
         decoder = self.decoder_name(decoder)
         projection = per_module(self.output_projections, self.decoders).get(decoder)
-        return hidden if projection is None else projected(projection(hidden))
+        rows = hidden if projection is None else projected(projection, hidden)
+        return in_dtype_of(self.decoders[decoder], rows)
 
     def decode(
         self,

@@ -73,6 +73,7 @@ def test_encoders_of_different_width_have_a_projection_each():
     images = VisionModalitySubmodules(
         {"a": Returns(torch.ones(2, 3)), "b": Returns(torch.ones(4, 5))},
         input_projections=[nn.Linear(3, 8), nn.Linear(5, 8)],
+        combine="concatenate",
     )
     assert images.encode({"a": FED, "b": FED}).shape == (6, 8)
     assert images.encode({"b": FED}).shape == (4, 8)
@@ -283,11 +284,11 @@ def two(rule_a, rule_b):
 
 A, B = Returns(torch.ones(2, 3)), Returns(torch.ones(2, 3))
 MISTAKES = {
-    "the same images": (
-        lambda: ModalitySubmodules({"a": Returns(torch.ones(2, 1, 4)), "b": Returns(torch.ones(2, 1, 4))}).encode(
+    "different images": (
+        lambda: ModalitySubmodules({"a": Returns(torch.ones(2, 1, 4)), "b": Returns(torch.ones(3, 1, 4))}).encode(
             {"a": FED, "b": FED}
         ),
-        "each returned 2 items. Say how their rows follow each other",
+        "combine=None .* found .*2 items.*3 items.* Set combine='concatenate'",
     ),
     "combine": (lambda: ModalitySubmodules(combine="sum"), "combine must be"),
     "two projections for three": (
@@ -319,13 +320,13 @@ MISTAKES = {
     ),
     "interleaving flat rows": (
         lambda: ModalitySubmodules({"a": A, "b": B}, combine="interleave").encode({"a": FED, "b": FED}),
-        r"combine='interleave' needs \[n, s, h\]",
+        r"combine='interleave' .* needs \[n, s, h\] or EncodedRows",
     ),
     "interleaving unequal counts": (
         lambda: ModalitySubmodules(
             {"a": Returns(torch.ones(2, 1, 4)), "b": Returns(torch.ones(3, 1, 4))}, combine="interleave"
         ).encode({"a": FED, "b": FED}),
-        "differ in item count",
+        "combine='interleave' .* found .*2 items.*3 items",
     ),
     "one dim": (
         lambda: ModalitySubmodules({"a": Returns(torch.ones(4))}).encode({"a": FED}),
