@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from megatron_mimo.generation.in_the_loop import sample_flow, sample_one_by_one
     from megatron_mimo.launch import exit_on_error, initialize, shutdown
     from megatron_mimo.losses import LossTerm, global_counts, total_loss
+    from megatron_mimo.modality.encoding import EncodedRows
     from megatron_mimo.modality.kinds import AudioModalitySubmodules, VisionModalitySubmodules
     from megatron_mimo.modality.submodules import ModalitySubmodules
     from megatron_mimo.model import MimoModel
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AudioModalitySubmodules": "modality.kinds",
+    "EncodedRows": "modality.encoding",
     "LossTerm": "losses",
     "MimoModel": "model",
     "MimoModelConfig": "config",

@@ -42,6 +42,8 @@ def default_loss_mask(
         if config.special_token_ids.get(modality) == token and modality in reads:
             continue
         written = labels == token
+        if submodules[modality].spans_vary:
+            continue  # each generation token says that the span goes on
         if modality in config.begin_token_ids:
             counts = counts & ~written
         else:

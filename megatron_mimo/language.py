@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
-import types
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Self
@@ -14,12 +12,12 @@ import torch
 from megatron.core.inference.utils import InferenceMode
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec, get_module
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_mimo.attention_mask import joined_with_causal
-from megatron_mimo.build import build, constructor_parameters, takes_any
+from megatron_mimo.build import build, constructor_parameters, maker, name_of, takes_any
 from megatron_mimo.check.positions import PositionKind
 from megatron_mimo.multi_token import LaterRows, embedding_handed_to
 from megatron_mimo.plan import Plan
@@ -60,7 +58,7 @@ def build_language_model(
     length = taken.get("max_sequence_length")
     if length is not None and length.default is inspect.Parameter.empty:
         offered["max_sequence_length"] = DEFAULT_MAX_SEQUENCE_LENGTH
-    return build(_with_own_layers(spec, vp_stage), offered, through_keywords=True)
+    return build(_with_own_layers(spec, vp_stage), offered, through_keywords=True, what="language_model")
 
 
 def _check_stage(spec: ModuleSpec, stage: Mapping[str, object], taken: Mapping[str, inspect.Parameter]) -> None:
@@ -79,7 +77,7 @@ def _check_stage(spec: ModuleSpec, stage: Mapping[str, object], taken: Mapping[s
             )
         if name not in taken and not takes_any(taken) and not stage[name]:
             raise ValueError(
-                f"{get_module(spec).__name__} takes no {name}, so that every pipeline stage would build the whole "
+                f"{name_of(maker(spec))} takes no {name}, so that every pipeline stage would build the whole "
                 "model. Give its constructor pre_process and post_process, or **kwargs that it hands on, or use "
                 "pipeline_model_parallel_size=1."
             )
@@ -94,7 +92,7 @@ def _check_multi_token(spec: ModuleSpec, whole: bool) -> None:
     config = spec.params["config"]
     if not config.mtp_num_layers:
         return
-    kind = get_module(spec)
+    kind = maker(spec)
     if not (isinstance(kind, type) and issubclass(kind, GPTModel)):
         raise ValueError(
             f"mtp_num_layers={config.mtp_num_layers} works with GPTModel alone, found {kind}. Set it to None."
@@ -128,7 +126,7 @@ def position_kind(spec: ModuleSpec) -> PositionKind:
 def _with_own_layers(spec: ModuleSpec, vp_stage: int | None) -> ModuleSpec:
     """`spec` with the layers of this stage in place of the function that gives them."""
     layers = spec.params.get("transformer_layer_spec")
-    if not isinstance(layers, (types.FunctionType, functools.partial)):
+    if isinstance(layers, (ModuleSpec, type)) or not callable(layers):
         return spec
     own = layers(spec.params["config"], vp_stage=vp_stage)
     return dataclasses.replace(spec, params={**spec.params, "transformer_layer_spec": own})

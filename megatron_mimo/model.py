@@ -12,6 +12,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
 from megatron_mimo.align import align_by_token_positions, align_checked
+from megatron_mimo.build import check_parallel_state
 from megatron_mimo.check import BatchCheck, Media, Nested, Shown
 from megatron_mimo.config import MimoModelConfig, generation_table
 from megatron_mimo.decoders.targets import Prepared
@@ -60,6 +61,8 @@ class MimoModel(MegatronModule):
         vp_stage: int | None = None,
         pg_collection=None,
     ) -> None:
+        if pg_collection is None:
+            check_parallel_state("MimoModel")
         config = config.with_submodules(modality_submodules or {})
         super().__init__(config.language_config)
         self.mimo_config = config
@@ -79,7 +82,7 @@ class MimoModel(MegatronModule):
                 modality: build_submodules(
                     modality,
                     spec,
-                    hidden_size=self.config.hidden_size,
+                    config=config,
                     pre_process=pre_process,
                     post_process=post_process,
                     pg_collection=pg_collection,
@@ -299,6 +302,7 @@ class MimoModel(MegatronModule):
             Modality -> decoder -> its samples, of modalities with generation tokens.
 
         Raises:
+            TypeError: something else than an output, or an option that the decoder's `sample` does not take.
             ValueError: options for a modality or decoder that the model lacks, or generation tokens of a
                 sample that are no whole number of images or clips.
         """

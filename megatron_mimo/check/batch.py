@@ -126,7 +126,7 @@ class BatchCheck:
         for name, given in named.items():
             check_modalities(name, given, self._submodules)
         written = _present(targets)
-        media = Media(_with_data(inputs), written, self._shown(_present(shown), written.keys()))
+        media = Media(with_data(inputs), written, self._shown(_present(shown), written.keys()))
         self._check_connected("modality_targets", sorted(media.targets), "generation_token_ids", "decoder")
         self._check_connected("modality_inputs", sorted(media.inputs), "special_token_ids", "encoder")
         for modality, given in media.inputs.items():
@@ -251,7 +251,7 @@ class BatchCheck:
             options: modality -> decoder -> keyword options of its `sample`.
 
         Raises:
-            TypeError: something else than a `MimoOutput`.
+            TypeError: something else than a `MimoOutput`, or an option that a decoder's `sample` does not take.
             ValueError: options for a modality or decoder that the model lacks; as `whole_media`.
         """
         if not isinstance(outputs, MimoOutput):
@@ -261,8 +261,11 @@ class BatchCheck:
             )
         check_modalities("options", options, outputs.modalities)
         for modality, of_decoders in options.items():
-            for name in of_decoders:
-                self._submodules[modality].decoder_name(name, where=f"options[{modality!r}]")
+            where = f"options[{modality!r}]"
+            if not isinstance(of_decoders, Mapping):
+                raise TypeError(f"{where} must map decoder name -> its options, got {type(of_decoders).__name__}")
+            for name, given in of_decoders.items():
+                self._submodules[modality].check_options(name, given, where)
         if outputs.placement is not None:
             self.whole_media(outputs)
 
@@ -341,7 +344,7 @@ def _is_nothing(value: object) -> bool:
     return False
 
 
-def _with_data(inputs: Nested | None) -> dict:
+def with_data(inputs: Nested | None) -> dict:
     """Inputs of the modalities, and of their encoders, that hold any data: zero images are no images."""
     found = {}
     for modality, encoders in (inputs or {}).items():

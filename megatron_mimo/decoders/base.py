@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from megatron_mimo.decoders.arguments import at_least_one, one_of
+from megatron_mimo.decoders.arguments import at_least_one, check_weight, one_of
 from megatron_mimo.decoders.targets import Prepared, TargetDescription, Targets
 from megatron_mimo.idle import stand_in
 from megatron_mimo.losses import LossTerm
@@ -249,7 +249,7 @@ def weighted_sum(values: Tensor, weight: Tensor | None) -> LossTerm:
         `sum(weight * values)` and `sum(weight)`, float32. What has weight 0 may be NaN.
 
     Raises:
-        ValueError: the shapes do not fit, or, on the CPU, a negative weight.
+        ValueError: the shapes do not fit, or, on the CPU, a weight that is negative, infinite or NaN.
 
     Example:
         >>> weighted_sum(torch.tensor([1.0, 5.0]), torch.tensor([True, False])).mean()
@@ -263,11 +263,7 @@ def weighted_sum(values: Tensor, weight: Tensor | None) -> LossTerm:
             f"weight has shape {list(weight.shape)} but the loss elements have shape "
             f"{list(values.shape)}: weight's shape must be the leading dims of theirs."
         )
-    if weight.device.type == "cpu" and (weight < 0).any():  # elsewhere looking would wait for the device
-        raise ValueError(
-            f"weight has {int((weight < 0).sum())} negative elements of {weight.numel()}: the loss would grow "
-            "without bound. Give what does not count 0."
-        )
+    check_weight(weight)
     weight = over(weight.to(values.dtype), values).expand_as(values)
     # A product would let the NaN of an element that does not count through: 0 * NaN is NaN.
     counted = values.masked_fill(weight == 0, 0.0)

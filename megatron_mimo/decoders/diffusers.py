@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_mimo.assemble import images_to_patches
-from megatron_mimo.decoders.arguments import at_least_one
+from megatron_mimo.decoders.arguments import at_least_one, finite
 from megatron_mimo.decoders.base import Decoder, PositionRule, phase, usable, weighted_sum
 from megatron_mimo.decoders.guidance import ConditionDropout, guided
 from megatron_mimo.decoders.image_targets import ImageTargets
@@ -168,6 +168,7 @@ class DiffusersDecoder(Decoder):
             generator: on the rows' device; also for schedulers that add noise at their steps.
         """
         self.check_rows(rows)
+        finite(type(self).__name__, guidance=guidance)
         at_least_one("DiffusersDecoder", steps=steps)
         shape = (rows.shape[0] // self.rows_per_item, *self.sample_shape)
         if noise is None:

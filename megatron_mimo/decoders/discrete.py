@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_mimo.decoders.arguments import at_least_one, not_both
+from megatron_mimo.decoders.arguments import at_least_one, finite, not_both
 from megatron_mimo.decoders.base import Decoder, PositionRule, over, phase, weighted_sum
 from megatron_mimo.decoders.guidance import ConditionDropout, guided
 from megatron_mimo.decoders.layers import Sharding
@@ -157,6 +157,7 @@ class DiscreteDecoder(Decoder):
             ValueError: an option is out of range.
         """
         self.check_rows(rows)
+        finite(type(self).__name__, guidance=guidance)
         logits = self.logits(rows)
         if guidance != 1:
             null = self.condition_dropout.unconditional(rows, unconditional_rows)

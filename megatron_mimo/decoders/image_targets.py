@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_mimo.assemble import patches_to_images
+from megatron_mimo.decoders.arguments import check_within
 from megatron_mimo.decoders.targets import TargetDescription, Targets
 from megatron_mimo.decoders.tokenizers import LatentTokenizer
 from megatron_mimo.draws import draws
@@ -54,6 +55,12 @@ class ImageTargets(TargetDescription):
         """`weight`, `step` and `drop` `[n]`, `noise` as the images."""
         del targets
         return {"noise": (count, *self.sample_shape), **dict.fromkeys(("weight", "step", "drop"), (items,))}
+
+    def check_given(self, targets: Targets, where: str = "") -> None:
+        """A `step` that the scheduler does not have is refused too."""
+        super().check_given(targets, where)
+        if "step" in targets:
+            check_within(targets["step"], f"{where}step", 0, self.steps - 1)
 
     def encoded(self, media: Tensor) -> Tensor:
         """Latents `[n, C, h, w]`."""

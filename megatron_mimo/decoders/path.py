@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_mimo.decoders.arguments import at_least_one, one_of
+from megatron_mimo.decoders.arguments import at_least_one, finite, one_of
 from megatron_mimo.draws import draws
 
 
@@ -46,6 +46,7 @@ class RectifiedFlow:
 
     def __post_init__(self) -> None:
         one_of("RectifiedFlow", "time", self.time, ("uniform", "logit-normal"))
+        finite("RectifiedFlow", logit_mean=self.logit_mean, logit_std=self.logit_std)
         if not self.logit_std > 0:
             raise ValueError(f"RectifiedFlow: logit_std must be positive, got {self.logit_std}")
 
@@ -125,6 +126,7 @@ def integrate(
     """
     at_least_one("integrate", steps=steps)
     one_of("integrate", "solver", solver, ("euler", "heun"))
+    finite("integrate", shift=shift)
     if not shift > 0:
         raise ValueError(f"integrate: shift must be positive, got {shift}")
     ends = torch.linspace(1, 0, steps + 1, device=noise.device)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from megatron_mimo.decoders.arguments import not_both
+from megatron_mimo.decoders.arguments import finite, not_both
 from megatron_mimo.decoders.base import Decoder, PositionRule, phase, usable, weighted_sum
 from megatron_mimo.decoders.guidance import ConditionDropout, guided
 from megatron_mimo.decoders.path import RectifiedFlow, integrate, noised, repeated
@@ -146,6 +146,7 @@ class RectifiedFlowDecoder(Decoder):
             generator: on the rows' device.
         """
         self.check_rows(rows)
+        finite(type(self).__name__, guidance=guidance)
         shape = (rows.shape[0] // self.rows_per_item * self.targets_per_item, self.target_width)
         if noise is None:
             noise = torch.randn(shape, device=rows.device, generator=generator)

@@ -11,7 +11,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_mimo.decoders.arguments import at_least_one, not_both, one_of
+from megatron_mimo.decoders.arguments import at_least_one, finite, not_both, one_of
 from megatron_mimo.decoders.base import Decoder, PositionRule, usable, weighted_sum
 from megatron_mimo.decoders.targets import Targets, VectorTargets
 from megatron_mimo.losses import LossTerm
@@ -68,6 +68,7 @@ class RegressionDecoder(Decoder):
         described = targets or self.describe(dict(width=width, target_width=target_width))
         super().__init__(width=width, position_rule=position_rule, targets=described)
         one_of("RegressionDecoder", "objective", objective, OBJECTIVES)
+        finite("RegressionDecoder", huber_delta=huber_delta)
         if not huber_delta > 0:
             raise ValueError(f"RegressionDecoder: huber_delta must be positive, got {huber_delta}")
         self.target_width = described.width

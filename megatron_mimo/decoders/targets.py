@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from megatron_mimo.decoders.arguments import at_least_one
+from megatron_mimo.decoders.arguments import at_least_one, check_weight, check_within
 from megatron_mimo.decoders.path import RectifiedFlow
 from megatron_mimo.decoders.tokenizers import Tokenizer, built
 
@@ -83,6 +83,10 @@ class TargetDescription(ABC):
         optional: keywords that a batch may hold beside it.
         rows_per_item: rows that belong together and stay on one rank.
         targets_per_item: targets of an item.
+        variable: whether media differ in their number of items: speech, images at their own resolution. A span then
+            ends by its end token (`end_token_ids` of the model's configuration), which is learned as text, and so is
+            each generation token before it: it says that the span goes on. Otherwise every image or clip has
+            `rows_per_medium` rows.
     """
 
     keyword: ClassVar[str] = "target"
@@ -90,10 +94,12 @@ class TargetDescription(ABC):
     tokenizer: Tokenizer | ModuleSpec | None
     rows_per_item: int = 1
     targets_per_item: int = 1
+    variable: bool = False
 
     @property
     def rows_per_medium(self) -> int:
-        """Rows of one image or clip, by the tokenizer's grid; of one item without a tokenizer."""
+        """Rows of one image or clip, by the tokenizer's grid; of one item without a tokenizer, and of a variable
+        number the fewest."""
         if self.tokenizer is None:
             return self.rows_per_item
         items = self.tokenizer.tokens_per_item // self.targets_per_item
@@ -152,14 +158,24 @@ class TargetDescription(ABC):
             stream: of the random draws, `"<modality>/<decoder>"`.
 
         Raises:
-            TypeError, ValueError: as `num_rows`.
+            TypeError, ValueError: as `num_rows`; a value that means nothing, as far as `check_given` looks.
         """
         rows = self.num_rows(targets, stream)
+        self.check_given(targets, f"targets of {stream}: " if stream else "")
         tensors = dict(targets)
         if "media" in tensors:
             tensors[self.keyword] = self.encoded(tensors.pop("media"))
         tensors = self.drawn(tensors, rows // self.rows_per_item, stream)
         return Prepared(tensors, rows, self.rows_per_item)
+
+    def check_given(self, targets: Targets, where: str = "") -> None:
+        """Refuses values that mean nothing, on the CPU; elsewhere looking would wait for the device.
+
+        Raises:
+            ValueError: a weight that is negative, infinite or NaN; draws out of their range.
+        """
+        if "weight" in targets:
+            check_weight(targets["weight"], where)
 
     def loss_shape(self, targets: Targets) -> tuple[int, ...]:
         """Shape of the losses of these targets, by shapes alone and not checked: one a target.
@@ -202,6 +218,14 @@ class TargetDescription(ABC):
             ValueError: samples are no rows that could be shown one after another.
         """
         raise ValueError(f"{type(self).__name__} has no blank target for {num_rows} rows on {device}")
+
+    def _check_variable(self) -> None:
+        """Refuses a variable number of rows where a tokenizer's grid fixes it."""
+        if self.variable and self.tokenizer is not None:
+            raise ValueError(
+                f"{type(self).__name__}: variable=True, but its tokenizer makes the same number of tokens of every "
+                "image or clip. Leave variable out, or give codes in place of media."
+            )
 
     def _count(self, targets: Targets) -> int:
         if self._from_media(targets):
@@ -257,8 +281,10 @@ class CodeTargets(TargetDescription):
 
     codebook_sizes: int | Sequence[int]
     tokenizer: Tokenizer | ModuleSpec | None = field(default=None, compare=False, repr=False)
+    variable: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
+        self._check_variable()
         sizes = self.codebook_sizes
         object.__setattr__(self, "codebook_sizes", (sizes,) if isinstance(sizes, int) else tuple(sizes))
         if not self.codebook_sizes:
@@ -309,8 +335,10 @@ class VectorTargets(TargetDescription):
 
     width: int
     tokenizer: Tokenizer | ModuleSpec | None = field(default=None, compare=False, repr=False)
+    variable: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
+        self._check_variable()
         at_least_one(type(self).__name__, target_width=self.width)
 
     @property
@@ -370,6 +398,12 @@ class FlowTargets(VectorTargets):
         """`weight` `[M]`, `time` and `drop` `[n]`, `noise` `[M, D]`."""
         del targets
         return {"weight": (count,), "time": (items,), "drop": (items,), "noise": (count, self.width)}
+
+    def check_given(self, targets: Targets, where: str = "") -> None:
+        """A `time` outside [0, 1] is refused too: there is no point of the path there."""
+        super().check_given(targets, where)
+        if "time" in targets:
+            check_within(targets["time"], f"{where}time", 0, 1)
 
     def drawn(self, tensors: dict[str, Tensor], items: int, stream: str) -> dict[str, Tensor]:
         """With `time` and `noise`."""

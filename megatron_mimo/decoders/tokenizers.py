@@ -222,6 +222,6 @@ def built(module: nn.Module | ModuleSpec) -> nn.Module:
     """
     if isinstance(module, nn.Module):
         return module
-    from megatron.core.transformer.spec_utils import build_module
+    from megatron_mimo.build import build
 
-    return build_module(module)
+    return build(module, {})

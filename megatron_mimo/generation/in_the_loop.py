@@ -18,6 +18,7 @@ import torch
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
+from megatron_mimo.decoders.arguments import check_sample_options, finite
 from megatron_mimo.decoders.base import Decoder
 from megatron_mimo.decoders.guidance import guided
 from megatron_mimo.decoders.inputs import GenerationInput, NoisedTargetInput
@@ -62,6 +63,7 @@ def sample_one_by_one(
     """
     writer = _Writer.of(model, input_ids, modality, decoder, inputs)
     options = dict(options or {})
+    check_sample_options(writer.decoder, options, "options")
     if "unconditional_rows" in options:
         raise ValueError(
             f"{modality}: unconditional_rows change with every sample that the language model sees; give "
@@ -130,6 +132,7 @@ def sample_flow(
             of another kind, spans that do not fit the decoder, or unconditional ids that do not fit.
     """
     writer = _Writer.of(model, input_ids, modality, decoder, inputs)
+    finite("sample_flow", guidance=guidance)
     writer.check_unconditional(input_ids, unconditional_ids, guidance)
     network, feed = writer.decoder, writer.feed
     if not (isinstance(network, RectifiedFlowDecoder) and isinstance(feed, NoisedTargetInput)):

@@ -298,8 +298,8 @@ def _checked_counts(name: str, told: object, rows: int) -> list[int]:
         )
     if sum(told) != rows or min(told, default=0) < 0:
         raise ValueError(
-            f"encoder {name!r}: {ROWS_PER_ITEM} {list(told)} adds up to {sum(told)}, but it returned {rows} rows. Count "
-            "the rows of each item after pooling, and those of padding only if they are returned."
+            f"encoder {name!r}: {ROWS_PER_ITEM} {list(told)} adds up to {sum(told)}, but it returned {rows} rows. "
+            "Count the rows of each item after pooling, and those of padding only if they are returned."
         )
     return list(told)
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron.core.transformer.spec_utils import ModuleSpec, get_module
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import nn
 
-from megatron_mimo.build import build
+from megatron_mimo.build import Spec, build, maker
 from megatron_mimo.decoders.base import Decoder
 from megatron_mimo.decoders.generation_input import GenerationInput
 from megatron_mimo.decoders.targets import TargetDescription
 
-Spec = ModuleSpec | type
 Parts = Mapping[str, object]
+
+_READING, _WRITING = ("encoders", "input_projections"), ("decoders", "output_projections")
 
 
 def stage_parts(
@@ -33,22 +34,30 @@ def stage_parts(
     Raises:
         ValueError: a generation input that does not go with its decoder, as far as this stage can tell.
     """
-    read = {key: _built(parts.get(key) if pre_process else None, offered) for key in ("encoders", "input_projections")}
-    written = {
-        key: _built(parts.get(key) if post_process else None, offered) for key in ("decoders", "output_projections")
-    }
-    made = {key: modules for key, modules in {**read, **written}.items() if modules}
+    here = {**dict.fromkeys(_READING, pre_process), **dict.fromkeys(_WRITING, post_process)}
+    built = {key: _built(key, parts.get(key) if on_stage else None, offered) for key, on_stage in here.items()}
+    made = {key: modules for key, modules in built.items() if modules}
     feed = parts.get("generation_input")
     if feed is None:
         return made
-    name = only_decoder(parts.get("decoders") or {}, _params(feed).get("decoder"))
+    name = only_decoder(parts.get("decoders") or {}, _setting(feed, "decoder"))
     _check_rule(feed, name, parts, made.get("decoders") or {})
     if not pre_process:
         return made
-    described = None if name is None else _description(parts["decoders"][name], (made.get("decoders") or {}).get(name))
+    described = None if name is None else description(parts["decoders"][name], (made.get("decoders") or {}).get(name))
     if described is not None:
         offered = {**offered, "targets": described}
-    return {**made, "generation_input": build(feed, offered)}
+    return {**made, "generation_input": build(feed, offered, what="generation_input")}
+
+
+def description(spec: Spec, decoder: nn.Module | None) -> TargetDescription | None:
+    """What a decoder learns: of the one built here, else by its spec, which may not tell."""
+    if decoder is None:
+        kind = maker(spec)
+        if isinstance(kind, type) and issubclass(kind, Decoder):
+            return kind.describe(_params(spec))
+        decoder = kind if isinstance(kind, nn.Module) else None
+    return decoder.targets if isinstance(decoder, Decoder) else None
 
 
 def only_decoder(decoders: Mapping[str, object], named: str | None) -> str | None:
@@ -57,29 +66,28 @@ def only_decoder(decoders: Mapping[str, object], named: str | None) -> str | Non
     return names[0] if len(names) == 1 else None
 
 
-def _built(specs: Mapping[str, Spec] | list[Spec] | None, offered: Mapping[str, object]) -> dict | list:
+def _built(key: str, specs: Mapping[str, Spec] | list[Spec] | None, offered: Mapping[str, object]) -> dict | list:
     if isinstance(specs, Mapping):
-        return {name: build(spec, offered) for name, spec in specs.items()}
-    return [build(spec, offered) for spec in specs or ()]
+        return {name: build(spec, offered, what=f"{key}[{name!r}]") for name, spec in specs.items()}
+    return [build(spec, offered, what=f"{key}[{index}]") for index, spec in enumerate(specs or ())]
 
 
 def _params(spec: Spec) -> Mapping[str, object]:
     return (spec.params or {}) if isinstance(spec, ModuleSpec) else {}
 
 
-def _description(spec: Spec, decoder: nn.Module | None) -> TargetDescription | None:
-    """What a decoder learns: of the one built here, else by its spec."""
-    if decoder is not None:
-        return decoder.targets
-    kind = get_module(spec)
-    return kind.describe(_params(spec)) if isinstance(kind, type) and issubclass(kind, Decoder) else None
+def _setting(spec: Spec, name: str) -> object:
+    """What a spec's params say, or the module that is built already; None where neither does."""
+    made_by = maker(spec)
+    return vars(made_by).get(name) if isinstance(made_by, nn.Module) else _params(spec).get(name)
 
 
 def _check_rule(feed: Spec, name: str | None, parts: Parts, decoders: Mapping[str, Decoder]) -> None:
     """Refuses an input that shows what its decoder reads off: here, since one stage may build only one of the two."""
-    kind = get_module(feed)
+    kind = maker(feed)
+    kind = type(kind) if isinstance(kind, nn.Module) else kind
     if name is None or not (isinstance(kind, type) and issubclass(kind, GenerationInput)):
         return
-    rule = decoders[name].position_rule if name in decoders else _params(parts["decoders"][name]).get("position_rule")
+    rule = decoders[name].position_rule if name in decoders else _setting(parts["decoders"][name], "position_rule")
     if rule is not None:
         kind.check_rule(rule)

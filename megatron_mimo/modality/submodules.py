@@ -13,6 +13,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
 from megatron_mimo.config import check_part_name
+from megatron_mimo.decoders.arguments import check_sample_options
 from megatron_mimo.decoders.base import Decoder
 from megatron_mimo.decoders.generation_input import GenerationInput
 from megatron_mimo.decoders.targets import Prepared, TargetDescription, Targets
@@ -238,7 +239,8 @@ class ModalitySubmodules(ABC, nn.Module):
         """
         if not num_rows:
             return stand_in([self.generation_input], like)
-        return self.generation_input(given, num_rows).to(like.dtype)
+        rows = self.generation_input(given, num_rows).to(like.dtype)
+        return with_idle(rows, [stand_in([self.generation_input], like)])
 
     def loss(
         self, hidden: Tensor, targets: Mapping[str, Targets], share: tuple[int, int] = (0, 1)
@@ -271,7 +273,9 @@ class ModalitySubmodules(ABC, nn.Module):
         if size > 1:
             target = decoder.share(target, start, stop)
         mine = hidden[start * decoder.rows_per_item : stop * decoder.rows_per_item]
-        return decoder.loss(self.rows_for(name, mine), target)
+        term = decoder.loss(self.rows_for(name, mine), target)
+        # A layer that this loss does not reach gets zeros, as one of an encoder does.
+        return replace(term, sum=with_idle(term.sum, [stand_in([decoder], hidden)]))
 
     def rows_for(self, decoder: str, hidden: Tensor) -> Tensor:
         """Rows `[N, W]` that a decoder takes: hidden states through its output projection.
@@ -314,13 +318,33 @@ class ModalitySubmodules(ABC, nn.Module):
                 `unconditional_rows`, hidden states `[N, H]` too, go through the same projection.
 
         Raises:
+            TypeError: an option that its `sample` does not take.
             ValueError: no such decoder, or several and none named.
         """
-        name, options = self.decoder_name(decoder), dict(options or {})
+        name = self.check_options(decoder, options)
+        options = dict(options or {})
         if options.get("unconditional_rows") is not None:
             unconditional = options["unconditional_rows"]
             options["unconditional_rows"] = self.rows_for(name, unconditional)
         return self.finish(self.decoders[name].sample(self.rows_for(name, hidden), **options), name)
+
+    def check_options(self, decoder: str | None, options: Mapping[str, object] | None, where: str = "") -> str:
+        """The name of a decoder, whose `sample` takes these options.
+
+        Args:
+            decoder: a name; may be None where there is only one.
+            options: keyword options, or None.
+            where: what named it, for the error.
+
+        Raises:
+            TypeError: an option that it does not take, or no mapping.
+            ValueError: no such decoder, or several and none named.
+        """
+        name = self.decoder_name(decoder, where)
+        of = f"{where or 'options'}[{name!r}]"
+        check_nested(of, options or {}, "option -> value")
+        check_sample_options(self.decoders[name], options or {}, of)
+        return name
 
     def finish(self, samples: Tensor, decoder: str | None = None) -> Tensor:
         """Images, waveforms, ... of what a decoder's `sample` gave, rendered and assembled.
@@ -369,7 +393,7 @@ class ModalitySubmodules(ABC, nn.Module):
         described = self._described(decoder)
         if described is None:
             return 1
-        if described.sampled_rows is None:
+        if described.sampled_rows is None or self.spans_vary:
             return described.rows_per_medium
         given, width = described.sampled_rows
         return math.lcm(given, self.samples_per_medium(width)) // given * described.rows_per_item
@@ -378,6 +402,12 @@ class ModalitySubmodules(ABC, nn.Module):
         """How many samples of `width` values `assemble` makes one image or clip of. Here: 1."""
         del width
         return 1
+
+    @property
+    def spans_vary(self) -> bool:
+        """Whether the decoders on this stage write media of a variable number of rows, which an end token ends."""
+        targets = [decoder.targets for decoder in self.decoders.values()]
+        return any(one is not None and one.variable for one in targets)
 
     @property
     def rows_shown_together(self) -> int:

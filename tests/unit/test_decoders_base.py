@@ -85,7 +85,9 @@ def test_a_weight_of_another_shape_is_refused():
 
 
 def test_a_negative_weight_is_refused():
-    with pytest.raises(ValueError, match="weight has 1 negative elements of 2.*what does not count 0"):
+    with pytest.raises(
+        ValueError, match="weight has 1 elements of 2 that are negative, infinite or NaN.*what does not count 0"
+    ):
         weighted_sum(torch.zeros(2, 2), torch.tensor([1.0, -1.0]))
 
 

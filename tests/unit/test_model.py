@@ -289,6 +289,32 @@ def test_a_trainable_layer_that_the_loss_does_not_reach_gets_zeros(kind, single_
     assert all(p.grad is not None and not p.grad.any() for p in encoder.last.parameters())
 
 
+class Unread(tiny.LinearDecoder):
+    """A decoder with a layer that its loss does not reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = torch.nn.Linear(4, 4)
+
+
+class Shown(QueryInput):
+    """A generation input with a layer that its rows do not depend on."""
+
+    def __init__(self) -> None:
+        super().__init__(hidden_size=tiny.HIDDEN, rows_per_item=1)
+        self.last = torch.nn.Linear(4, 4)
+
+
+def test_a_trainable_layer_of_the_writing_half_that_the_loss_does_not_reach_gets_zeros(single_process):
+    spec = tiny.image_spec(decoders={"pixels": Unread()}, generation_input=Shown())
+    model = MimoModel(tiny.mimo_config(), {"images": spec})
+    tiny.total(model, tiny.batch()).backward()
+    images = model.modality_submodules["images"]
+    assert images.decoders["pixels"].linear.weight.grad.any() and images.generation_input.queries.grad.any()
+    for one in (images.decoders["pixels"].last, images.generation_input.last):
+        assert all(p.grad is not None and not p.grad.any() for p in one.parameters())
+
+
 def test_inputs_of_an_overridden_encode_may_be_called_anything(single_process):
     class Zeros(megatron_mimo.VisionModalitySubmodules):
         def encode(self, inputs):

@@ -1,4 +1,4 @@
-"""What encoders give and are given: rows counted by item, precisions that differ, inputs that say too little or twice."""
+"""What encoders are given and give: inputs that say too little or twice, rows by item, precisions that differ."""
 
 import pytest
 import torch
@@ -6,8 +6,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from megatron_mimo import MimoModel, VisionModalitySubmodules
-from megatron_mimo.modality.encoding import EncodedRows
+from megatron_mimo import EncodedRows, MimoModel, VisionModalitySubmodules
 from tests import tiny
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any
 
-from megatron.core.transformer.spec_utils import ModuleSpec, get_module
-
+from megatron_mimo.build import maker
 from megatron_mimo.config import MimoModelConfig
 
 #: In a checkpoint's directory.
@@ -131,5 +130,5 @@ def _decoders(config: MimoModelConfig, modality: str) -> Mapping[str, Any]:
 
 def _kind(decoder: Any) -> str:
     """The class, or the function, that a decoder is built by; of a built one its class."""
-    made_by = get_module(decoder) if isinstance(decoder, ModuleSpec) else decoder
+    made_by = maker(decoder)
     return made_by.__name__ if isinstance(made_by, type | FunctionType | MethodType) else type(made_by).__name__

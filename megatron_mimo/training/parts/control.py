@@ -112,12 +112,19 @@ class TrainingControl:
             )
 
     def apply(self, model: MimoModel) -> None:
-        """Freezes and compiles the parts of `model`; before it is wrapped in DDP."""
+        """Freezes and compiles the parts of `model`; before it is wrapped in DDP.
+
+        A module that two parts share is frozen with either.
+
+        Raises:
+            ValueError: a factor of a part whose parameters count as another's.
+        """
+        self._check_names(model)
         frozen = self._prefixes(self.frozen, model.mimo_config)
-        for name, parameter in model.named_parameters():
+        for name, parameter in model.named_parameters(remove_duplicate=False):
             if name.startswith(frozen):
                 parameter.requires_grad_(False)
-        for name, module in model.named_modules():
+        for name, module in model.named_modules(remove_duplicate=False):
             if f"{name}.".startswith(frozen) and getattr(module, "track_running_stats", False):
                 _keep_statistics(module)
         if self.embedding_rows:
@@ -127,6 +134,19 @@ class TrainingControl:
         for encoder in self._encoders(self.compiled, model):
             if encoder not in graphed:
                 encoder.forward = CompiledForward(encoder)
+
+    def _check_names(self, model: MimoModel) -> None:
+        """Refuses factors of parameters that the optimizer knows by another part's name."""
+        known = {parameter: name for name, parameter in model.named_parameters()}
+        for option in ("learning_rate", "weight_decay"):
+            for part in getattr(self, option):
+                prefixes = parameter_prefixes(part, model.mimo_config, option)
+                for name, parameter in model.named_parameters(remove_duplicate=False):
+                    if name.startswith(prefixes) and not known[parameter].startswith(prefixes):
+                        raise ValueError(
+                            f"{option}[{part!r}]: {name} is shared, known to the optimizer as {known[parameter]!r}: "
+                            "the factor would change nothing. Name that part."
+                        )
 
     def graph(self, model: MimoModel) -> None:
         """Has the encoders of `graphed` replay CUDA graphs, captured when they first run.

@@ -14,6 +14,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_mimo.batch import Batch, Nested
+from megatron_mimo.check import with_data
 from megatron_mimo.data.step import Counts
 from megatron_mimo.decoders.base import Decoder
 from megatron_mimo.labels import default_loss_mask
@@ -91,7 +92,7 @@ def count_batch(batch: Batch, model: MimoModel) -> Counts:
         )
     if mask is None:
         padding = padding_of(batch.get("packed_seq_params"), ids.shape[1])
-        reads = [modality for modality, given in (batch.get("modality_inputs") or {}).items() if given]
+        reads = with_data(batch.get("modality_inputs"))
         mask = default_loss_mask(ids, labels, padding, model.mimo_config, model.modality_submodules, reads)
     counts: Counts = {
         term("text"): float(mask.sum()),

@@ -188,6 +188,56 @@ def a_compiled_encoder_gives_what_it_gives_uncompiled(run: Run) -> None:
 ROWS = (3, 31, 32, tiny.WRITE)  # the table's halves on two tensor-parallel ranks meet between 31 and 32
 
 
+class Halfway(tiny.PatchEncoder):
+    """An encoder whose last layer the loss does not reach, as of LLaVA's, which reads the layer before it."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__(width)
+        self.last = torch.nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        states = super().forward(x)
+        self.last(states)
+        return states
+
+
+class Unread(tiny.LinearDecoder):
+    """A decoder with a layer that its loss does not reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = torch.nn.Linear(tiny.HIDDEN, tiny.HIDDEN)
+
+
+@case(ranks=2, timeout_s=120)
+def layers_that_the_loss_does_not_reach_train_with_overlapped_reductions(run: Run) -> None:
+    images = tiny.image_spec(encoders={"patches": Halfway}, decoders={"pixels": Unread})
+    config = model_config(run).with_submodules({"images": images})
+    found, kept, start = [], [], None
+    directory = shared_directory() / "unread"
+    for overlap, sharded in ((False, False), (True, False), (True, True)):
+        trained = Trainer(
+            config,
+            run,
+            TrainerSettings(steps=3, decay="constant", progress=False, directory=directory),
+            optimizer=OptimizerConfig(lr=1e-2, adam_eps=1e-3, weight_decay=0.0, use_distributed_optimizer=sharded),
+            ddp=DistributedDataParallelConfig(use_distributed_optimizer=sharded, overlap_grad_reduce=overlap),
+        )
+        if start is None:
+            start = trained.save()
+        else:
+            trained.load(start)
+        parts = trained.models[0].modality_submodules["images"]
+        unread = [parts.encoders["patches"].last, parts.decoders["pixels"].last]
+        before = [p.detach().clone() for module in unread for p in module.parameters()]
+        found.append(losses(trained.train(four_samples)))
+        kept.append(all(torch.equal(a, p) for a, p in zip(before, (p for m in unread for p in m.parameters()))))
+    assert kept == [True, True, True]
+    for one in found[1:]:
+        assert len(one) == 3
+        assert_close(one, found[0])
+
+
 def naming_all_rows(step: int, rank: int, size: int) -> list[dict]:
     batches = four_samples(step, rank, size)
     for batch in batches:
