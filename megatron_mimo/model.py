@@ -392,8 +392,10 @@ class MimoModel(MegatronModule):
             return submodule.encode_nothing(self._rows_like)
         encoded = submodule.encode_items(given, f"modality_inputs[{modality!r}]")
         plan.placement.check_rows(modality, encoded.rows.shape[0], encoded.rows_per_item)
-        # These rows may leave out parameters that others use, or a layer that nothing reads: they get zeros.
         rows = encoded.rows.to(self._rows_like.dtype)
+        if encoded.reaches_all:
+            return rows
+        # They may leave out parameters that other ranks' rows reach.
         return with_idle(rows, [submodule.encode_nothing(self._rows_like)])
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,7 @@ class Decoder(nn.Module, ABC):
         self.tokenizer = None if self.targets is None else self.targets.tokenizer
 
     @classmethod
-    def describe(cls, params: Mapping[str, object]) -> TargetDescription | None:
+    def describe(cls, params: Mapping[str, Any]) -> TargetDescription | None:
         """What a decoder of these constructor params learns, without building it: for a generation input on a
         pipeline stage that the decoder is not on. None where they do not tell."""
         return params.get("targets")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,7 @@ class DiscreteDecoder(Decoder):
         else:
             targets = CodeTargets(codebook_sizes, tokenizer)
         super().__init__(width=width, position_rule=position_rule, targets=targets)
-        sizes = self.codebook_sizes = targets.codebook_sizes
+        sizes = self.codebook_sizes = targets.sizes
         sharding = Sharding(config, pg_collection)
         _check_sizes(sizes, sharding.size)
         self.condition_dropout = ConditionDropout(width, condition_dropout)
@@ -91,7 +91,7 @@ class DiscreteDecoder(Decoder):
         self._group = sharding.group()
 
     @classmethod
-    def describe(cls, params: Mapping[str, object]) -> CodeTargets | None:
+    def describe(cls, params: Mapping[str, Any]) -> CodeTargets | None:
         """Codes of `codebook_sizes`, from the `tokenizer` where there is one."""
         if params.get("codebook_sizes") is None:
             return params.get("targets")

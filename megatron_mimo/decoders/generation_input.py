@@ -58,7 +58,7 @@ class GenerationInput(nn.Module, ABC):
         name = self.decoder
         if name is None and len(targets) == 1:
             name = next(iter(targets))
-        if name not in targets:
+        if name is None or name not in targets:
             wanted = "the only decoder" if name is None else f"decoder {name!r}"
             raise ValueError(
                 f"{type(self).__name__} reads the targets of {wanted}, found targets of "

@@ -64,7 +64,7 @@ class ImageTargets(TargetDescription):
 
     def encoded(self, media: Tensor) -> Tensor:
         """Latents `[n, C, h, w]`."""
-        return patches_to_images(self.tokenizer.encode(media), self.sample_shape)
+        return patches_to_images(super().encoded(media), self.sample_shape)
 
     def media_count(self, media: Tensor) -> int:
         """One target an image."""

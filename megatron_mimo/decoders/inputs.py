@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -141,10 +141,11 @@ class CodeInput(GenerationInput):
     ) -> None:
         targets = _described(self, CodeTargets, targets, tokenizer, codebook_sizes=codebook_sizes)
         super().__init__(hidden_size=hidden_size, decoder=decoder, targets=targets)
+        self.codebook_sizes = targets.sizes
         width = hidden_size if embedding_width is None else embedding_width
-        self.embeddings = nn.ModuleList(nn.Embedding(size, width) for size in targets.codebook_sizes)
-        for embedding in self.embeddings:
-            nn.init.normal_(embedding.weight, std=0.02)
+        self.embeddings = nn.ModuleList(nn.Embedding(size, width) for size in targets.sizes)
+        for table in self.embeddings.parameters():
+            nn.init.normal_(table, std=0.02)
         plain = embedding_width is None and hidden_width is None
         self.projection = nn.Identity() if plain else _projection(width, hidden_width, hidden_size)
 
@@ -156,7 +157,7 @@ class CodeInput(GenerationInput):
         """
         prepared = self.read(targets, "codes", num_rows)
         codes = prepared["codes"].reshape(num_rows, -1)
-        codes, _ = in_codebooks(codes, self.targets.codebook_sizes, prepared.get("weight"))
+        codes, _ = in_codebooks(codes, self.codebook_sizes, prepared.get("weight"))
         embedded = sum(table(code) for table, code in zip(self.embeddings, codes.unbind(1)))
         return self.projection(embedded)
 
@@ -252,7 +253,7 @@ def _described[Described: TargetDescription](
                 f"{owner}: expected a description of the decoder's targets, found none. In a spec it comes from the "
                 "decoder that this input names as `decoder`; else give `targets`."
             )
-        return kind(**given, tokenizer=tokenizer)
+        return cast(Any, kind)(**given, tokenizer=tokenizer)
     if targets.rows_per_item != targets.targets_per_item:
         raise ValueError(
             f"{owner} shows one target a row, but its decoder has {targets.targets_per_item} targets for "
@@ -260,7 +261,7 @@ def _described[Described: TargetDescription](
         )
     if not isinstance(targets, kind):
         raise TypeError(f"{owner} shows {kind.__name__}, but its decoder writes {type(targets).__name__}")
-    if replace(targets, **given) != targets:
+    if replace(cast(Any, targets), **given) != targets:
         raise ValueError(
             f"{owner} is given {given}, but its decoder's targets are {targets}. Leave that out: the decoder's "
             "description serves both."

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -66,8 +66,8 @@ class RectifiedFlowDecoder(Decoder):
         condition_dropout: float = 0.0,
         position_rule: PositionRule = "own",
     ) -> None:
-        named = dict(target_width=target_width, rows_per_item=rows_per_item, targets_per_item=targets_per_item)
-        named |= dict(flow=flow, tokenizer=tokenizer)
+        named: dict[str, Any] = dict(target_width=target_width, rows_per_item=rows_per_item, flow=flow)
+        named |= dict(targets_per_item=targets_per_item, tokenizer=tokenizer)
         if targets is not None:
             not_both(type(self).__name__, **named)
         else:
@@ -80,7 +80,7 @@ class RectifiedFlowDecoder(Decoder):
         self.condition_dropout = ConditionDropout(width, condition_dropout)
 
     @classmethod
-    def describe(cls, params: Mapping[str, object]) -> FlowTargets | None:
+    def describe(cls, params: Mapping[str, Any]) -> FlowTargets | None:
         """Vectors of `target_width`, `targets_per_item` for `rows_per_item` rows, by the `flow`."""
         if params.get("target_width") is None:
             return params.get("targets")

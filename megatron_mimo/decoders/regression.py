@@ -6,7 +6,7 @@ Shapes: `N` rows, `W` width of the rows, `D` width of the targets.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -65,7 +65,7 @@ class RegressionDecoder(Decoder):
         if targets is not None:
             not_both("RegressionDecoder", target_width=target_width)
             target_width = targets.width
-        described = targets or self.describe(dict(width=width, target_width=target_width))
+        described = targets or VectorTargets(width if target_width is None else target_width)
         super().__init__(width=width, position_rule=position_rule, targets=described)
         one_of("RegressionDecoder", "objective", objective, OBJECTIVES)
         finite("RegressionDecoder", huber_delta=huber_delta)
@@ -77,7 +77,7 @@ class RegressionDecoder(Decoder):
         self.network = _network(width, hidden_width, target_width)
 
     @classmethod
-    def describe(cls, params: Mapping[str, object]) -> VectorTargets | None:
+    def describe(cls, params: Mapping[str, Any]) -> VectorTargets | None:
         """Vectors of `target_width`, or of the rows' `width`."""
         width = params.get("target_width") or params.get("width")
         return params.get("targets") or (None if width is None else VectorTargets(width))

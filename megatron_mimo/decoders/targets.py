@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +102,7 @@ class TargetDescription(ABC):
         number the fewest."""
         if self.tokenizer is None:
             return self.rows_per_item
-        items = self.tokenizer.tokens_per_item // self.targets_per_item
+        items = self._codec.tokens_per_item // self.targets_per_item
         return max(items, 1) * self.rows_per_item
 
     @property
@@ -115,13 +115,14 @@ class TargetDescription(ABC):
         """The same with its tokenizer built, where that is a spec."""
         if self.tokenizer is None or isinstance(self.tokenizer, nn.Module):
             return self
-        return replace(self, tokenizer=built(self.tokenizer))
+        return replace(cast(Any, self), tokenizer=built(self.tokenizer))
 
     def part_of(self, other: TargetDescription | None) -> bool:
         """Whether `other` says all that this one does: what is shown is then what is learned."""
         if other is None or not isinstance(other, type(self)):
             return False
-        return all(getattr(self, one.name) == getattr(other, one.name) for one in fields(self) if one.compare)
+        own = fields(cast(Any, self))
+        return all(getattr(self, one.name) == getattr(other, one.name) for one in own if one.compare)
 
     def num_rows(self, targets: Targets, where: str = "") -> int:
         """Generation tokens that targets stand for, read from shapes alone.
@@ -200,11 +201,11 @@ class TargetDescription(ABC):
 
     def encoded(self, media: Tensor) -> Tensor:
         """What the tokenizer makes of media `[n, ...]`."""
-        return self.tokenizer.encode(media)
+        return self._codec.encode(media)
 
     def media_count(self, media: Tensor) -> int:
         """Targets that media `[n, ...]` give."""
-        return media.shape[0] * self.tokenizer.tokens_per_item
+        return media.shape[0] * self._codec.tokens_per_item
 
     def drawn(self, tensors: dict[str, Tensor], items: int, stream: str) -> dict[str, Tensor]:
         """The targets with this microbatch's random draws. Here: as they are."""
@@ -226,6 +227,10 @@ class TargetDescription(ABC):
                 f"{type(self).__name__}: variable=True, but its tokenizer makes the same number of tokens of every "
                 "image or clip. Leave variable out, or give codes in place of media."
             )
+
+    @property
+    def _codec(self) -> Tokenizer:
+        return cast(Tokenizer, self.tokenizer)  # of a built description that has one
 
     def _count(self, targets: Targets) -> int:
         if self._from_media(targets):
@@ -285,16 +290,20 @@ class CodeTargets(TargetDescription):
 
     def __post_init__(self) -> None:
         self._check_variable()
-        sizes = self.codebook_sizes
-        object.__setattr__(self, "codebook_sizes", (sizes,) if isinstance(sizes, int) else tuple(sizes))
-        if not self.codebook_sizes:
+        object.__setattr__(self, "codebook_sizes", self.sizes)  # so that equal ones are equal
+        if not self.sizes:
             raise ValueError("CodeTargets: codebook_sizes must name at least one codebook, found none")
-        for size in self.codebook_sizes:
+        for size in self.sizes:
             at_least_one("CodeTargets", codebook_sizes=size)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Entries of each of the `K` codebooks."""
+        return (self.codebook_sizes,) if isinstance(self.codebook_sizes, int) else tuple(self.codebook_sizes)
 
     def check_value(self, value: Tensor, where: str) -> None:
         """Refuses what are no int64 codes of these codebooks."""
-        books = len(self.codebook_sizes)
+        books = len(self.sizes)
         fits = (value.ndim == 2 and value.shape[1] == books) or value.ndim == books == 1
         if not fits or value.dtype != torch.int64:
             form = "[N]" if books == 1 else f"[N, {books}]"
@@ -303,16 +312,16 @@ class CodeTargets(TargetDescription):
     def shapes(self, count: int, items: int, targets: Targets) -> dict[str, tuple[int, ...]]:
         """`weight` `[N]` or `[N, K]`, `drop` `[N]`."""
         weight = targets.get("weight")
-        each = (len(self.codebook_sizes),) if weight is not None and weight.ndim == 2 else ()
+        each = (len(self.sizes),) if weight is not None and weight.ndim == 2 else ()
         return {"drop": (items,), "weight": (count, *each)}
 
     def loss_shape(self, targets: Targets) -> tuple[int, ...]:
         """One loss for each row and codebook."""
-        return (*super().loss_shape(targets), len(self.codebook_sizes))
+        return (*super().loss_shape(targets), len(self.sizes))
 
     def blank(self, num_rows: int, device: torch.device) -> dict[str, Tensor]:
         """`codes` `[num_rows]`, or `[num_rows, K]` for several codebooks, int64 zeros."""
-        books = len(self.codebook_sizes)
+        books = len(self.sizes)
         shape = (num_rows,) if books == 1 else (num_rows, books)
         return {"codes": torch.zeros(shape, dtype=torch.int64, device=device)}
 

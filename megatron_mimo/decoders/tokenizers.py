@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, Self, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,11 @@ class Tokenizer(KeepsDtype, ABC):
         self.tokens_per_item = tokens_per_item
         self.requires_grad_(False)
         self.eval()
+
+    @property
+    def codec(self) -> Codec:
+        """What is wrapped."""
+        return cast(Codec, self.module)
 
     def train(self, mode: bool = True) -> Self:
         """Stays in eval mode: a frozen codec's batch statistics and dropout must not move."""
@@ -123,7 +128,7 @@ class CodeTokenizer(Tokenizer):
         Raises:
             ValueError: the codec gives another number of codes.
         """
-        codes = self.module.encode(self.as_codec(media))
+        codes = self.codec.encode(self.as_codec(media))
         expected = media.shape[0] * self.tokens_per_item * self.codebooks
         if codes.numel() != expected:
             raise ValueError(
@@ -138,7 +143,7 @@ class CodeTokenizer(Tokenizer):
     def decode(self, rows: Tensor) -> Tensor:
         """Media `[n, ...]` of codes `[n * T]` or `[n * T, codebooks]`."""
         items = self.check_items(rows)
-        media = self.module.decode(rows.reshape(items, *self.grid, *rows.shape[1:]))
+        media = self.codec.decode(rows.reshape(items, *self.grid, *rows.shape[1:]))
         return _float32(media)
 
 
@@ -176,11 +181,11 @@ class LatentTokenizer(Tokenizer):
         shift: float = 0.0,
         scale: float = 1.0,
     ) -> None:
-        _, height, width = latent_shape
+        channels, height, width = latent_shape
         if height % patch or width % patch:
             raise ValueError(f"patch {patch} does not divide latents of {height} x {width}")
         super().__init__(module, tokens_per_item=(height // patch) * (width // patch))
-        self.latent_shape = tuple(latent_shape)
+        self.latent_shape = (channels, height, width)
         self.patch = patch
         self.shift = shift
         self.scale = scale
@@ -192,7 +197,7 @@ class LatentTokenizer(Tokenizer):
         Raises:
             ValueError: the codec gives latents of another shape.
         """
-        latents = self.module.encode(self.as_codec(media)).float()
+        latents = self.codec.encode(self.as_codec(media)).float()
         if tuple(latents.shape[1:]) != self.latent_shape:
             raise ValueError(
                 f"{type(self.module).__name__} encodes images {list(media.shape)} to latents "
@@ -206,7 +211,7 @@ class LatentTokenizer(Tokenizer):
         """Images of latent patches `[n * T, C * patch * patch]`."""
         self.check_items(rows)
         latents = patches_to_images(rows.float(), self.latent_shape) / self.scale + self.shift
-        return _float32(self.module.decode(self.as_codec(latents)))
+        return _float32(self.codec.decode(self.as_codec(latents)))
 
 
 def _float32(media: Tensor) -> Tensor:

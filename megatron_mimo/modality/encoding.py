@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_mimo.modality.seam import in_dtype_of
+from megatron_mimo.modality.zeros import with_zeros
 
 Inputs = Mapping[str, Mapping[str, Tensor]]
 Combine = Literal["concatenate", "interleave"]
@@ -33,6 +34,8 @@ class EncodedRows:
     Attributes:
         rows: `[N, H]`, rank-local to the data-parallel rank; an encoder may give `[n, s, h]` too.
         rows_per_item: ints on the host, in the items' order, which add up to N; None where that is unknown.
+        reaches_all: whether their backward pass gives every trainable parameter that reads a gradient, zeros at
+            least. Where this is not said the model adds zeros.
 
     Example:
         >>> EncodedRows(torch.zeros(8, 4), rows_per_item=[3, 5]).rows_per_item
@@ -41,6 +44,7 @@ class EncodedRows:
 
     rows: Tensor
     rows_per_item: list[int] | None = None
+    reaches_all: bool = False
 
 
 class Asked(Mapping[str, Mapping[str, Tensor]]):
@@ -183,6 +187,7 @@ def run_encoder(name: str, encoder: nn.Module, keywords: Mapping[str, Tensor], c
         raise TypeError(f"encoder {name!r} returned {rows.dtype}; expected floating-point rows")
     if rows.dim() not in (2, 3):
         raise ValueError(f"encoder {name!r} returned shape {list(rows.shape)}; expected [B, s, h] or [n, h]")
+    rows = with_zeros(rows, encoder)
     if told is not None:
         return EncodedRows(rows, _checked_counts(name, told, rows.shape[:-1].numel()))
     return EncodedRows(rows, _items_by_shape(rows) if len(rows) != 1 else None)

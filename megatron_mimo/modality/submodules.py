@@ -32,6 +32,7 @@ from megatron_mimo.modality.encoding import (
 from megatron_mimo.modality.fit import check_reading, check_writing, own_projections, per_module
 from megatron_mimo.modality.parts import stage_parts
 from megatron_mimo.modality.seam import in_dtype_of
+from megatron_mimo.modality.zeros import with_zeros
 from megatron_mimo.sharded_state import sharded_state_dict
 
 
@@ -158,8 +159,8 @@ class ModalitySubmodules(ABC, nn.Module):
     def encode_nothing(self, like: Tensor) -> Tensor:
         """Rows `[0, H]` in place of `encode` for a batch that has no input of this modality.
 
-        Its backward pass gives the trainable parameters zero gradients. The model calls it beside `encode` too, for
-        those that this batch's rows do not depend on.
+        Its backward pass gives the trainable parameters zero gradients. The model calls it beside a subclass's
+        own `encode` too.
 
         Args:
             like: any tensor whose last dim is `H`, with the rows' dtype and device.
@@ -185,7 +186,7 @@ class ModalitySubmodules(ABC, nn.Module):
         rows = whole.rows
         if len(self.input_projections) == 1:
             rows = projected(self.input_projections[0], rows)
-        return EncodedRows(with_idle(rows.flatten(0, -2), idle), whole.rows_per_item)
+        return EncodedRows(with_idle(rows.flatten(0, -2), idle), whole.rows_per_item, reaches_all=True)
 
     # Writing ------------------------------------------------------------------------------
 
@@ -240,7 +241,7 @@ class ModalitySubmodules(ABC, nn.Module):
         if not num_rows:
             return stand_in([self.generation_input], like)
         rows = self.generation_input(given, num_rows).to(like.dtype)
-        return with_idle(rows, [stand_in([self.generation_input], like)])
+        return with_zeros(rows, self.generation_input)
 
     def loss(
         self, hidden: Tensor, targets: Mapping[str, Targets], share: tuple[int, int] = (0, 1)
@@ -275,7 +276,7 @@ class ModalitySubmodules(ABC, nn.Module):
         mine = hidden[start * decoder.rows_per_item : stop * decoder.rows_per_item]
         term = decoder.loss(self.rows_for(name, mine), target)
         # A layer that this loss does not reach gets zeros, as one of an encoder does.
-        return replace(term, sum=with_idle(term.sum, [stand_in([decoder], hidden)]))
+        return replace(term, sum=with_zeros(term.sum[None], decoder)[0])
 
     def rows_for(self, decoder: str, hidden: Tensor) -> Tensor:
         """Rows `[N, W]` that a decoder takes: hidden states through its output projection.

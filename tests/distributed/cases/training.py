@@ -385,3 +385,21 @@ def middle_and_outer_stages_read_what_they_need_alone(run: Run) -> None:
         3: {"placement", "labels", "loss_mask", "modality_targets"},
     }
     assert seen == {"input_ids"} | more.get(run.pipeline_rank, set())
+
+
+@case(ranks=2)
+def a_layer_that_the_loss_does_not_reach_is_reduced_where_ranks_without_images_reduce_it(run: Run) -> None:
+    """A bucket for each layer: ranks that reduced them in another order would not agree on a size, or hang."""
+    images = tiny.image_spec(encoders={"patches": Halfway})
+    config = tiny.mimo_config(modality_submodules={"images": images, "audio": tiny.audio_spec()})
+    trained = Trainer(
+        config,
+        run,
+        TrainerSettings(steps=3, decay="constant", progress=False),
+        optimizer=OptimizerConfig(lr=1e-2),
+        ddp=DistributedDataParallelConfig(overlap_grad_reduce=True, bucket_size=100),
+    )
+    text = dict(input_ids=torch.ones(1, 4, dtype=torch.long), labels=torch.ones(1, 4, dtype=torch.long))
+    for step in range(3):
+        batch = tiny.batch(step) if run.data_rank == 0 or step == 1 else text
+        trained.train_step(lambda *_, batch=batch: [batch])
