@@ -36,6 +36,8 @@ import megatron_mimo
 from megatron_mimo import MimoModel, specs
 from megatron_mimo.decoders import Decoder
 from megatron_mimo.losses import LossTerm
+from megatron_mimo.plan import Plan
+from megatron_mimo.sharding import sequence_shard
 
 GENERATION = 7
 SPAN = 64  # generation tokens of one image
@@ -145,11 +147,11 @@ class Problem:
     def alone(self) -> Tensor:
         """The output half by itself: gives the gradient of the hidden states."""
         model = self.models["with output"]
-        placement, shard = model.place(self.ids), model.shard(self.ids)
         targets = model.prepare(self.targets)
-        rows = model.route(self.hidden, {"images": self.size.rows}, placement, shard)
-        losses = model.decode_losses(self.hidden, rows, targets)["images"].losses
-        terms = {f"images/{name}": term for name, term in losses.items()}
+        shard = sequence_shard(self.ids.shape[1], device=self.ids.device)
+        plan = Plan(1, model.place(self.ids).bound(), shard, self.ids, None, {"images": self.size.rows})
+        outputs = model.decode_losses(self.hidden, model.route(self.hidden, plan), targets, plan)
+        terms = {f"images/{name}": term for name, term in outputs.modalities["images"].losses.items()}
         return torch.autograd.grad(megatron_mimo.total_loss(terms, model.loss_weights), self.hidden)[0]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megatron_mimo.compat.megatron import gather_hooks, without_gather_hooks
 
 
-def stand_in(modules: Iterable[nn.Module], like: Tensor | None = None, together: int = 1) -> Tensor:
+def stand_in(modules: Iterable[nn.Module], like: Tensor | None = None) -> Tensor:
     """An empty tensor `[0, H]` in place of what `modules` would have computed here.
 
     Call it where they would have run. It sets off the parameter gathers that they would have set
@@ -28,8 +28,6 @@ def stand_in(modules: Iterable[nn.Module], like: Tensor | None = None, together:
         modules: in the order in which they would have run.
         like: any tensor whose last dim is `H`, with the dtype and device of the missing rows; None
             for `[0, 1]` like the first parameter.
-        together: how many parameters get their zeros at once, in no fixed order among each other; beside a module that
-            ran, whose own gradients set the order, it spares the host a node for each.
 
     Returns:
         `[0, H]`, rank-local.
@@ -46,10 +44,20 @@ def stand_in(modules: Iterable[nn.Module], like: Tensor | None = None, together:
     parameters = list(dict.fromkeys(p for module in modules for p in module.parameters()))
     if like is None:
         like = parameters[0].detach().flatten()[:1] if parameters else torch.empty(1)
+    return zeros_for(parameters, like)
+
+
+def zeros_for(parameters: Iterable[nn.Parameter], like: Tensor) -> Tensor:
+    """An empty tensor `[0, H]` whose backward pass gives each trainable parameter zeros, from the last to the first.
+
+    Args:
+        parameters: in the order in which they would have been used.
+        like: any tensor whose last dim is `H`.
+    """
     anchor = like.new_empty(0, like.shape[-1])
-    trained = [parameter for parameter in parameters if parameter.requires_grad and torch.is_grad_enabled()]
-    for first in range(0, len(trained), together):
-        anchor = _ZeroGradient.apply(anchor, *trained[first : first + together])
+    for parameter in parameters:
+        if parameter.requires_grad and torch.is_grad_enabled():
+            anchor = _ZeroGradient.apply(anchor, parameter)
     return anchor
 
 
@@ -87,18 +95,18 @@ def without_gathering(parts: Iterable[nn.Module]) -> Iterator[None]:
 
 
 class _ZeroGradient(torch.autograd.Function):
-    """Nodes run in a fixed order, the outputs of a single one do not."""
+    """One node a parameter: the nodes run in a fixed order, the outputs of a single one do not."""
 
     @staticmethod
-    def forward(ctx, anchor, *parameters):
+    def forward(ctx, anchor, parameter):
         # Not save_for_backward: only the shape is read, and a parameter gathered in place between
         # forward and backward must not trip autograd's version check.
-        ctx.parameters = parameters
+        ctx.parameter = parameter
         return anchor.view_as(anchor)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, *(parameter.new_zeros(()).expand_as(parameter) for parameter in ctx.parameters)
+        return grad, ctx.parameter.new_zeros(()).expand_as(ctx.parameter)
 
 
 class _Carry(torch.autograd.Function):

@@ -167,3 +167,33 @@ def script_as(function: Callable[..., Any], original: Callable[..., Any]) -> Cal
         return lambda: None
     table[id(function)] = operator
     return lambda: table.pop(id(function), None)
+
+
+def leaves_of(x: torch.Tensor, given: torch.Tensor | None = None) -> set[int] | None:
+    """The `id` of every leaf tensor that the autograd graph of `x` ends in; None where a node hides its own graph.
+
+    Undocumented: the attribute `variable` of a graph's `AccumulateGrad` nodes (torch 2.11), and that nodes of
+    recomputation (torch's, Megatron's, TransformerEngine's) have "Checkpoint" in their name.
+    Reason: nothing else says which parameters a tensor depends on.
+    When it goes: `torch.autograd.graph.get_gradient_edge` of each parameter gives the node to look for.
+
+    Args:
+        x: any tensor.
+        given: a tensor beyond whose node the search does not go.
+    """
+    found: set[int] = set()
+    seen = {None, None if given is None else given.grad_fn}
+    waiting = [x.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        following = node.next_functions
+        if following:
+            waiting += [previous for previous, _ in following]
+        elif node.name() == "torch::autograd::AccumulateGrad":
+            found.add(id(node.variable))
+        if "Checkpoint" in node.name():
+            return None
+    return found

@@ -276,7 +276,7 @@ class ModalitySubmodules(ABC, nn.Module):
         mine = hidden[start * decoder.rows_per_item : stop * decoder.rows_per_item]
         term = decoder.loss(self.rows_for(name, mine), target)
         # A layer that this loss does not reach gets zeros, as one of an encoder does.
-        return replace(term, sum=with_zeros(term.sum[None], decoder)[0])
+        return replace(term, sum=with_zeros(term.sum[None], decoder, given=hidden)[0])
 
     def rows_for(self, decoder: str, hidden: Tensor) -> Tensor:
         """Rows `[N, W]` that a decoder takes: hidden states through its output projection.

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
+import torch
 from torch import Tensor, nn
 
-from megatron_mimo.idle import stand_in, with_idle
-
-# Of a module with 336 parameters a node for each doubled the step on the CPU; one for 16 added a fifth.
-_TOGETHER = 16
+from megatron_mimo.compat.torch import leaves_of
+from megatron_mimo.idle import with_idle, zeros_for
 
 
-def with_zeros(x: Tensor, module: nn.Module) -> Tensor:
-    """What `module` gave, whose backward pass gives zeros to those of its parameters that nothing reads.
+def with_zeros(x: Tensor, module: nn.Module, given: Tensor | None = None) -> Tensor:
+    """What `module` gave, whose backward pass also gives zeros to those of its parameters that `x` does not depend on.
 
-    They come before the module's other gradients and after those of what follows it, as `stand_in` gives them on a
-    rank where it does not run: DDP's buckets are reduced in one order on both. Not so where the module computes
-    layers anew in its backward pass: those accumulate in a pass of their own, and DDP would count two gradients
-    there and one on the other ranks.
+    A layer that ran and that nothing reads (the last one of an encoder whose second to last is taken) would get no
+    gradient, and data parallelism waits for it. The autograd graph of `x` says which those are; to all others nothing
+    is added. The zeros come before the module's other gradients, as `stand_in` gives them on a rank where it does not
+    run. Not so where the module computes layers anew in its backward pass: its graph hides them, and what runs there
+    is taken to be read.
 
     Args:
-        x: a tensor that `module` gave, rank-local.
+        x: a tensor that `module` gave, rank-local, at least one dim.
         module: which ran.
+        given: what it was given that has a gradient of its own; the graph is followed up to there.
+
+    Example:
+        >>> pair = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+        >>> with_zeros(pair[0](torch.ones(1, 2)), pair).sum().backward()
+        >>> pair[1].bias.grad, bool(pair[0].bias.grad.any())
+        (tensor([0., 0.]), True)
     """
-    return x if _recomputes(module) else with_idle(x, [stand_in([module], x, together=_TOGETHER)])
-
-
-def _recomputes(module: nn.Module) -> bool:
-    configs = (part.config for part in module.modules() if isinstance(part, MegatronModule))
-    return any(isinstance(one, TransformerConfig) and one.recompute_granularity is not None for one in configs)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not trained or not torch.is_grad_enabled():
+        return x
+    reached = leaves_of(x, given)
+    if reached is None:
+        return x
+    unread = [parameter for parameter in trained if id(parameter) not in reached]
+    return with_idle(x, [zeros_for(unread, x)]) if unread else x

@@ -538,3 +538,12 @@ def test_importing_the_package_answers_nothing_for_good() -> None:
         [sys.executable, "-c", program], cwd=ROOT, env=child_environment(), capture_output=True, text=True
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_leaves_of_a_graph_are_the_parameters_it_uses() -> None:
+    used, unused = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    given = unused(torch.ones(1, 2))
+    assert torch_names.leaves_of(used(given), given) == {id(p) for p in used.parameters()}
+    assert torch_names.leaves_of(used(given)) == {id(p) for p in (*used.parameters(), *unused.parameters())}
+    again = torch.utils.checkpoint.checkpoint(used, given, use_reentrant=True)
+    assert torch_names.leaves_of(again) is None
