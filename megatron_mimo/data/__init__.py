@@ -17,6 +17,7 @@ from megatron_mimo.data.positions import Constant, GridPositions, Sequential, Sp
 from megatron_mimo.data.progress import joined_states
 from megatron_mimo.data.readers import ImageReader, ProcessorReader, Reader, Reading, SoundReader
 from megatron_mimo.data.samples import Handling, Item, Sample, SampleProcessor
+from megatron_mimo.data.show import show
 from megatron_mimo.data.sources import Folder, JsonLines, Records, Source, Table, open_source
 from megatron_mimo.data.writers import ImageWriter, SoundWriter, Writer, Writing
 
@@ -67,4 +68,5 @@ __all__ = [
     "packed",
     "padded",
     "positions",
+    "show",
 ]

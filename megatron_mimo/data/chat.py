@@ -108,6 +108,10 @@ class ChatText:
             )
         return self._encode_turns(conversation)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, control tokens written out."""
+        return str(self._tokenizer.decode(list(ids)))
+
     def _encode_document(self, conversation: Conversation) -> ChatTokens:
         aside = _Aside()
         text = "".join(self._flat(part, aside) for turn in conversation.turns for part in turn.parts)

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
-import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, cast
 
 from torch.utils.data import DataLoader, Dataset
 
+from megatron_mimo.data.ahead import Ahead
 from megatron_mimo.data.blend import Order, Place
-from megatron_mimo.data.messages import SampleError, conversation_of
+from megatron_mimo.data.messages import Conversation, SampleError, conversation_of
 from megatron_mimo.data.packing import Packer, PackShape
 from megatron_mimo.data.packs import Pack, packed
 from megatron_mimo.data.progress import Progress, State, redealt
@@ -103,17 +103,25 @@ class _Samples(Dataset):
 
     def __getitem__(self, asked: tuple[int, Place]) -> tuple[int, Any]:
         position, place = asked
-        source = self._sources[place.source]
-        name = source.where(place.index)
         try:
-            conversation = conversation_of(source.record(place.index), columns=source.columns)
-            sample = self._process(conversation, source.media_root, name)
-            longest = self._shape.length - self._shape.length % self._shape.multiple
-            sample = fitted(sample, longest, self._shape.budget, self._policy)
+            _, sample, _ = self.made(place)
         except SampleError as error:
-            return position, Skipped(error.kind, f"{name}: {error}")
+            where = self._sources[place.source].where(place.index)
+            return position, Skipped(error.kind, f"{where}: {error}")
         # One flat buffer: each tensor that comes from a worker holds a file open until it is let go.
         return position, to_bytes(sample)
+
+    def made(self, place: Place) -> tuple[Conversation, Sample, Path | None]:
+        """The conversation at a place, the sample that it makes, and where its media lie."""
+        source = self._sources[place.source]
+        conversation = conversation_of(source.record(place.index), columns=source.columns)
+        sample = self._process(conversation, source.media_root, source.where(place.index))
+        sample = fitted(sample, self._shape.length, self._shape.budget, self._policy)
+        return conversation, sample, source.media_root
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids."""
+        return self._process.chat.decode(ids)
 
 
 class PackedData:
@@ -176,7 +184,7 @@ class PackedData:
         if self._running is None:
             progress = Progress.of(self._progress.state())
             made = self._made(progress, self._reads(progress))
-            self._running = _Ahead(made, self._options.prefetch) if self._options.workers else made
+            self._running = Ahead(made, self._options.prefetch) if self._options.workers else made
         pack, self._taken = next(self._running)
         return pack
 
@@ -207,14 +215,34 @@ class PackedData:
         ranks = {int(rank): one for rank, one in state["ranks"].items()}
         if sorted(ranks) != list(range(state["size"])):
             raise ValueError(f"expected the states of {state['size']} ranks, found {sorted(ranks)}; see joined_states")
-        self.close()
         same = state["size"] == self._size
         mine = ranks[self._rank] if same else redealt(ranks, self._rank, self._size, self._limit)
-        self._progress, self._taken = Progress.of(mine), mine
+        self.restore(mine)
+
+    def sample_at(self, position: int) -> tuple[Conversation, Sample, Path | None]:
+        """The conversation at a position of the order, the sample that it makes, and where its media lie.
+
+        Raises:
+            SampleError: it cannot be used.
+        """
+        return self._samples.made(self._order.at(position))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids."""
+        return self._samples.decode(ids)
+
+    def state(self) -> State:
+        """Where this rank stands, for `restore`."""
+        return self._taken
+
+    def restore(self, state: State) -> None:
+        """Goes back to where this rank stood."""
+        self.close()
+        self._progress, self._taken = Progress.of(state), state
 
     def close(self) -> None:
         """Ends workers and what was read ahead."""
-        if isinstance(self._running, _Ahead):
+        if isinstance(self._running, Ahead):
             self._running.stop()
         self._running = None
 
@@ -318,46 +346,6 @@ class _Asked:
         while self.limit is None or position < self.limit:
             yield position, self.order.at(position)
             position += self.size
-
-
-class _Ahead:
-    """An iterator that a thread runs ahead of, by `count` items."""
-
-    def __init__(self, made: Iterator[Any], count: int) -> None:
-        self._queue: queue.Queue = queue.Queue(maxsize=count)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(made,), name="packs ahead", daemon=True)
-        self._thread.start()
-
-    def __iter__(self) -> _Ahead:
-        return self
-
-    def __next__(self) -> Any:
-        item, error = self._queue.get()
-        if error is not None:
-            self._queue.put((item, error))  # it ended: the next call says the same
-            raise error
-        return item
-
-    def stop(self) -> None:
-        """Ends the thread and what it was reading."""
-        self._stopped.set()
-        while self._thread.is_alive():
-            try:
-                self._queue.get(timeout=0.05)
-            except queue.Empty:
-                continue
-        self._thread.join()
-
-    def _run(self, made: Iterator[Any]) -> None:
-        try:
-            for item in made:
-                self._queue.put((item, None))
-                if self._stopped.is_set():
-                    return
-            self._queue.put((None, StopIteration()))
-        except BaseException as error:
-            self._queue.put((None, error))
 
 
 def _read(position: int, found: Any) -> _Read | _Left:
