@@ -26,6 +26,7 @@ ROOMS = [
     "draws",
     "idle",
     "assemble",
+    "rotary",
     "segments",
     "attention",
     "specs",

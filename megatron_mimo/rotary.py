@@ -1,0 +1,116 @@
+"""Rotary embeddings from positions `[k, B, S]`: time, row and column, in blocks or interleaved.
+
+Megatron's `mrope` lays the sections out in blocks, as Qwen2-VL does, and under context parallelism hands packed
+sequences angles that are cut already, which are then cut again. Here sections may interleave, as Qwen3-VL's do, and the angles of
+packed sequences stay whole: Megatron cuts them by the boundaries of the sequences.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.common.embeddings.rope_utils import get_pos_emb_on_this_cp_rank
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor, nn
+
+
+class GridRotary(nn.Module):
+    """Angles of positions with several sections, in place of Megatron's `MultimodalRotaryEmbedding`.
+
+    Args:
+        inverse_frequencies: float32 `[d / 2]`.
+        interleaved: whether sections alternate over the frequencies (Qwen3-VL, Qwen3-Omni, Qwen3.5) or come in blocks.
+        cp_group: the context-parallel group; None for one rank.
+
+    Attributes:
+        packed: whether the sequences of this forward pass are packed; their angles are not cut here.
+
+    Example:
+        >>> rotary = GridRotary(torch.tensor([1.0, 0.5, 0.25]), interleaved=True)
+        >>> rotary(torch.tensor([[[4]], [[8]], [[16]]]), [1, 1, 1]).flatten().tolist()
+        [4.0, 4.0, 4.0, 4.0, 4.0, 4.0]
+    """
+
+    def __init__(
+        self, inverse_frequencies: Tensor, *, interleaved: bool, cp_group: dist.ProcessGroup | None = None
+    ) -> None:
+        super().__init__()
+        self._frequencies, self._interleaved, self._group = inverse_frequencies, interleaved, cp_group
+        self.packed = False
+
+    def forward(
+        self, position_ids: Tensor, mrope_section: Sequence[int], cp_group: dist.ProcessGroup | None = None
+    ) -> Tensor:
+        """Angles `[S or S / CP, B, 1, d]` float32, whole where sequences are packed.
+
+        Args:
+            position_ids: `[k, B, S]`, global.
+            mrope_section: frequencies of each section; they add up to `d / 2`.
+            cp_group: in place of the one given before.
+
+        Raises:
+            ValueError: positions of another number of sections.
+        """
+        if position_ids.dim() != 3 or len(position_ids) != len(mrope_section):
+            raise ValueError(
+                f"expected position_ids of [{len(mrope_section)}, B, S] for mrope_section={list(mrope_section)}, found "
+                f"{list(position_ids.shape)}. SampleProcessor(sections={len(mrope_section)}) makes them."
+            )
+        frequencies = self._frequencies.to(position_ids.device)
+        chosen = self._section_of(mrope_section, frequencies.device)
+        # Each frequency turns with the position of its section.
+        angles = position_ids.float()[chosen].permute(2, 1, 0) * frequencies
+        angles = torch.cat([angles, angles], dim=-1)[:, :, None]
+        group = cp_group or self._group
+        if group is not None and group.size() > 1 and not self.packed:
+            return get_pos_emb_on_this_cp_rank(angles, 0, group)
+        return angles
+
+    def _section_of(self, sizes: Sequence[int], device: torch.device) -> Tensor:
+        """int64 `[d / 2]`: the section that each frequency belongs to."""
+        sections = torch.arange(len(sizes), device=device)
+        if not self._interleaved:
+            return sections.repeat_interleave(torch.tensor(sizes, device=device), output_size=sum(sizes))
+        place = torch.arange(sum(sizes), device=device)
+        turn = place % len(sizes)
+        room = torch.tensor(sizes, device=device)[turn] * len(sizes)
+        return torch.where((turn > 0) & (place < room), turn, 0)
+
+
+class GridGPT(GPTModel):
+    """`GPTModel` with `position_embedding_type="mrope"` whose angles are `GridRotary`'s.
+
+    Args:
+        mrope_interleaved: whether the sections of `mrope_section` alternate, as Qwen3-VL's do.
+
+    All other arguments are `GPTModel`'s.
+
+    Raises:
+        ValueError: positions of another kind, or a fused rotary kernel, which counts packed sequences anew.
+    """
+
+    @functools.wraps(GPTModel.__init__)
+    def __init__(self, *args, mrope_interleaved: bool = False, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if self.position_embedding_type != "mrope":
+            raise ValueError(
+                f"GridGPT: expected position_embedding_type='mrope', found {self.position_embedding_type!r}; GPTModel "
+                "does the others"
+            )
+        if self.config.apply_rope_fusion:
+            raise ValueError(
+                "GridGPT: expected apply_rope_fusion=False, found True: the fused kernel gives every packed "
+                "sequence the positions of the first"
+            )
+        megatrons = self.rotary_pos_emb
+        self.rotary_pos_emb = GridRotary(
+            megatrons.inv_freq, interleaved=mrope_interleaved, cp_group=self.pg_collection.cp
+        )
+
+    @functools.wraps(GPTModel.forward)
+    def forward(self, *args, packed_seq_params=None, **kwargs) -> Tensor:
+        self.rotary_pos_emb.packed = packed_seq_params is not None
+        return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
