@@ -1,8 +1,8 @@
 """Rotary embeddings from positions `[k, B, S]`: time, row and column, in blocks or interleaved.
 
 Megatron's `mrope` lays the sections out in blocks, as Qwen2-VL does, and under context parallelism hands packed
-sequences angles that are cut already, which are then cut again. Here sections may interleave, as Qwen3-VL's do, and the angles of
-packed sequences stay whole: Megatron cuts them by the boundaries of the sequences.
+sequences angles that are cut already, which are then cut again. Here sections may interleave, as Qwen3-VL's do, and the
+angles of packed sequences stay whole: Megatron cuts them by the boundaries of the sequences.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -167,3 +168,32 @@ def test_spans_of_a_model_equal_a_mask_that_is_written_out_on_bare_gpt(single_pr
         length = stop - start
         alone = model.language_model(ids[:, start:stop], torch.arange(length)[None], hidden)
         torch.testing.assert_close(found[:, start:stop], alone, rtol=0, atol=1e-5, msg=str(sequence))
+
+
+def test_spans_equal_the_attention_of_transformers_gemma3(single_process):
+    """Its own mask of images, made of token types, and its own attention over the same queries, keys and values."""
+    from transformers import Gemma3TextConfig
+    from transformers.masking_utils import create_causal_mask
+    from transformers.models.gemma3.modeling_gemma3 import eager_attention_forward, get_block_sequence_ids_for_mask
+
+    length = 16
+    config = Gemma3TextConfig(
+        num_attention_heads=HEADS, num_key_value_heads=GROUPS, head_dim=WIDTH, hidden_size=HEADS * WIDTH
+    )
+    config._attn_implementation = "eager"
+    kinds = (SPANS >= 0).int()[None]
+    spans = get_block_sequence_ids_for_mask(kinds)
+    mask = create_causal_mask(
+        config=config,
+        inputs_embeds=torch.zeros(1, length, HEADS * WIDTH),
+        attention_mask=None,
+        past_key_values=None,
+        position_ids=torch.arange(length)[None],
+        block_sequence_ids=spans,
+    )
+    inputs = drawn()
+    layer = SimpleNamespace(num_key_value_groups=HEADS // GROUPS, head_dim=WIDTH, training=False)
+    expected, _ = eager_attention_forward(layer, *(x.transpose(0, 1)[None] for x in inputs), mask)
+    params = segmented(torch.tensor([0, length], dtype=torch.int32), spans=spans[0].int())
+    found = attention()(*inputs, None, packed_seq_params=params)
+    torch.testing.assert_close(found, expected[0].flatten(1), rtol=0, atol=2e-6)
