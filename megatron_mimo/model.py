@@ -27,7 +27,6 @@ from megatron_mimo.placement import Placement
 from megatron_mimo.plan import Brought, Plan, Planner
 from megatron_mimo.route import route, row_groups
 from megatron_mimo.sharded_state import sharded_state_dict
-from megatron_mimo.sharding import SequenceShard
 
 logger = logging.getLogger(__name__)
 
@@ -260,7 +259,7 @@ class MimoModel(MegatronModule):
                     input_ids, labels, plan.padding, self.mimo_config, self.modality_submodules, reads
                 )
             self._check.labels(labels, loss_mask)
-        return _cut(plan.shard, labels), _cut(plan.shard, loss_mask)
+        return plan.shard.cut_if_given(labels), plan.shard.cut_if_given(loss_mask)
 
     def route(self, hidden: Tensor, plan: Plan) -> dict[str, Tensor]:
         """Hidden states `[N, H]` at every modality's generation tokens; none `[0, H]` where their count is unknown."""
@@ -397,7 +396,3 @@ class MimoModel(MegatronModule):
             return rows
         # They may leave out parameters that other ranks' rows reach.
         return with_idle(rows, [submodule.encode_nothing(self._rows_like)])
-
-
-def _cut(shard: SequenceShard, tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else shard.cut(tensor)

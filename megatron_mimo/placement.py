@@ -17,7 +17,15 @@ from torch import Tensor
 
 from megatron_mimo.deferred import Arrival, Checks
 from megatron_mimo.kernels import kernels_for
-from megatron_mimo.tally import HostFacts, verify_boundaries, verify_media, verify_rows, verify_spans, verify_vocabulary
+from megatron_mimo.tally import (
+    HostFacts,
+    check_ids,
+    verify_boundaries,
+    verify_media,
+    verify_rows,
+    verify_spans,
+    verify_vocabulary,
+)
 
 
 @dataclass(frozen=True)
@@ -336,7 +344,7 @@ def build_placement(
         Traceback (most recent call last):
         ValueError: images: sample 0 has 2 special tokens but 3 embeddings (batch: 2 special tokens, 3 embeddings). ...
     """
-    _check_ids(input_ids, special_token_ids, generation_token_ids, text_table, cu_seqlens)
+    check_ids(input_ids, special_token_ids, generation_token_ids, text_table, cu_seqlens)
     if validate not in ("now", "deferred", None):
         raise ValueError(f"validate should be 'now' or 'deferred', found {validate!r}.")
     if validate is None:
@@ -374,40 +382,6 @@ def build_placement(
     if vocabulary_size is not None:
         _check_vocabulary(placement)
     return placement
-
-
-def _check_ids(
-    input_ids: Tensor,
-    special_token_ids: Mapping[str, int],
-    generation_token_ids: Mapping[str, int],
-    text_table: str | None,
-    cu_seqlens: Tensor | None,
-) -> None:
-    """Everything about the arguments that can be checked without looking at the ids."""
-    if input_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"input_ids should be int64 or int32, found {input_ids.dtype}.")
-    if input_ids.dim() != 2 or input_ids.numel() == 0:
-        raise ValueError(f"input_ids should be [B, S] with B and S at least 1, found shape {tuple(input_ids.shape)}.")
-    if input_ids.numel() >= 2**31:
-        raise ValueError(f"input_ids holds {input_ids.numel()} positions; at most 2**31 - 1 fit the placement.")
-    for name, token_id in (*special_token_ids.items(), *generation_token_ids.items()):
-        if type(token_id) is not int:
-            raise TypeError(f"{name}: the token id should be an int, found {token_id!r}.")
-        if not -(2**63) <= token_id < 2**63:
-            raise ValueError(f"{name}: token id {token_id} does not fit the int64 of input_ids.")
-    table_of: dict[int, str] = {}
-    for name, token_id in special_token_ids.items():
-        if token_id in table_of:
-            raise ValueError(
-                f"{table_of[token_id]!r} and {name!r} both read at token {token_id}; each needs a token of its own."
-            )
-        table_of[token_id] = name
-    if text_table in special_token_ids:
-        raise ValueError(f"{text_table!r} names the text table and cannot have a special token as well.")
-    if cu_seqlens is not None and input_ids.shape[0] != 1:
-        raise ValueError(
-            f"packed sequences (cu_seqlens) need a batch size of 1, found {input_ids.shape[0]}: concatenate them."
-        )
 
 
 def _check_vocabulary(placement: Placement) -> None:

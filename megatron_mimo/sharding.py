@@ -99,6 +99,10 @@ class SequenceShard:
             )
         return x if self.cp_positions is None else x.index_select(dim, self.cp_positions)
 
+    def cut_if_given(self, x: Tensor | None) -> Tensor | None:
+        """`cut(x)`, or None for None."""
+        return None if x is None else self.cut(x)
+
     def local_index(self, positions: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
         """Where this rank keeps the given positions.
 

@@ -5,7 +5,7 @@ Integers only, and all of it on the CPU: a collator tallies a batch once, and ev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -46,6 +46,48 @@ class HostFacts:
         closes[:-1] = opens[1:]
         base = sample[opens] * sequence_length
         return torch.stack([sample[opens], flat[opens] - base, flat[closes] + 1 - base], dim=1)
+
+
+def check_ids(
+    input_ids: Tensor,
+    special_token_ids: Mapping[str, int],
+    generation_token_ids: Mapping[str, int],
+    text_table: str | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Refuses arguments of a placement that are wrong whatever the ids are.
+
+    Args:
+        input_ids, special_token_ids, generation_token_ids, text_table, cu_seqlens: as `build_placement` takes them.
+
+    Raises:
+        TypeError: ids that are no integers.
+        ValueError: an empty batch, or one that is too large, two tables with one token, packed sequences in rows.
+    """
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"input_ids should be int64 or int32, found {input_ids.dtype}.")
+    if input_ids.dim() != 2 or input_ids.numel() == 0:
+        raise ValueError(f"input_ids should be [B, S] with B and S at least 1, found shape {tuple(input_ids.shape)}.")
+    if input_ids.numel() >= 2**31:
+        raise ValueError(f"input_ids holds {input_ids.numel()} positions; at most 2**31 - 1 fit the placement.")
+    for name, token_id in (*special_token_ids.items(), *generation_token_ids.items()):
+        if type(token_id) is not int:
+            raise TypeError(f"{name}: the token id should be an int, found {token_id!r}.")
+        if not -(2**63) <= token_id < 2**63:
+            raise ValueError(f"{name}: token id {token_id} does not fit the int64 of input_ids.")
+    table_of: dict[int, str] = {}
+    for name, token_id in special_token_ids.items():
+        if token_id in table_of:
+            raise ValueError(
+                f"{table_of[token_id]!r} and {name!r} both read at token {token_id}; each needs a token of its own."
+            )
+        table_of[token_id] = name
+    if text_table in special_token_ids:
+        raise ValueError(f"{text_table!r} names the text table and cannot have a special token as well.")
+    if cu_seqlens is not None and input_ids.shape[0] != 1:
+        raise ValueError(
+            f"packed sequences (cu_seqlens) need a batch size of 1, found {input_ids.shape[0]}: concatenate them."
+        )
 
 
 def outside_vocabulary(ids: Tensor, size: int) -> Tensor:
