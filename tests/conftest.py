@@ -12,6 +12,7 @@ from tests import warm
 # How many inputs are drawn where a test does not say: `make check` takes 200, `make test` ten times as many.
 settings.register_profile("check", max_examples=200, deadline=None)
 settings.register_profile("whole", max_examples=2000, deadline=None)
+settings.register_profile("soak", max_examples=10_000, deadline=None)  # once before a release
 settings.load_profile("whole")
 
 
