@@ -1,14 +1,18 @@
 """Checkpoints that run what is written in them where they are loaded unlooked at: each leaves a marker behind."""
 
 import io
+import json
 import os
 import pickle
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+
+from megatron_mimo.training.checkpoints import manifest
 
 
 class Evil:
@@ -43,6 +47,15 @@ def put(path: Path, name: str, content: bytes, file: str = "__9_0.distcp", **pla
     description.state_dict_metadata.setdefault(name, BytesStorageMetadata())
     description.storage_data[index] = _StorageInfo(file, 0, len(content), **place)
     describe(path, description)
+
+
+def seal(path: Path, **changes) -> None:
+    """Makes the hashes of a checkpoint fit its files, as one does who means harm; `changes` go into `mimo.json`."""
+    content = json.loads((path / manifest.FILE).read_bytes()) | changes
+    others = [each for each in path.iterdir() if each.is_file() and each.name not in (manifest.FILE, manifest.COMPLETE)]
+    content["files"] = {each.name: asdict(manifest.hashed(each)) for each in others}
+    (path / manifest.FILE).write_text(json.dumps(content))
+    (path / manifest.COMPLETE).write_text(manifest.hashed(path / manifest.FILE).sha256)
 
 
 def name_of(path: Path, word: str, kind: type = BytesStorageMetadata) -> str:
@@ -113,9 +126,20 @@ def under_a_transform(path: Path, marker: Path) -> None:
     put(path, name_of(path, "common_state"), saved([{}]), transform_descriptors=["stream.rot13"])
 
 
+def sealed(make: Callable[[Path, Path], None]) -> Callable[[Path, Path], None]:
+    """`make`, and the hashes fit what it made."""
+
+    def made(path: Path, marker: Path) -> None:
+        make(path, marker)
+        if (path / manifest.FILE).exists():
+            seal(path)
+
+    return made
+
+
 #: Kind -> what makes a checkpoint one of it.
 KINDS: dict[str, Callable[[Path, Path], None]] = {
-    kind.__name__: kind
+    kind.__name__: sealed(kind)
     for kind in (
         in_the_description,
         in_place_of_the_description,

@@ -6,12 +6,15 @@ Nothing is imported from Megatron until a function is called.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from megatron_mimo.compat.megatron import single_optimizers, writers_report_here
 
 #: Names that torch's description of a checkpoint (`.metadata`) may hold, by module. Classes without behaviour of their
 #: own, written by `torch.distributed.checkpoint` 2.1 to 2.11; the last three modules are in files of Megatron-Core up
@@ -114,7 +117,7 @@ def checkpoints_by(**replacements: Any) -> Iterator[None]:
 
 
 def directory_to_load(args: Any, load: str) -> Path | None:
-    """The directory of the step that `megatron.training` would load from `load`; None where it finds none.
+    """The directory of the step that `megatron.training` would load from `load`; None where nothing names a step.
 
     Undocumented: `megatron.training.checkpointing.get_checkpoint_tracker_filename`, `get_checkpoint_name` and the
     option `ckpt_step`, which wins over the tracker.
@@ -128,5 +131,199 @@ def directory_to_load(args: Any, load: str) -> Path | None:
     step = args.ckpt_step or (int(said) if said.isdecimal() else None)
     if step is None and said != "release":
         return None
-    path = Path(get_checkpoint_name(load, step or 0, release=step is None, return_base_dir=True))
-    return path if path.is_dir() else None
+    return Path(get_checkpoint_name(load, step or 0, release=step is None, return_base_dir=True))
+
+
+@contextmanager
+def background_saves_by(queue: Any) -> Iterator[None]:
+    """Within it, `megatron.training` hands its ``--async-save`` checkpoints to `queue`, and starts no process for them.
+
+    Private: `megatron.training.async_utils._async_calls_queue`, with the methods `schedule_async_request`,
+    `maybe_finalize_async_calls`, `get_num_unfinalized_calls` and `close`; and
+    `megatron.training.initialize.init_persistent_async_worker`, which starts the process.
+    Reason: a thread of this process writes; a process of Megatron's outlives a killed rank.
+    When it goes: see what `schedule_async_save` and `maybe_finalize_async_save` call.
+    """
+    from megatron.training import async_utils, initialize
+
+    before, async_utils._async_calls_queue = async_utils._async_calls_queue, queue
+    start, initialize.init_persistent_async_worker = initialize.init_persistent_async_worker, lambda *_: None
+    try:
+        yield
+    finally:
+        async_utils._async_calls_queue, initialize.init_persistent_async_worker = before, start
+
+
+@contextmanager
+def deleting_by_threads() -> Iterator[None]:
+    """Within it, `megatron.training` deletes checkpoints (``--save-retain-interval``) in threads.
+
+    Undocumented: that the functions that end a save ask `args.async_save` whether to fork a process for that.
+    Reason: a process that is forked beside threads of gloo, NCCL and CUDA may hang.
+    When it goes: see what `save_checkpoint` does with `save_retain_interval`.
+    """
+    from megatron.training import get_args
+
+    args = get_args()
+    before, args.async_save = args.async_save, False
+    try:
+        yield
+    finally:
+        args.async_save = before
+
+
+# Writing ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Planned:
+    """What a rank writes of a checkpoint, planned by Megatron and written by us.
+
+    Args:
+        directory: of the checkpoint.
+        writer: torch's, which describes the checkpoint at the end.
+        metadata: of the whole checkpoint, on rank 0.
+        finalize_fns: what Megatron would call at the end; `describe` does that work.
+    """
+
+    directory: Path
+    writer: Any
+    metadata: Any
+    finalize_fns: list[Any] = field(default_factory=list)
+
+    @property
+    def files(self) -> list[tuple[str, list[tuple[Any, Any]]]]:
+        """Name and content of each file: items, with the bytes or the tensor of each."""
+        return [(name, [*objects, *tensors]) for _, name, (objects, tensors) in self.writer.write_buckets]
+
+    def replace(self, stage: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Puts what `stage` gives for each tensor in its place."""
+        self.writer.write_buckets = [
+            (path, name, (objects, [(item, stage(tensor)) for item, tensor in tensors]))
+            for path, name, (objects, tensors) in self.writer.write_buckets
+        ]
+
+
+def planned(
+    save: Callable[..., Any], state: dict, directory: Path | str, strategy: Any = None, **options: Any
+) -> Planned:
+    """What this rank would write by ``save(state, directory, strategy, **options)``; nothing is written.
+
+    Collective over all ranks.
+
+    Private: `TorchDistSaveShardedStrategy._get_save_and_finalize_callbacks(writer, result, async_strategy)`, called
+    last by `async_save`; `FullyParallelSaveStrategyWrapper.base_strategy`; and `FileSystemWriterAsync.write_buckets`, a
+    list of `(path, name, (objects, tensors))`.
+    Reason: Megatron writes in a process that it forks or spawns, hashes on one rank, and leaves the other ranks waiting
+    where one fails.
+    When it goes: see what `TorchDistSaveShardedStrategy.async_save` does after `save_state_dict_async_plan`.
+
+    Args:
+        save: `dist_checkpointing.save`.
+        state: sharded tensors and objects.
+        directory: of the checkpoint, which exists.
+        strategy: Megatron's, None for its default.
+        options: as `save` takes them.
+    """
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+    strategy = strategy or TorchDistSaveShardedStrategy()
+    base = strategy.base_strategy if isinstance(strategy, FullyParallelSaveStrategyWrapper) else strategy
+    base._get_save_and_finalize_callbacks = lambda writer, result, _: Planned(Path(directory), writer, result[1])
+    try:
+        with writers_report_here():
+            return save(
+                state, str(directory), strategy, async_sharded_save=True, async_strategy="mcore",
+                verify_integrity=False, **options,
+            )  # fmt: skip
+    finally:
+        del base._get_save_and_finalize_callbacks
+
+
+def write_item(plan: Planned, stream: Any, item: Any, data: Any, name: str) -> Any:
+    """Writes one item of a plan to `stream`, and gives torch's note of its place.
+
+    Private: `torch.distributed.checkpoint.filesystem._write_item(transforms, stream, data, item, name, format)`, since
+    torch 2.1, with `transforms` since 2.7 and `format` since 2.8; `FileSystemWriter.transforms` likewise.
+    Reason: the same file as Megatron writes, through a stream of ours.
+    When it goes: bytes are written as they are, a tensor by `torch.save`; the note has offset and length.
+    """
+    from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
+
+    if isinstance(data, torch.Tensor):
+        data = data.cpu()
+    return _write_item(plan.writer.transforms, stream, data, item, name, SerializationFormat.TORCH_SAVE)
+
+
+def describe(plan: Planned, results: list[list[Any]]) -> None:
+    """Writes the description of a checkpoint, once all ranks have written; called on rank 0.
+
+    Undocumented: `dist_checkpointing.core.save_config` and `CheckpointingConfig`, which write `metadata.json`.
+    Reason: Megatron does it in a function that waits for every rank, also where rank 0 fails.
+    When it goes: the file is ``{"sharded_backend": "torch_dist", "sharded_backend_version": 1}``.
+
+    Args:
+        plan: of rank 0.
+        results: what `write_item` gave, by rank.
+    """
+    from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+
+    plan.writer.finish(plan.metadata, results)
+    save_config(CheckpointingConfig("torch_dist", 1), str(plan.directory))
+
+
+def parallel_load(strategy: object) -> bool:
+    """Whether a strategy of Megatron's exchanges what it reads between ranks.
+
+    Undocumented: `FullyParallelLoadStrategyWrapper`, made by ``--ckpt-fully-parallel-load``.
+    Reason: it exchanges tensors where they are to be, on the device; others can be read to the host first.
+    When it goes: read in place wherever a strategy is given.
+    """
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+
+    return isinstance(strategy, FullyParallelLoadStrategyWrapper)
+
+
+def other_groups(optimizer: Any, state: Any) -> str | None:
+    """Why the parameter groups of a loaded state are not those of an optimizer; None where they are.
+
+    Private: `MegatronOptimizer._filter_and_reorder_param_groups(current, saved)`, which raises ValueError.
+    Reason: Megatron asks it while it loads, when the weights, and other optimizers of the chain, are loaded already.
+    When it goes: leave the call out, if `load_state_dict` then takes groups of other options.
+
+    Args:
+        optimizer: Megatron's.
+        state: for its `load_state_dict`; changes nothing in it.
+    """
+    single = single_optimizers(optimizer)
+    states = [state] if len(single) == 1 else [own for _, own in sorted(state.items())]
+    for each, own in zip(single, states):
+        groups = own.get("optimizer", own).get("param_groups", [])
+        try:
+            each._filter_and_reorder_param_groups(
+                [dict(group) for group in each.optimizer.param_groups], [dict(group) for group in groups]
+            )
+        except ValueError as error:
+            return " ".join(str(error).split())
+    return None
+
+
+def registered(buffer: torch.Tensor) -> bool:
+    """Tells CUDA of a host buffer, so that copies from a GPU run beside the host; whether that worked.
+
+    Undocumented: `torch.cuda.cudart().cudaHostRegister(address, bytes, flags)`, since torch 1.9.
+    Reason: torch's own allocator of pinned memory rounds up to a power of two, and keeps what it had.
+    When it goes: ``torch.empty(..., pin_memory=True)``.
+    """
+    if not torch.cuda.is_available():
+        return False
+    return int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)) == 0
+
+
+def unregistered(buffer: torch.Tensor) -> None:
+    """Undoes `registered`.
+
+    Undocumented, reason, when it goes: see `registered`.
+    """
+    torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())

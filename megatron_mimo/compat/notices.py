@@ -64,6 +64,11 @@ WARNED = (
 #: Lines of a log, at level WARNING.
 LOGGED = (
     Notice(
+        "MCore's async save is deprecated",
+        "megatron.core.dist_checkpointing.strategies.torch",
+        "only its plan is taken; `training/checkpoints` writes the files",
+    ),
+    Notice(
         "GPTModel IS DEPRECATED.",
         "megatron.core.models.gpt.gpt_model",
         "docs/language_models.md says which of GPTModel and HybridModel to choose",

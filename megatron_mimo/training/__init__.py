@@ -8,6 +8,8 @@ from megatron_mimo.compat.notices import Answered
 if TYPE_CHECKING:
     from megatron_mimo.data.step import read_step
     from megatron_mimo.layout import check_layout
+    from megatron_mimo.training.checkpoints.directories import CheckpointSettings
+    from megatron_mimo.training.checkpoints.parts import LoadReport
     from megatron_mimo.training.forward import ForwardStep
     from megatron_mimo.training.parts.control import TrainingControl
     from megatron_mimo.training.pretraining.arguments import add_mimo_args
@@ -25,8 +27,10 @@ if TYPE_CHECKING:
     from megatron_mimo.training.trainer import Trainer
 
 _HOMES = {
+    "CheckpointSettings": "training.checkpoints.directories",
     "DataSource": "training.sources",
     "ForwardStep": "training.forward",
+    "LoadReport": "training.checkpoints.parts",
     "PackSource": "training.sources",
     "Recipe": "training.pretraining.dataset",
     "StepReport": "training.settings",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -17,7 +16,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -27,21 +25,23 @@ from megatron_mimo.data.progress import State
 from megatron_mimo.data.step import Counts
 from megatron_mimo.launch import Run, exit_on_error
 from megatron_mimo.layout import check_layout, check_sequence_length
-from megatron_mimo.model import MimoModel
-from megatron_mimo.moved import names_of
-from megatron_mimo.training.checkpoints import saving as checkpoints
+from megatron_mimo.training.checkpoints import saving
+from megatron_mimo.training.checkpoints.directories import CheckpointSettings
+from megatron_mimo.training.checkpoints.parts import LoadReport, load_parts
+from megatron_mimo.training.checkpoints.writing import Saver
 from megatron_mimo.training.chunks import (
     build_chunks,
     hook_schedule,
     parameters_gathered,
     wrap_chunks,
 )
+from megatron_mimo.training.course import schedule_of, with_precision_of
 from megatron_mimo.training.forward import ForwardStep
 from megatron_mimo.training.masters import Masters
 from megatron_mimo.training.parts.control import TrainingControl
 from megatron_mimo.training.progress import Progress
 from megatron_mimo.training.settings import History, StepReport, TrainerSettings
-from megatron_mimo.training.sources import DataSource, Reader, read_state
+from megatron_mimo.training.sources import DataSource, Reader
 from megatron_mimo.training.speed.counts import term
 from megatron_mimo.training.stop import StopRequest
 
@@ -63,6 +63,7 @@ class Trainer:
             optimizer. `bf16`, `fp16` and `params_dtype` follow the model's configuration.
         ddp: Megatron's options of the gradient reduction.
         control: which parts train, and how fast.
+        checkpoints: whether they are written in the background, and which are kept.
 
     Raises:
         ValueError: a layout that cannot work, or options that contradict each other.
@@ -82,13 +83,14 @@ class Trainer:
         optimizer: OptimizerConfig | None = None,
         ddp: DistributedDataParallelConfig | None = None,
         control: TrainingControl | None = None,
+        checkpoints: CheckpointSettings | None = None,
     ) -> None:
         self.run, self.settings, self.control = run, settings, control or TrainingControl()
         check_layout(run.layout, config)
         self.control.check(config)
         self.models = build_chunks(config, run, self.control)
         ddp = ddp or DistributedDataParallelConfig()
-        optimizer = _with_precision_of(self.models[0], optimizer or OptimizerConfig(lr=1e-3), ddp)
+        optimizer = with_precision_of(self.models[0], optimizer or OptimizerConfig(lr=1e-3), ddp)
         self.chunks = wrap_chunks(self.models, run, ddp)
         self.optimizer = get_megatron_optimizer(
             optimizer,
@@ -98,7 +100,7 @@ class Trainer:
             pg_collection=run.groups,
         )
         self._masters = Masters(self.models, self.optimizer)
-        self.schedule = _schedule(self.optimizer, optimizer, settings)
+        self.schedule = schedule_of(self.optimizer, optimizer, settings)
         hook_schedule(self.chunks, self.optimizer.scale_loss)
         self.steps_done = 0
         self._microbatches = 1
@@ -109,7 +111,8 @@ class Trainer:
             on_step=self._keep_counts,
         )
         self._counts: Counts = {}
-        self._trained = checkpoints.Trained.by(self.control, config, optimizer.use_distributed_optimizer)
+        self._saver = Saver(checkpoints)
+        self._trained = saving.Trained.by(self.control, config, optimizer.use_distributed_optimizer)
         self._reader: Reader | None = None
         self._data_state: State | None = None  # of the checkpoint, until a source takes it
 
@@ -144,8 +147,13 @@ class Trainer:
                 if evaluation is not None and (ended or _due(self.steps_done, settings.evaluate_every)):
                     history.evaluations[self.steps_done] = self.evaluate(evaluation)
                 history.stopped = stop.received()
-                if ended or history.stopped or _due(self.steps_done, settings.save_every):
-                    self.save()
+                if ended or history.stopped:
+                    self.save(losses=history.evaluations.get(self.steps_done))
+                elif _due(self.steps_done, settings.save_every):
+                    background = self._saver.settings.background
+                    self.save(background=background, losses=history.evaluations.get(self.steps_done))
+                else:
+                    self._saver.poll()
         return history
 
     def train_step(self, data: StepData) -> StepReport:
@@ -190,19 +198,24 @@ class Trainer:
         weighted = {name: weights.get(name.partition("/")[0], 1.0) * mean for name, mean in losses.items()}
         return losses | {"loss": sum(weighted.values())}
 
-    def save(self) -> Path | None:
-        """Writes a checkpoint of this moment to `settings.directory` and gives its path; None without one.
+    def save(self, *, background: bool = False, losses: Mapping[str, float] | None = None) -> Path | None:
+        """Writes a checkpoint of this moment to `settings.directory` and gives its path; None without one. Collective.
 
-        Collective over all ranks.
+        Args:
+            background: write while the run goes on, for the same layout but for data parallelism; otherwise for any.
+            losses: of an evaluation at this step, by which the best checkpoint is known.
+
+        Raises:
+            OSError: on every rank, where one of them could not write. The checkpoints before it stay.
         """
-        directory = self.settings.directory
-        if directory is None:
+        if (directory := self.settings.directory) is None:
             return None
         self._masters.follow()
         with parameters_gathered(self.chunks, self.optimizer):
-            return checkpoints.save(
-                Path(directory), self.steps_done, self.models, self.optimizer, self.schedule, self.run,
-                self._trained, self._reader.state() if self._reader is not None else self._data_state,
+            return saving.save(
+                Path(directory), self.steps_done, self.models, self.optimizer, self.schedule, self.run, self._trained,
+                self._reader.state() if self._reader is not None else self._data_state,
+                saver=self._saver, background=background, losses=losses,
             )  # fmt: skip
 
     def load(self, path: Path | str | None = None, *, weights_only: bool = False) -> int:
@@ -212,28 +225,25 @@ class Trainer:
         that length would stand. Collective over all ranks.
 
         Args:
-            path: of the checkpoint; None for the latest one in `settings.directory`, if there is any.
+            path: of the checkpoint; None for the newest whole one in `settings.directory`, if there is any.
             weights_only: load the model's weights, and leave optimizer and step as they are: a run of its
                 own begins with them, such as the second stage of a training whose first one froze parts.
 
         Raises:
             FileNotFoundError: there is no complete checkpoint at `path`.
-            ValueError: other parts or embedding rows trained in the checkpoint's run, or its
-                `use_distributed_optimizer` was another, so its optimizer state is not this run's. Nothing has
-                changed then. A checkpoint of step 0 has no optimizer state and is not refused.
+            ValueError: loading it would run what the file says, it is not whole, or of another model. Or other
+                parts or embedding rows trained in the checkpoint's run, or its `use_distributed_optimizer` was
+                another, so its optimizer state is not this run's. Nothing has changed then.
 
         Example:
             >>> trainer.load("aligned/step_00001000", weights_only=True)              # doctest: +SKIP
         """
-        if path is None and self.settings.directory is not None:
-            path = checkpoints.latest(Path(self.settings.directory))
-        if path is not None and weights_only:
-            checkpoints.load_weights(Path(path), self.models, self.optimizer, self.run)
-        elif path is not None:
-            self.steps_done = checkpoints.load(
-                Path(path), self.models, self.optimizer, self.schedule, self.run, self._trained
-            )
-            self._reader, self._data_state = None, read_state(Path(path))
+        self._saver.wait()
+        own = (self.models, self.optimizer, self.schedule, self.run, self._trained)
+        if weights_only:
+            saving.load_weights(path, self.models, self.optimizer, self.run, directory=self.settings.directory)
+        elif (loaded := saving.load(path, *own, directory=self.settings.directory)) is not None:
+            self.steps_done, self._reader, self._data_state = loaded.step, None, loaded.data
         return self.steps_done
 
     def sync_weights(self) -> None:
@@ -247,6 +257,29 @@ class Trainer:
             >>> trainer.sync_weights()                                                # doctest: +SKIP
         """
         self._masters.sync()
+
+    def load_parts(self, path: Path | str, parts: Sequence[str] | None = None) -> LoadReport:
+        """Reads the weights that a checkpoint has of this model, and gives what became of each.
+
+        Such as a language model's into a model of several modalities. Optimizer and step stay. Collective.
+
+        Args:
+            path: of a checkpoint, of this loop, of Megatron's, or of a language model that was trained by itself.
+            parts: to load, as `TrainingControl` names them; None for all that there are.
+
+        Raises:
+            FileNotFoundError: there is no checkpoint at `path`.
+            ValueError: a part that the model does not have; a checkpoint that is not whole or would run something; a
+                weight of another size; none of these parts. Nothing has changed then.
+
+        Example:
+            >>> print(trainer.load_parts("pretrained/iter_0001000", ["language_model"]))    # doctest: +SKIP
+        """
+        config = self.models[0].mimo_config
+        chosen = None if parts is None else TrainingControl(frozen=parts).frozen_prefixes(config)
+        report = load_parts(Path(path), self.models, chosen)
+        self.optimizer.reload_model_params()  # its own float32 copies of half-precision weights
+        return report
 
     # Below: what a step needs ---------------------------------------------------------------
 
@@ -356,46 +389,6 @@ def _means(logged: Sequence[Mapping[str, Tensor]], group: dist.ProcessGroup) -> 
 
 def _due(steps: int, every: int | None) -> bool:
     return every is not None and steps % every == 0
-
-
-def _with_precision_of(
-    model: MimoModel, optimizer: OptimizerConfig, ddp: DistributedDataParallelConfig
-) -> OptimizerConfig:
-    """The optimizer's options in the model's precision; its distributed form must be DDP's too."""
-    if optimizer.use_distributed_optimizer != ddp.use_distributed_optimizer:
-        raise ValueError(
-            f"use_distributed_optimizer: the optimizer has {optimizer.use_distributed_optimizer}, DDP "
-            f"{ddp.use_distributed_optimizer}. Give both the same."
-        )
-    if optimizer.lr is None:
-        raise ValueError("OptimizerConfig.lr is None, expected a learning rate, such as 1e-4")
-    config = model.config
-    return replace(
-        optimizer,
-        bf16=config.bf16,
-        fp16=config.fp16,
-        params_dtype=config.params_dtype,
-        min_lr=optimizer.min_lr or 0.0,  # Megatron's schedule computes with it
-    )
-
-
-def _schedule(optimizer, config: OptimizerConfig, settings: TrainerSettings) -> OptimizerParamScheduler:
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=config.lr,
-        min_lr=config.min_lr,
-        lr_warmup_steps=settings.warmup_steps,
-        lr_decay_steps=settings.steps,
-        lr_decay_style=settings.decay,
-        start_wd=config.weight_decay,
-        end_wd=config.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
-        # A resumed run follows its own settings, as when it is to be longer than the checkpoint's.
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-    )
 
 
 __getattr__ = names_of(__name__)

@@ -1,5 +1,6 @@
 """What the model is, is kept in a checkpoint and compared before anything is loaded."""
 
+import hashlib
 import json
 import logging
 from dataclasses import replace
@@ -13,12 +14,12 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 import megatron_mimo
-from megatron_mimo.compat.checkpoints import checkpoints_by
 from megatron_mimo.decoders.regression import RegressionDecoder
 from megatron_mimo.training import Trainer, TrainerSettings, TrainingControl
-from megatron_mimo.training.checkpoints import identity, loop
+from megatron_mimo.training.checkpoints import identity
+from megatron_mimo.training.checkpoints.loop import adapted
 from megatron_mimo.training.pretraining.checks import check_resumed
-from tests import tiny
+from tests import evil, tiny
 from tests.unit.test_training_pretraining import loading
 from tests.unit.test_training_trainer import one_batch, trainer
 
@@ -93,15 +94,15 @@ def test_a_checkpoint_of_another_model_is_refused_by_both_loops_and_nothing_chan
     ours = trainer(single_process, config, optimizer=ADAM)
     before = {name: p.detach().clone() for name, p in ours.models[0].named_parameters()}
     for options in (dict(), dict(weights_only=True)):
-        with pytest.raises(ValueError, match="is of another model:") as refused:
+        with pytest.raises(ValueError, match="is of another model, or of other options:") as refused:
             ours.load(checkpoint, **options)
         assert message in str(refused.value)
     assert all(p.equal(before[name]) for name, p in ours.models[0].named_parameters())
     checkpoint.rename(tmp_path / "iter_0000002")
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
-    with pytest.raises(ValueError, match="is of another model:"):
+    with pytest.raises(ValueError, match="is of another model, or of other options:"):
         check_resumed(loading(tmp_path), TrainingControl(), config)
-    with checkpoints_by(**loop.functions(lambda: config)), pytest.raises(ValueError, match="is of another model:"):
+    with adapted(lambda: config), pytest.raises(ValueError, match="is of another model, or of other options:"):
         dist_checkpointing.load(ours.models[0].sharded_state_dict(), str(tmp_path / "iter_0000002"))
     assert all(p.equal(before[name]) for name, p in ours.models[0].named_parameters())
 
@@ -124,22 +125,31 @@ def test_what_the_model_is_is_json_that_a_reader_understands(checkpoint):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 1}', '{"format": 1, "model": {}}', '{"model": {}}'])
-def test_a_damaged_file_is_refused(content, checkpoint, single_process):
+def test_a_file_of_another_content_is_refused(content, checkpoint, single_process):
     (checkpoint / "mimo.json").write_text(content)
-    with pytest.raises(ValueError, match="does not say what the model is"):
+    with pytest.raises(ValueError, match="is not the file that was written with this checkpoint"):
+        trainer(single_process).load(checkpoint)
+    (checkpoint / "complete").write_text(hashlib.sha256(content.encode()).hexdigest())
+    with pytest.raises(ValueError, match="does not say what the checkpoint is"):
         trainer(single_process).load(checkpoint)
 
 
 def test_a_file_of_a_later_format_is_refused_and_none_is_of_release_0_1(checkpoint, single_process):
-    (checkpoint / "mimo.json").write_text('{"format": 99, "model": {"shape": 3}}')
+    evil.seal(checkpoint, format=99, model={"shape": 3})
     with pytest.raises(ValueError, match="has format 99, expected at most 1: a later release"):
         trainer(single_process).load(checkpoint)
-    (checkpoint / "mimo.json").unlink()
+    as_release_0_1(checkpoint)
     assert trainer(single_process, optimizer=ADAM).load(checkpoint) == 2
 
 
-def test_without_the_file_the_rows_of_a_smaller_vocabulary_are_still_too_many(checkpoint, single_process):
+def as_release_0_1(checkpoint: Path) -> None:
+    """It knew no hashes."""
     (checkpoint / "mimo.json").unlink()
+    (checkpoint / "complete").write_text("")
+
+
+def test_without_the_file_the_rows_of_a_smaller_vocabulary_are_still_too_many(checkpoint, single_process):
+    as_release_0_1(checkpoint)
     with pytest.raises(ValueError, match="word_embeddings.weight: 64 rows there, 62 here"):
         trainer(single_process, vocabulary_of(62)).load(checkpoint, weights_only=True)
 

@@ -15,9 +15,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.enums import ModelType
 from torch.distributed.checkpoint.metadata import StorageMeta
 
-from megatron_mimo.compat.checkpoints import checkpoints_by
-from megatron_mimo.training.checkpoints import loop
 from megatron_mimo.training.checkpoints.inert import check_inert
+from megatron_mimo.training.checkpoints.loop import adapted
 from megatron_mimo.training.parts.control import TrainingControl
 from megatron_mimo.training.pretraining.checks import check_resumed
 from tests import evil, tiny
@@ -58,7 +57,7 @@ def test_megatrons_loader_refuses_it_and_runs_nothing(made_evil, request, single
     path = str(load / "iter_0000002")
     wanted = trainer(single_process).models[0].sharded_state_dict()
     of_a_tensor = request.node.callspec.params["made_evil"] == "in_a_tensor"  # torch itself runs nothing of those
-    with checkpoints_by(**loop.functions(tiny.mimo_config)):
+    with adapted(tiny.mimo_config):
         if not of_a_tensor:
             for arguments in (loading(load), loading(tmp_path / "new", pretrained_checkpoint=str(load))):
                 with pytest.raises(ValueError):
@@ -79,7 +78,7 @@ def test_unlooked_at_it_would_have_run(kind, checkpoint, single_process, tmp_pat
 
 
 def test_the_error_names_the_file_the_object_and_what_would_have_run(checkpoint, single_process, tmp_path):
-    evil.in_an_object(checkpoint, tmp_path / "marker")
+    evil.KINDS["in_an_object"](checkpoint, tmp_path / "marker")
     with pytest.raises(ValueError, match=r"__9_0.distcp, object 'random/shard_0_1' is not data alone: .*posix.mkdir"):
         trainer(single_process).load(checkpoint)
 

@@ -91,6 +91,25 @@ NAMES = {
     "checkpoints.checkpoints_by": (
         "megatron.core.dist_checkpointing.load", ["sharded_state_dict", "checkpoint_dir", "sharded_strategy"]
     ),
+    "checkpoints.planned": (
+        "megatron.core.dist_checkpointing.strategies.torch.TorchDistSaveShardedStrategy"
+        "._get_save_and_finalize_callbacks", ["self", "writer", "save_state_dict_ret", "async_strategy"]
+    ),
+    "checkpoints.write_item": (
+        "torch.distributed.checkpoint.filesystem._write_item",
+        ["transforms", "stream", "data", "write_item", "storage_key", "serialization_format"],
+    ),
+    "checkpoints.describe": ("megatron.core.dist_checkpointing.core.save_config", ["config", "checkpoint_dir"]),
+    "checkpoints.other_groups": (
+        "megatron.core.optimizer.optimizer.MegatronOptimizer._filter_and_reorder_param_groups",
+        ["current_groups", "state_dict_groups"],
+    ),
+    "checkpoints.parallel_load": (
+        "megatron.core.dist_checkpointing.strategies.fully_parallel.FullyParallelLoadStrategyWrapper", ["strategy"]
+    ),
+    "checkpoints.background_saves_by": ("megatron.training.async_utils.schedule_async_save", ["async_request"]),
+    "checkpoints.deleting_by_threads": ("megatron.training.checkpointing._async_delete_checkpoint_impl", []),
+    "checkpoints.registered": ("torch.cuda.cudart", []),
     "checkpoints.directory_to_load": (
         "megatron.training.checkpointing.get_checkpoint_name", ["checkpoints_path", "iteration", "release"]
     ),
@@ -331,7 +350,6 @@ def test_the_directory_that_megatron_loads_is_that_of_its_tracker_or_of_ckpt_ste
         (tmp_path / "latest_checkpointed_iteration.txt").write_text(tracked)
     assert checkpoints.directory_to_load(argparse.Namespace(ckpt_step=step), str(tmp_path)) == tmp_path / found
     assert checkpoints.directory_to_load(argparse.Namespace(ckpt_step=None), str(tmp_path / "new")) is None
-    assert checkpoints.directory_to_load(argparse.Namespace(ckpt_step=9), str(tmp_path)) is None
 
 
 def test_the_names_of_a_description_and_of_a_tensor_are_there() -> None:

@@ -102,7 +102,7 @@ def loading(directory: Path | None, **changes) -> Namespace:
     said = dict(
         load=directory and str(directory), finetune=False, no_load_optim=None, pretrained_checkpoint=None,
         ckpt_step=None, non_persistent_ckpt_type=None, non_persistent_global_ckpt_dir=None,
-        exit_on_missing_checkpoint=False,
+        exit_on_missing_checkpoint=False, save=directory and str(directory),
     )  # fmt: skip
     return Namespace(**said | changes)
 

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any
 
 from megatron_mimo.build import maker
 from megatron_mimo.config import MimoModelConfig
-
-#: In a checkpoint's directory.
-FILE = "mimo.json"
-#: Of that file. A higher one is refused; checkpoints of release 0.1 have no such file.
-FORMAT = 1
 
 #: Fields of the configuration that give token ids, by name.
 _TOKEN_IDS = ("special_token_ids", "generation_token_ids")
@@ -66,36 +59,6 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
     for modality in sorted({*theirs["decoders"], *ours["decoders"]}):
         found += _decoders_that_differ(modality, theirs["decoders"].get(modality), ours["decoders"].get(modality))
     return found
-
-
-def write(directory: Path, config: MimoModelConfig) -> None:
-    """Writes what the model is into a checkpoint's directory."""
-    content = {"format": FORMAT, "model": identity_of(config)}
-    (directory / FILE).write_text(json.dumps(content, indent=1, sort_keys=True))
-
-
-def read(directory: Path) -> dict[str, Any] | None:
-    """What the model of a checkpoint is; None where it does not say, as those of release 0.1 and of others.
-
-    Raises:
-        ValueError: the file is not what `write` writes, or of a later format.
-    """
-    file = directory / FILE
-    if not file.exists():
-        return None
-    try:
-        content = json.loads(file.read_bytes())
-        number, model = content["format"], content["model"]
-        if number <= FORMAT:
-            differences(model, model)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} does not say what the model is: {error!r}. The checkpoint is damaged.") from error
-    if number > FORMAT:
-        raise ValueError(
-            f"{file} has format {number}, expected at most {FORMAT}: a later release of megatron-mimo wrote it. Load "
-            "it with that release."
-        )
-    return model
 
 
 def _ids_that_differ(name: str, theirs: Mapping[str, int], ours: Mapping[str, int]) -> list[str]:

@@ -1,28 +1,113 @@
-"""Checkpoints of Megatron's own loop: looked at before they are loaded, and with what the model is beside them."""
+"""Checkpoints of Megatron's own loop: looked at before they are loaded, written and hashed as a `Trainer`'s are."""
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.validation import StrictHandling
 
-from megatron_mimo.compat.checkpoints import directory_to_load
-from megatron_mimo.compat.megatron import writers_report_here
+from megatron_mimo.compat.checkpoints import (
+    Planned,
+    background_saves_by,
+    checkpoints_by,
+    deleting_by_threads,
+    directory_to_load,
+    planned,
+)
 from megatron_mimo.config import MimoModelConfig
-from megatron_mimo.training.checkpoints import identity
+from megatron_mimo.training.checkpoints import manifest
+from megatron_mimo.training.checkpoints.directories import is_complete, newest_first, recover
 from megatron_mimo.training.checkpoints.inert import check_inert
-from megatron_mimo.training.checkpoints.reading import problems_of, read
+from megatron_mimo.training.checkpoints.reading import agree, check, problems_of, read
+from megatron_mimo.training.checkpoints.writing import Saver
 
 
-def functions(model: Callable[[], MimoModelConfig]) -> dict[str, Callable[..., Any]]:
+@contextmanager
+def adapted(model: Callable[[], MimoModelConfig]) -> Iterator[None]:
+    """Within it, Megatron's loop loads and saves by `functions`.
+
+    Args:
+        model: gives the configuration of the run's model, once Megatron has its arguments.
+    """
+    saver = Saver()
+    with ExitStack() as until_trained:
+        until_trained.enter_context(checkpoints_by(**functions(model, saver)))
+        until_trained.enter_context(background_saves_by(Background(saver)))
+        yield
+
+
+@dataclass
+class Deferred:
+    """A checkpoint to write in the background, as Megatron asks for it.
+
+    Args:
+        plan: gives what this rank writes to a directory.
+        target: where it goes.
+        config: of the model.
+        finalize_fns: what Megatron calls once it is whole.
+    """
+
+    plan: Callable[[Path], Planned]
+    target: Path
+    config: MimoModelConfig
+    finalize_fns: list[Callable[[], None]] = field(default_factory=list)
+
+    def add_finalize_fn(self, finalize: Callable[[], None]) -> None:
+        """One more, called after those before it."""
+        self.finalize_fns.append(finalize)
+
+    def finish(self) -> None:
+        """Calls them all."""
+        with deleting_by_threads():
+            for finalize in self.finalize_fns:
+                finalize()
+
+
+@dataclass
+class Background:
+    """What Megatron's loop hands its background checkpoints to, and asks at step boundaries.
+
+    Args:
+        saver: of the run.
+    """
+
+    saver: Saver
+
+    def schedule_async_request(self, request: Deferred) -> None:
+        """Copies the state to the host and goes on writing."""
+        self.saver.save(request.plan, request.target, request.config, background=True, after=request.finish)
+
+    def maybe_finalize_async_calls(self, blocking: bool = False, no_dist: bool = False) -> list[int]:
+        """Finishes what every rank has written, or waits for it."""
+        del no_dist
+        self.saver.wait() if blocking else self.saver.poll()
+        return []
+
+    def get_num_unfinalized_calls(self) -> int:
+        """How many are in progress."""
+        return int(self.saver.busy)
+
+    def close(self, abort: bool = False) -> None:
+        """Gives the host memory back."""
+        del abort
+        self.saver.buffer.free()
+
+
+def functions(model: Callable[[], MimoModelConfig], saver: Saver) -> dict[str, Callable[..., Any]]:
     """What Megatron's loop shall load and save by, by the name of its own function.
 
     Args:
         model: gives the configuration of the run's model, once Megatron has its arguments.
+        saver: of the run.
     """
     load, load_common, save = (
         dist_checkpointing.load,
@@ -30,42 +115,109 @@ def functions(model: Callable[[], MimoModelConfig]) -> dict[str, Callable[..., A
         dist_checkpointing.save,
     )
 
-    def read_checked(wanted: dict, directory: str, *given: Any, **options: Any) -> Any:
-        return read(wanted, directory, model(), lambda *one, **more: load(*one, *given, **more), **options)
+    def read_checked(
+        wanted: dict,
+        directory: str,
+        sharded_strategy: Any = None,
+        *,
+        strict: Any = StrictHandling.ASSUME_OK_UNEXPECTED,
+        verify_integrity: bool = False,
+        **options: Any,
+    ) -> Any:
+        path = Path(directory)
+        check(path, model())
+        # Our own hashes are compared already.
+        options |= {"verify_integrity": verify_integrity and manifest.read(path) is None, "strict": strict}
+        return read(wanted, path, load, sharded_strategy=sharded_strategy, **options)
 
     def read_common(directory: str) -> dict:
         check_inert(directory)
         return load_common(directory)
 
-    def write(state: dict, directory: str, *given: Any, async_sharded_save: bool = False, **options: Any) -> Any:
-        def finish() -> None:
-            if dist.get_rank() == 0:
-                identity.write(Path(directory), model())
+    def write(
+        state: dict,
+        directory: str,
+        sharded_strategy: Any = None,
+        *,
+        async_sharded_save: bool = False,
+        async_strategy: str | None = None,
+        verify_integrity: bool = False,
+        **options: Any,
+    ) -> Any:
+        del async_strategy, verify_integrity  # written by a thread of ours, and hashed in any case
+
+        def plan(written: Path):
+            return planned(save, state, written, sharded_strategy, **options)
 
         if async_sharded_save:
-            request = save(state, directory, *given, async_sharded_save=True, **options)
-            request.add_finalize_fn(finish)
-            return request
-        with writers_report_here():
-            save(state, directory, *given, **options)
-        finish()
+            return Deferred(plan, Path(directory), model())
+        saver.save(plan, Path(directory), model(), background=False)
         return None
 
     return {"load": read_checked, "load_common_state_dict": read_common, "save": write}
 
 
 def check_loadable(args: Namespace, config: MimoModelConfig) -> None:
-    """Refuses a checkpoint that Megatron's loop shall not load. Rank-local, before any process group.
+    """Refuses a checkpoint that Megatron's loop shall not load, or cannot. Rank-local, before any process group.
+
+    A `Trainer`'s directory, or one of its checkpoints, is loaded too: its weights, and steps are counted from 0.
 
     Args:
-        args: Megatron's, which name the checkpoint.
+        args: Megatron's, which name the checkpoint. They name another directory of the same checkpoint afterwards,
+            where it is a `Trainer`'s.
         config: of the model to load into.
 
     Raises:
-        ValueError: loading it would run what the file says, or it is of another model.
+        ValueError: loading it would run what the file says, it is of another model, or there is no checkpoint where
+            one is asked for, and training would begin with random weights.
     """
-    for load in (args.load, args.pretrained_checkpoint):
-        path = None if load is None else directory_to_load(args, load)
-        problems = [] if path is None else problems_of(path, config)
-        if problems:
-            raise ValueError("\n  ".join(problems))
+    for option in ("load", "pretrained_checkpoint"):
+        given = getattr(args, option)
+        if given is None:
+            continue
+        path = directory_to_load(args, given)
+        if path is None and (of_a_trainer := _of_a_trainer(Path(given))) is not None:
+            setattr(args, option, _as_release(of_a_trainer))
+            path = of_a_trainer
+        if path is None:
+            _check_begins(args, option, Path(given))
+            continue
+        recover(path)
+        if not path.is_dir():
+            raise ValueError(f"--{option.replace('_', '-')} {given} names {path.name}, which is not there.")
+        agree(path, problems_of(path, config))
+
+
+def _of_a_trainer(given: Path) -> Path | None:
+    """The checkpoint of a `Trainer` that a directory is, or the newest one in it."""
+    return given if is_complete(given) else next(iter(newest_first(given)), None)
+
+
+def _as_release(path: Path) -> str:
+    """A directory in which Megatron's loop finds a checkpoint's weights; it goes with this process."""
+    view = Path(tempfile.mkdtemp(prefix="megatron-mimo-"))
+    atexit.register(shutil.rmtree, view, ignore_errors=True)
+    (view / "release").symlink_to(path.resolve(), target_is_directory=True)
+    (view / "latest_checkpointed_iteration.txt").write_text("release")
+    return str(view)
+
+
+def _check_begins(args: Namespace, option: str, given: Path) -> None:
+    """Refuses to begin with random weights where a checkpoint was asked for.
+
+    A run that saves to the directory that it loads from begins there.
+
+    Raises:
+        ValueError: naming the directory and what is in it.
+    """
+    there = sorted(path.name for path in given.iterdir()) if given.is_dir() else []
+    begins = args.save is not None and Path(args.save).resolve() == given.resolve()
+    checkpoints = [name for name in there if name.startswith(("iter_", "step_", "release"))]
+    if option == "load" and args.pretrained_checkpoint is not None and not checkpoints:
+        return  # Megatron takes the weights of that one
+    if not begins or [name for name in checkpoints if any((given / name).iterdir())]:
+        raise ValueError(
+            f"--{option.replace('_', '-')} {given}: no checkpoint to load there, and training would begin with random "
+            f"weights. Expected latest_checkpointed_iteration.txt or a Trainer's step_..., found {there or 'nothing'}. "
+            "Correct the directory, or leave the option out."
+        )

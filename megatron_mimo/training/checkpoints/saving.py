@@ -8,33 +8,36 @@ are those of the same layout only, and start anew in another.
 from __future__ import annotations
 
 import logging
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from megatron_mimo.compat.megatron import describe_momentum, writers_report_here
+from megatron_mimo.compat.checkpoints import other_groups, planned
+from megatron_mimo.compat.megatron import describe_momentum
 from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.data.progress import State
 from megatron_mimo.launch import Run
 from megatron_mimo.model import MimoModel
-from megatron_mimo.training.checkpoints import identity
-from megatron_mimo.training.checkpoints.reading import agree, problems_of, read
+from megatron_mimo.training.checkpoints.directories import found_at, is_complete, newest_first
+from megatron_mimo.training.checkpoints.manifest import COMPLETE, Damaged
+from megatron_mimo.training.checkpoints.reading import Problems, agree, check, read
+from megatron_mimo.training.checkpoints.writing import Saver
 from megatron_mimo.training.parts.control import TrainingControl
-from megatron_mimo.training.sources import write_state
+from megatron_mimo.training.sources import read_state, write_state
 
 logger = logging.getLogger(__name__)
 
 _WEIGHTS_ONLY = "Begin a run with the checkpoint's weights alone: load(path, weights_only=True)."
-_COMPLETE = "complete"  # written last: a directory without it was cut short
+# Fully reshardable: a checkpoint of one layout can be read by any other, and every rank of a distributed optimizer is
+# asked for its part. The other is written without asking anybody, and read by the same layout but for data parallelism.
+_ANY_LAYOUT, _OWN_PARTS = "fully_reshardable", "dp_reshardable"
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,19 @@ class Trained:
         )
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """How far the run of a checkpoint was.
+
+    Args:
+        step: that it had behind it.
+        data: where its data source was; None where it had none.
+    """
+
+    step: int
+    data: State | None
+
+
 def save(
     directory: Path,
     step: int,
@@ -73,81 +89,127 @@ def save(
     run: Run,
     trained: Trained,
     data: State | None = None,
+    *,
+    saver: Saver | None = None,
+    background: bool = False,
+    losses: Mapping[str, float] | None = None,
 ) -> Path:
     """Writes `directory/step_<step>` and gives its path. Collective over all ranks.
 
-    A checkpoint of the same step that is there is replaced, once this one is whole. `data` says how far the run's data
-    source is.
+    A checkpoint of the same step that is there is replaced, once this one is whole.
+
+    Args:
+        directory: of the run's checkpoints.
+        step: that the run has behind it.
+        chunks, optimizer, schedule, run: whose state is saved.
+        trained: what trained.
+        data: how far the run's data source is.
+        saver: of the run; one that writes in the background is asked later whether it has. None for one of this call.
+        background: write while the run goes on; the optimizer's state is then in the form that needs no gathering.
+        losses: of an evaluation at this step.
+
+    Raises:
+        OSError: on every rank, where one of them could not write. The checkpoints before it stay.
     """
-    path = directory / f"step_{step:08d}"
-    written = directory / f"writing_{path.name}"
-    if run.rank == 0:
-        shutil.rmtree(written, ignore_errors=True)
-        written.mkdir(parents=True)
-    dist.barrier()
     # Before its first update an optimizer has no state to save.
     updated = schedule.num_steps > 0
-    state = _state(chunks, optimizer if updated else None, run, loading=False)
-    state |= {
-        "step": step,
-        "updated": updated,
-        "layout": vars(run.layout),
-        "schedule": schedule.state_dict(),
-        "trained": vars(trained),
-    }
-    with writers_report_here():
-        dist_checkpointing.save(state, str(written), content_metadata=_saved(_metadata(run)))
-    dist.barrier()
-    if run.rank == 0:
-        identity.write(written, chunks[0].mimo_config)
+    metadata = _metadata(run, _OWN_PARTS if background else _ANY_LAYOUT)
+
+    def plan(written: Path):
+        state = _state(chunks, optimizer if updated else None, run, metadata, loading=False)
+        state |= {
+            "step": step,
+            "iteration": step,
+            # Of Megatron's order of a query, key and value; its own loop asks for it.
+            "checkpoint_version": 3.0,
+            "updated": updated,
+            "layout": vars(run.layout),
+            "schedule": schedule.state_dict(),
+            "trained": vars(trained),
+        }
+        return planned(dist_checkpointing.save, state, written, content_metadata=_saved(metadata))
+
+    path = directory / f"step_{step:08d}"
+
+    def beside(written: Path) -> None:
         if data is not None:
             write_state(written, data)
-        (written / _COMPLETE).touch()
-        _replace(path, written)
-        logger.info("saved step %d to %s", step, path)
-    dist.barrier()  # from here on every rank finds it
+
+    (saver or Saver()).save(plan, path, chunks[0].mimo_config, background=background, losses=losses, beside=beside)
     return path
 
 
-def _replace(path: Path, written: Path) -> None:
-    """Moves `written` to `path`; what was there goes last."""
-    old = path.with_name(f"old_{path.name}")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
-    written.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def load(
+    path: Path | str | None,
+    chunks: Sequence[MimoModel],
+    optimizer: MegatronOptimizer,
+    schedule: OptimizerParamScheduler,
+    run: Run,
+    trained: Trained,
+    *,
+    directory: Path | str | None = None,
+) -> Loaded | None:
+    """Reads a checkpoint into model, optimizer and schedule, and gives how far it is.
+
+    Collective over all ranks.
+
+    Args:
+        path: of the checkpoint; None for the newest whole one in `directory`: one that is not whole is left aside with
+            a warning, and the one before it is read.
+        chunks, optimizer, schedule, run: what is read into.
+        trained: what trains now.
+        directory: of a run's checkpoints.
+
+    Returns:
+        None where there is no checkpoint in `directory`.
+
+    Raises:
+        FileNotFoundError: there is no complete checkpoint at `path`.
+        ValueError: loading it would run what the file says, it is not whole (`Damaged`), of another model, or the
+            optimizer's state there is of other parameters than those that train now, or of an optimizer that is
+            distributed otherwise. Nothing has changed then, on any rank.
+    """
+    own = (chunks, optimizer, schedule, run, trained)
+    if path is not None:
+        return _load(Path(path), *own)
+    problem = None
+    for found in newest_first(Path(directory)) if directory is not None else ():
+        try:
+            return _load(found, *own)
+        except Damaged as error:
+            logger.warning("%s", error)
+            problem = error
+    if problem is not None:
+        raise problem
+    return None
+
+
+def _load(
     path: Path,
     chunks: Sequence[MimoModel],
     optimizer: MegatronOptimizer,
     schedule: OptimizerParamScheduler,
     run: Run,
     trained: Trained,
-) -> int:
-    """Reads a checkpoint into model, optimizer and schedule, and gives the number of steps it has behind it.
-
-    Collective over all ranks.
-
-    Raises:
-        FileNotFoundError: there is no complete checkpoint at `path`.
-        ValueError: loading it would run what the file says, it is of another model, or the optimizer's state
-            there is of other parameters than those that train now, or of an optimizer that is distributed
-            otherwise. Nothing has changed then.
-    """
-    _check_complete(path)
-    agree(problems_of(path, chunks[0].mimo_config))
+) -> Loaded:
+    path = _complete(path)
+    check(path, chunks[0].mimo_config)
     common = dist_checkpointing.load_common_state_dict(str(path))
-    if common["updated"]:
-        check_trained(path, Trained(**common["trained"]), trained, _WEIGHTS_ONLY)
-    same_layout = common["layout"] == vars(run.layout)
+    if "trained" not in common:
+        raise ValueError(f"{path} is not a Trainer's: it has another loop's optimizer state. {_WEIGHTS_ONLY}")
     updated = common["updated"]
-    wanted = _state(chunks, optimizer if updated else None, run, loading=True, random=same_layout)
-    state = read(wanted, path, chunks[0].mimo_config)
-    for index, chunk in enumerate(chunks):
-        chunk.load_state_dict(state[f"model{index}"])
+    same_layout = common["layout"] == vars(run.layout)
+    metadata = _metadata(run, common["content_metadata"]["distrib_optim_sharding_type"])
+    if updated:
+        check_trained(path, Trained(**common["trained"]), trained, _WEIGHTS_ONLY)
+        _check_layout(path, common, run, trained)
+    wanted = _state(chunks, optimizer if updated else None, run, metadata, loading=True, random=same_layout)
+    state = read(wanted, path)
+    problem = other_groups(optimizer, state["optimizer"]) if updated else None
+    if problem is not None:
+        problem = f"optimizer: {problem} {_WEIGHTS_ONLY}"
+    agree(path, Problems(differences=() if problem is None else (problem,)))
+    _put(chunks, state)
     if updated:
         optimizer.load_state_dict(state["optimizer"])
     else:
@@ -156,28 +218,80 @@ def load(
     schedule.load_state_dict(state["schedule"])
     if same_layout:
         _set_random_state(state["random"])
-    return state["step"]
+    return Loaded(state["step"], read_state(path))
 
 
-def load_weights(path: Path, chunks: Sequence[MimoModel], optimizer: MegatronOptimizer, run: Run) -> None:
+def load_weights(
+    path: Path | str | None,
+    chunks: Sequence[MimoModel],
+    optimizer: MegatronOptimizer,
+    run: Run,
+    *,
+    directory: Path | str | None = None,
+) -> None:
     """Reads a checkpoint's weights into the model, and nothing else. Collective over all ranks.
+
+    Args:
+        path: of the checkpoint; None for the newest complete one in `directory`, if there is any.
+        chunks, optimizer, run: what is read into.
+        directory: of a run's checkpoints.
 
     Raises:
         FileNotFoundError: there is no complete checkpoint at `path`.
-        ValueError: loading it would run what the file says, or it is of another model. Nothing has changed then.
+        ValueError: as `load`, but for the optimizer. Nothing has changed then.
     """
-    _check_complete(path)
-    state = read(_state(chunks, None, run, loading=True, random=False), path, chunks[0].mimo_config)
-    for index, chunk in enumerate(chunks):
-        chunk.load_state_dict(state[f"model{index}"])
+    found = latest(Path(directory)) if path is None and directory is not None else path
+    if found is None:
+        return
+    path = _complete(Path(found))
+    check(path, chunks[0].mimo_config)
+    _put(chunks, read(_state(chunks, None, run, _metadata(run, _ANY_LAYOUT), loading=True, random=False), path))
     optimizer.reload_model_params()  # its own float32 copies of half-precision weights
 
 
-def _check_complete(path: Path) -> None:
-    if not (path / _COMPLETE).exists():
+def latest(directory: Path) -> Path | None:
+    """The complete checkpoint of the most steps in `directory`, None if there is none."""
+    return next(iter(newest_first(directory)), None)
+
+
+def _put(chunks: Sequence[MimoModel], state: dict) -> None:
+    """Copies weights that were read into the model."""
+    for index, chunk in enumerate(chunks):
+        # Names were compared before; what TransformerEngine's layers keep besides weights may be missing.
+        chunk.load_state_dict(state[f"model{index}"], strict=False)
+
+
+def _complete(path: Path) -> Path:
+    """Where the checkpoint of that name is.
+
+    Raises:
+        FileNotFoundError: there is none, or it was cut short.
+    """
+    found = found_at(path)
+    if not is_complete(found):
         raise FileNotFoundError(
             f"no complete checkpoint at {path}. Give the directory step_... that save() returned; one "
-            f"without a file {_COMPLETE!r} was cut short while it was written."
+            f"without a file {COMPLETE!r} was cut short while it was written."
+        )
+    return found
+
+
+def _check_layout(path: Path, common: dict, run: Run, trained: Trained) -> None:
+    """Refuses an optimizer state that another layout has written for itself.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    if common["content_metadata"]["distrib_optim_sharding_type"] != _OWN_PARTS or not trained.distributed_optimizer:
+        return
+    there, here = common["layout"], vars(run.layout)
+    other = [f"{name} {there[name]} there, {here[name]} here" for name in here if there[name] != here[name]]
+    other = [line for line in other if not line.startswith("world_size")]  # data parallelism may differ
+    if other:
+        raise ValueError(
+            f"{path} was written in the background, and its optimizer state is read by its own layout alone: "
+            f"{', '.join(other)}. {_WEIGHTS_ONLY} To go on with that state, load it in its own layout and call "
+            "save(): that checkpoint is read by any."
         )
 
 
@@ -212,22 +326,16 @@ def check_trained(path: Path | str, theirs: Trained, ours: Trained, instead: str
         )
 
 
-def latest(directory: Path) -> Path | None:
-    """The complete checkpoint of the most steps in `directory`, None if there is none."""
-    complete = [path.parent for path in directory.glob(f"step_*/{_COMPLETE}")]
-    return max(complete, default=None)
-
-
 def _state(
     chunks: Sequence[MimoModel],
     optimizer: MegatronOptimizer | None,
     run: Run,
+    metadata: dict,
     *,
     loading: bool,
     random: bool = True,
 ) -> dict:
     """What is saved or wanted, as sharded tensors and objects."""
-    metadata = _metadata(run)
     state: dict = {f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)}
     if optimizer is not None:
         describe_momentum(optimizer)
@@ -237,10 +345,10 @@ def _state(
     return state
 
 
-def _metadata(run: Run) -> dict:
-    # Fully reshardable: a checkpoint of one layout can be read by any other.
+def _metadata(run: Run, form: str) -> dict:
+    """Options of the state's form, the optimizer's being `form`."""
     return {
-        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_sharding_type": form,
         "distrib_optim_fully_reshardable_mem_efficient": False,
         "chained_optim_avoid_prefix": True,
         "singleton_local_shards": False,

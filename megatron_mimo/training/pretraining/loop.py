@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from megatron.core.enums import ModelType
 
-from megatron_mimo.compat.checkpoints import checkpoints_by
 from megatron_mimo.compat.cuda_on_cpu import disable_cpu_backend, enable_cpu_backend
 from megatron_mimo.compat.megatron_training import (
     compiled_dataset_helpers,
@@ -103,7 +102,7 @@ def adapt_megatron(model_config: ModelConfig) -> Iterator[None]:
             until_trained.enter_context(initialized_on_the_cpu(_initialize_cpu))
         until_trained.enter_context(optimizer_config_by(lambda ask: PartOverrides(ask, asked_for)))
         until_trained.enter_context(compiled_dataset_helpers())
-        until_trained.enter_context(checkpoints_by(**checkpoints.functions(lambda: asked_for(_running_args()))))
+        until_trained.enter_context(checkpoints.adapted(lambda: asked_for(_running_args())))
         yield
 
 
