@@ -302,7 +302,8 @@ def other_groups(optimizer: Any, state: Any) -> str | None:
         groups = own.get("optimizer", own).get("param_groups", [])
         try:
             each._filter_and_reorder_param_groups(
-                [dict(group) for group in each.optimizer.param_groups], [dict(group) for group in groups]
+                [dict(group) for group in each.optimizer.param_groups],
+                [{"params": [], **group} for group in groups],  # a distributed one adds its own
             )
         except ValueError as error:
             return " ".join(str(error).split())

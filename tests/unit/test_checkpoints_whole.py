@@ -147,7 +147,7 @@ def test_a_name_that_the_checkpoint_lacks_is_told(checkpoint, single_process):
 
 
 def test_options_of_the_optimizer_that_are_others_are_told_before_a_weight_has_changed(checkpoint, single_process):
-    ours = trainer(single_process, optimizer=OptimizerConfig(lr=1e-2, weight_decay=0.5))
+    ours = trainer(single_process, optimizer=OptimizerConfig(lr=0.5))
     with Unchanged(ours), pytest.raises(ValueError, match="optimizer: Could not find parameter group.*weights_only"):
         ours.load(checkpoint)
 
