@@ -56,11 +56,11 @@ class ImageTargets(TargetDescription):
         del targets
         return {"noise": (count, *self.sample_shape), **dict.fromkeys(("weight", "step", "drop"), (items,))}
 
-    def check_given(self, targets: Targets, where: str = "") -> None:
+    def check_beside(self, beside: Targets, where: str = "") -> None:
         """A `step` that the scheduler does not have is refused too."""
-        super().check_given(targets, where)
-        if "step" in targets:
-            check_within(targets["step"], f"{where}step", 0, self.steps - 1)
+        super().check_beside(beside, where)
+        if "step" in beside:
+            check_within(beside["step"], f"{where}step", 0, self.steps - 1)
 
     def encoded(self, media: Tensor) -> Tensor:
         """Latents `[n, C, h, w]`."""

@@ -211,7 +211,7 @@ class NoisedTargetInput(GenerationInput):
         """The targets with `target`, `time` and `noise`, as the decoder has them; a sampler's state `x` `[N, D]` at
         `time` `[n]` as it is."""
         if "x" in targets:
-            self.targets.check_given(targets, f"{stream}: " if stream else "")
+            self.targets.check_beside(targets, f"{stream}: " if stream else "")
             return Prepared(dict(targets), self.num_rows(targets), self.rows_per_item)
         return super().prepare(targets, stream)
 

@@ -159,24 +159,26 @@ class TargetDescription(ABC):
             stream: of the random draws, `"<modality>/<decoder>"`.
 
         Raises:
-            TypeError, ValueError: as `num_rows`; a value that means nothing, as far as `check_given` looks.
+            TypeError, ValueError: as `num_rows`; a value that means nothing, as far as `check_beside` looks.
         """
         rows = self.num_rows(targets, stream)
-        self.check_given(targets, f"targets of {stream}: " if stream else "")
+        beside = {name: targets[name] for name in self.optional if name in targets}
+        self.check_beside(beside, f"targets of {stream}: " if stream else "")
         tensors = dict(targets)
         if "media" in tensors:
             tensors[self.keyword] = self.encoded(tensors.pop("media"))
         tensors = self.drawn(tensors, rows // self.rows_per_item, stream)
         return Prepared(tensors, rows, self.rows_per_item)
 
-    def check_given(self, targets: Targets, where: str = "") -> None:
-        """Refuses values that mean nothing, on the CPU; elsewhere looking would wait for the device.
+    def check_beside(self, beside: Targets, where: str = "") -> None:
+        """Refuses values of optional keywords that mean nothing, on the CPU; elsewhere looking would wait for the
+        device.
 
         Raises:
             ValueError: a weight that is negative, infinite or NaN; draws out of their range.
         """
-        if "weight" in targets:
-            check_weight(targets["weight"], where)
+        if "weight" in beside:
+            check_weight(beside["weight"], where)
 
     def loss_shape(self, targets: Targets) -> tuple[int, ...]:
         """Shape of the losses of these targets, by shapes alone and not checked: one a target.
@@ -408,11 +410,11 @@ class FlowTargets(VectorTargets):
         del targets
         return {"weight": (count,), "time": (items,), "drop": (items,), "noise": (count, self.width)}
 
-    def check_given(self, targets: Targets, where: str = "") -> None:
+    def check_beside(self, beside: Targets, where: str = "") -> None:
         """A `time` outside [0, 1] is refused too: there is no point of the path there."""
-        super().check_given(targets, where)
-        if "time" in targets:
-            check_within(targets["time"], f"{where}time", 0, 1)
+        super().check_beside(beside, where)
+        if "time" in beside:
+            check_within(beside["time"], f"{where}time", 0, 1)
 
     def drawn(self, tensors: dict[str, Tensor], items: int, stream: str) -> dict[str, Tensor]:
         """With `time` and `noise`."""

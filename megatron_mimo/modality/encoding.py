@@ -97,9 +97,9 @@ class EncoderKeywords:
         """The inputs under the encoder's own keywords, without those that are not for it."""
         return {self._own(encoder, key): value for key, value in given.items() if not self._is_count(encoder, key)}
 
-    def counts(self, encoder: str, given: Mapping[str, object]) -> object:
-        """`rows_per_item` beside the inputs; None where there is none, or where it is an input of the encoder."""
-        return given.get(ROWS_PER_ITEM) if self._is_count(encoder, ROWS_PER_ITEM) else None
+    def tells_rows(self, encoder: str) -> bool:
+        """Whether `rows_per_item` beside the inputs tells the rows of each item, and is no input of the encoder."""
+        return self._is_count(encoder, ROWS_PER_ITEM)
 
     def check(self, asked: Asked) -> None:
         """Refuses inputs that no encoder takes.
@@ -122,7 +122,7 @@ class EncoderKeywords:
                 )
             where = f"{asked.where}[{name!r}]"
             check_nested(where, given, "keyword -> value")
-            self._check_keywords(where, name, given)
+            self._check_keywords(where, name, list(given))
 
     def _own(self, encoder: str, key: str) -> str:
         accepted = self._accepted[encoder]
@@ -132,7 +132,7 @@ class EncoderKeywords:
         """Whether a key tells the rows and is no input of this encoder."""
         return key == ROWS_PER_ITEM and key not in (self._accepted[encoder] or ())
 
-    def _check_keywords(self, where: str, name: str, given: Mapping[str, Tensor]) -> None:
+    def _check_keywords(self, where: str, name: str, given: list[str]) -> None:
         kind, accepted = self._kinds[name], self._accepted[name]
         names: dict[str, str] = {}
         for key in given:
@@ -170,12 +170,28 @@ def run_encoder(name: str, encoder: nn.Module, keywords: Mapping[str, Tensor], c
             no ints.
         ValueError: another shape, counts that do not add up.
     """
-    output = _called(name, encoder, {key: in_dtype_of(encoder, value) for key, value in keywords.items()})
-    rows, told = output, counts
+    try:
+        output = encoder(**{key: in_dtype_of(encoder, value) for key, value in keywords.items()})
+    except RuntimeError as error:
+        of_bytes = [key for key, value in keywords.items() if isinstance(value, Tensor) and value.dtype == torch.uint8]
+        if not of_bytes:
+            raise
+        raise TypeError(
+            f"encoder {name!r} ({type(encoder).__name__}) cannot compute with {of_bytes} of dtype uint8. Scale and "
+            "normalise images to floating point where the batch is made, as the encoder was trained."
+        ) from error
+    told = counts
     if isinstance(output, EncodedRows):
-        rows, told = output.rows, counts if output.rows_per_item is None else output.rows_per_item
-    elif isinstance(rows, Mapping):
-        rows = tuple(rows.values())
+        output, told = output.rows, counts if output.rows_per_item is None else output.rows_per_item
+    rows = with_zeros(_rows_of(name, output), encoder)
+    if told is not None:
+        return EncodedRows(rows, _checked_counts(name, told, rows.shape[:-1].numel()))
+    return EncodedRows(rows, _items_by_shape(rows) if len(rows) != 1 else None)
+
+
+def _rows_of(name: str, output: object) -> Tensor:
+    """The rows in what an encoder returned."""
+    rows = tuple(output.values()) if isinstance(output, Mapping) else output
     if isinstance(rows, tuple):
         rows = rows[0] if rows else None
     if not isinstance(rows, Tensor):
@@ -187,10 +203,7 @@ def run_encoder(name: str, encoder: nn.Module, keywords: Mapping[str, Tensor], c
         raise TypeError(f"encoder {name!r} returned {rows.dtype}; expected floating-point rows")
     if rows.dim() not in (2, 3):
         raise ValueError(f"encoder {name!r} returned shape {list(rows.shape)}; expected [B, s, h] or [n, h]")
-    rows = with_zeros(rows, encoder)
-    if told is not None:
-        return EncodedRows(rows, _checked_counts(name, told, rows.shape[:-1].numel()))
-    return EncodedRows(rows, _items_by_shape(rows) if len(rows) != 1 else None)
+    return rows
 
 
 def projected(projection: nn.Module, rows: Tensor) -> Tensor:
@@ -271,19 +284,6 @@ def _items(output: EncodedRows) -> list[int] | None:
 
 def _items_by_shape(rows: Tensor) -> list[int] | None:
     return [rows.shape[1]] * rows.shape[0] if rows.dim() == 3 else None
-
-
-def _called(name: str, encoder: nn.Module, keywords: Mapping[str, object]) -> object:
-    try:
-        return encoder(**keywords)
-    except RuntimeError as error:
-        whole = [key for key, value in keywords.items() if isinstance(value, Tensor) and value.dtype == torch.uint8]
-        if not whole:
-            raise
-        raise TypeError(
-            f"encoder {name!r} ({type(encoder).__name__}) cannot compute with {whole} of dtype uint8. Scale and "
-            "normalise images to floating point where the batch is made, as the encoder was trained."
-        ) from error
 
 
 def _checked_counts(name: str, told: object, rows: int) -> list[int]:

@@ -20,6 +20,7 @@ from megatron_mimo.decoders.targets import Prepared, TargetDescription, Targets
 from megatron_mimo.idle import stand_in, with_idle
 from megatron_mimo.losses import LossTerm
 from megatron_mimo.modality.encoding import (
+    ROWS_PER_ITEM,
     Asked,
     EncodedRows,
     EncoderKeywords,
@@ -177,7 +178,7 @@ class ModalitySubmodules(ABC, nn.Module):
                 idle.append(stand_in([encoder, *own.get(name, ())]))
                 continue
             given = asked[name]
-            counts = self._keywords.counts(name, given)
+            counts = given.get(ROWS_PER_ITEM) if self._keywords.tells_rows(name) else None
             output = run_encoder(name, encoder, self._keywords.of(name, given), counts)
             for projection in own.get(name, ()):
                 output = replace(output, rows=projected(projection, output.rows))

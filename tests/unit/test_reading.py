@@ -1,5 +1,8 @@
 """What encoders are given and give: inputs that say too little or twice, rows by item, precisions that differ."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -53,6 +56,15 @@ def reading(*counts: int) -> torch.Tensor:
 
 def images(**given) -> dict:
     return {"images": {"patches": given}}
+
+
+def test_the_examples_of_the_reading_page_print_what_it_says():
+    page, printed = (Path(__file__).parents[2] / "docs" / "reading.md").read_text(), []
+    names = {"print": printed.append}
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(block, names)
+    said = re.findall(r"print\(.*\)  # (.*)", page)
+    assert [str(list(one) if isinstance(one, torch.Size) else one) for one in printed] == said and len(said) == 3
 
 
 # Rows of each item
