@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -92,7 +93,6 @@ class GridGPT(GPTModel):
         ValueError: positions of another kind, or a fused rotary kernel, which counts packed sequences anew.
     """
 
-    @functools.wraps(GPTModel.__init__)
     def __init__(self, *args, mrope_interleaved: bool = False, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         if self.position_embedding_type != "mrope":
@@ -105,12 +105,16 @@ class GridGPT(GPTModel):
                 "GridGPT: expected apply_rope_fusion=False, found True: the fused kernel gives every packed "
                 "sequence the positions of the first"
             )
-        megatrons = self.rotary_pos_emb
-        self.rotary_pos_emb = GridRotary(
-            megatrons.inv_freq, interleaved=mrope_interleaved, cp_group=self.pg_collection.cp
+        frequencies = cast(Tensor, self.get_submodule("rotary_pos_emb").inv_freq)
+        self.rotary_pos_emb: GridRotary = GridRotary(
+            frequencies, interleaved=mrope_interleaved, cp_group=self.pg_collection.cp
         )
 
-    @functools.wraps(GPTModel.forward)
+    @functools.wraps(GPTModel.forward)  # MimoModel goes by the signature
     def forward(self, *args, packed_seq_params=None, **kwargs) -> Tensor:
         self.rotary_pos_emb.packed = packed_seq_params is not None
         return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
+
+
+# MimoModel goes by the constructor's signature too, which is GPTModel's but for one argument.
+functools.update_wrapper(GridGPT.__init__, GPTModel.__init__, assigned=())

@@ -140,9 +140,11 @@ class SegmentAttention(DotProductAttention):
                 mask = None
                 if spans is not None and spanned[sequence]:
                     mask = span_mask(spans[start:stop])
-                parts = (x[start:stop].transpose(0, 1)[None] for x in (query, key, value))
+                q, k, v = (x[start:stop].transpose(0, 1)[None] for x in (query, key, value))
                 found = F.scaled_dot_product_attention(
-                    *parts,
+                    q,
+                    k,
+                    v,
                     attn_mask=mask,
                     dropout_p=dropped,
                     is_causal=causal and mask is None,

@@ -8,6 +8,7 @@ data-parallel rank and resumes exactly. Nothing here imports Megatron-Core.
 
 from megatron_mimo.data.blend import Order
 from megatron_mimo.data.chat import PLAIN_TEMPLATE, ChatText
+from megatron_mimo.data.lengths import Lengths, prepare
 from megatron_mimo.data.loading import PackedData, ReadingOptions
 from megatron_mimo.data.media import Limits, Sound, Video
 from megatron_mimo.data.messages import Conversation, Medium, Part, SampleError, Turn, conversation_of
@@ -33,6 +34,7 @@ __all__ = [
     "ImageWriter",
     "Item",
     "JsonLines",
+    "Lengths",
     "Limits",
     "Medium",
     "Order",
@@ -68,5 +70,6 @@ __all__ = [
     "packed",
     "padded",
     "positions",
+    "prepare",
     "show",
 ]

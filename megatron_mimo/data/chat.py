@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from megatron_mimo.data.messages import DOCUMENT, Conversation, Kind, Part, SampleError, Turn
 
@@ -183,14 +183,16 @@ class ChatText:
     ) -> tuple[str, list[tuple[int, int]]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        rendered, spans = render_jinja_template(
-            [list(messages)],
+        chats: list[list[dict[str, Any]]] = [[dict(message) for message in messages]]
+        rendered: Any = render_jinja_template(  # annotated as a text, and a pair of lists
+            chats,
             chat_template=self._template,
             add_generation_prompt=prompt,
             return_assistant_tokens_mask=marks,
             **self._names,
         )
-        return rendered[0], [tuple(span) for span in spans[0]] if marks else []
+        texts, spans = rendered
+        return texts[0], [(start, stop) for start, stop in spans[0]] if marks else []
 
     def _span_of(self, index: int, messages: Sequence[Mapping[str, Any]], text: str) -> tuple[int, int]:
         """Where turn `index` stands in `text`, by what it adds to the turns before it."""
@@ -331,4 +333,4 @@ def _with_stand_in(tokenizer: Any) -> tuple[Any, int]:
     encoder.no_truncation()
     encoder.no_padding()
     encoder.add_special_tokens([AddedToken(_STAND_IN, special=True, normalized=False)])
-    return encoder, encoder.token_to_id(_STAND_IN)
+    return encoder, cast(int, encoder.token_to_id(_STAND_IN))

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -120,12 +120,13 @@ def open_image(medium: Medium, root: Path | None = None, limits: Limits = Limits
 
     if medium.value is not None and not isinstance(medium.value, Image.Image):
         raise SampleError("form", f"image: expected a file or an image of PIL, found {type(medium.value).__name__}")
-    data = None if medium.value is not None else read_bytes(medium, root, limits)
+    given: Image.Image | None = medium.value
+    data = None if given is not None else read_bytes(medium, root, limits)
 
     def decode() -> Image.Image:
         with warnings.catch_warnings():  # the bound is ours, and an error
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = medium.value if data is None else Image.open(io.BytesIO(data))
+            image = given if given is not None else Image.open(io.BytesIO(cast(bytes, data)))
         _check_pixels(image.size, limits)
         return ImageOps.exif_transpose(image).convert("RGB")
 
@@ -203,7 +204,8 @@ def open_video(medium: Medium, rate: float, root: Path | None = None, limits: Li
 
 def _frames(decoded: Any, rate: float, limits: Limits, name: str) -> np.ndarray:
     """Every frame that is the first at or after a multiple of `1 / rate`."""
-    frames, due = [], 0.0
+    frames: list[np.ndarray] = []
+    due = 0.0
     for frame in decoded:
         time = float(frame.time or 0.0)
         _check_seconds(time, limits)

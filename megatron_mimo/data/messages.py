@@ -17,7 +17,7 @@ import binascii
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 from urllib.parse import unquote_to_bytes
 
 Kind = Literal["text", "image", "audio", "video"]
@@ -303,7 +303,7 @@ def _split(part: Part, tags: Mapping[Kind, int], left: Mapping) -> list[Part]:
     """A text part cut at its tags. Tags of kinds that have no column stay text."""
     parts, start = [], 0
     for match in _TAG.finditer(part.text):
-        kind = match.group(1)
+        kind = cast(Kind, match.group(1))
         if kind not in tags:
             continue
         parts += [replace(part, text=part.text[start : match.start()])]

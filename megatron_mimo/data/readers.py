@@ -100,7 +100,7 @@ class ImageReader:
         output = self._processor(images=[image], return_tensors="pt")
         grid = output.get("image_grid_thw")
         if grid is not None:
-            grids = (_merged(grid[0].tolist(), self._merge),)
+            grids: tuple[Grid, ...] = (_merged(grid[0].tolist(), self._merge),)
             rows = grids[0][0] * grids[0][1] * grids[0][2]
         elif self._rows is not None:
             first = output["pixel_values"]

@@ -113,8 +113,9 @@ class JsonLines(Source):
         return {**self.__dict__, "_file": None}
 
     def __del__(self) -> None:
-        if self.__dict__.get("_file") is not None:
-            os.close(self._file)
+        opened = self.__dict__.get("_file")
+        if opened is not None:
+            os.close(opened)
 
 
 def _line_spans(path: Path) -> np.ndarray:

@@ -96,7 +96,8 @@ class Reader:
     def __call__(self, step: int, rank: int, size: int) -> Sequence[Batch]:
         """The step's microbatches. Collective over the context- and pipeline-parallel ranks with tensor rank 0."""
         del step, rank, size
-        groups, batches = self._run.groups, None
+        groups = self._run.groups
+        batches: Sequence[Batch] | None = None
         if groups.pp.rank() == 0:
             if groups.cp.rank() == 0:
                 batches = list(self.source.next_step())
