@@ -16,6 +16,7 @@ from megatron_mimo.draws import restart_draws
 from megatron_mimo.losses import LossTerm
 from megatron_mimo.model import MimoModel
 from megatron_mimo.output import MimoOutput, loss_terms
+from megatron_mimo.training.auxiliary import scale_mtp
 from megatron_mimo.training.reading import part_for, placed_batches
 from megatron_mimo.training.scale import StepScale, loss_func
 from megatron_mimo.training.speed import counts as names
@@ -80,6 +81,8 @@ class ForwardStep:
             weights=mimo.loss_weights,
             names=["text", *names.decoders_of(mimo)],
             scale=scale,
+            # Told once of a batch whose parts several ranks have: only the sum over ranks is used.
+            held=None if scale is None else int(counted[names.HELD]) if mimo.pg_collection.cp.rank() == 0 else 0,
         )
 
     def start_evaluation(self) -> None:
@@ -101,6 +104,8 @@ class ForwardStep:
             step = self._steps[chunk] = self._read(iterator, mimo, self._microbatches())
             if mimo.post_process and self._on_step is not None:
                 self._on_step(self._step(), step.counts)
+            if mimo.post_process:
+                scale_mtp(mimo.config, step.counts[names.HELD], step.counts[names.term("text")])
         self._restart_draws(mimo, self._step(), self._microbatches() - len(step))
         return step, self._scale(step.counts, mimo) if mimo.post_process else None
 
@@ -126,7 +131,7 @@ class ForwardStep:
         terms = ["text", *names.decoders_of(mimo)]
         return StepScale(
             counts={name: counts[names.term(name)] for name in terms},
-            tokens=counts[names.TOKENS],
+            tokens=counts[names.HELD],
             parts=self._microbatches() * mimo.pg_collection.dp_cp.size(),
             per_token=mimo.config.calculate_per_token_loss,
         )

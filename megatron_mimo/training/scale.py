@@ -54,6 +54,7 @@ def loss_func(
     weights: Mapping[str, float],
     names: Iterable[str],
     scale: StepScale | None,
+    held: int | None = None,
     non_loss_data: bool = False,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]] | Tensor | MimoOutput:
     """A microbatch's loss, as Megatron's schedules take it.
@@ -65,11 +66,12 @@ def loss_func(
             as 0 / 1 where the whole step does: Megatron's log divides every term, and one NaN would spoil
             the mean of an interval.
         scale: of the step; None in evaluation, where nothing is divided.
+        held: tokens that this rank reports of the microbatch; None for those that the language loss looks at.
         non_loss_data: the schedule collects outputs: they come back as they are.
 
     Returns:
-        `(loss, tokens, report)`: a float32 scalar with gradient; an int32 scalar, the tokens of this
-        rank's part, 1 without `calculate_per_token_loss`; and by name of the log, `[sum, count]`
+        `(loss, tokens, report)`: a float32 scalar with gradient; an int32 scalar, the tokens that this
+        rank reports, 1 without `calculate_per_token_loss`; and by name of the log, `[sum, count]`
         float32, rank-local, which Megatron adds up over microbatches and ranks and then divides.
     """
     if non_loss_data:
@@ -83,6 +85,8 @@ def loss_func(
     logged["loss"] = torch.stack([loss.detach(), loss.new_tensor(1 / scale.parts)])
     if not scale.per_token:
         tokens = torch.ones_like(tokens)
+    elif held is not None:
+        tokens = torch.full_like(tokens, held)
     return loss * scale.factor, tokens, logged
 
 

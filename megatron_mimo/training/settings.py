@@ -61,7 +61,8 @@ class StepReport:
     Args:
         step: its index, from 0.
         losses: term -> mean over the whole batch, and `"loss"`, the weighted sum. Terms that the
-            batch counted nothing of are left out.
+            batch counted nothing of are left out. Of a model with experts also its auxiliary losses by Megatron's
+            names, such as `"load_balancing_loss"` and `"z_loss"`, without their coefficients; not part of `"loss"`.
         learning_rate: of parameters without a factor of their own.
         gradient_norm: before clipping; None where the optimizer does not compute it.
         skipped: the gradients had an infinity or NaN, and no weight changed (fp16).

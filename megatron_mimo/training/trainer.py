@@ -26,6 +26,7 @@ from megatron_mimo.data.step import Counts
 from megatron_mimo.launch import Run, exit_on_error
 from megatron_mimo.layout import check_layout, check_sequence_length
 from megatron_mimo.moved import names_of
+from megatron_mimo.training import auxiliary
 from megatron_mimo.training.checkpoints import saving
 from megatron_mimo.training.checkpoints.directories import CheckpointSettings
 from megatron_mimo.training.checkpoints.parts import LoadReport, load_parts
@@ -169,9 +170,11 @@ class Trainer:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        auxiliary.start_step(self.models[0].config)
         logged = self._run(data, self.steps_done, forward_only=False)
         succeeded, norm, _ = self.optimizer.step()
         losses, norm, succeeded = self._agree(logged, norm, succeeded, self._counts)
+        losses |= auxiliary.reported(self.models[0].config, self.run, self._microbatches)
         learning_rate = self.schedule.get_lr({})  # of a group that says nothing of its own
         if succeeded:
             self.schedule.step(increment=1)

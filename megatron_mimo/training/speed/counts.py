@@ -29,6 +29,7 @@ LOSS, READ, WRITTEN, ITEMS = "loss", "rows read", "rows written", "media items"
 Key = tuple[str, ...]
 TOKENS: Key = ("tokens",)  # positions that the language loss looks at
 POSITIONS: Key = ("positions",)
+HELD: Key = ("positions held",)  # those that are not padding
 SAMPLES: Key = ("samples",)  # sequences, of which a packed row has several
 
 
@@ -90,14 +91,15 @@ def count_batch(batch: Batch, model: MimoModel) -> Counts:
             f"a training batch has no labels, found {given}. Give labels [B, S], the id that "
             "each position shall predict, and a loss_mask of zeros where nothing is to be learned."
         )
+    padding = padding_of(batch.get("packed_seq_params"), ids.shape[1], padding_mask=batch.get("padding_mask"))
     if mask is None:
-        padding = padding_of(batch.get("packed_seq_params"), ids.shape[1])
         reads = with_data(batch.get("modality_inputs"))
         mask = default_loss_mask(ids, labels, padding, model.mimo_config, model.modality_submodules, reads)
     counts: Counts = {
         term("text"): float(mask.sum()),
         TOKENS: float(mask.count_nonzero()),
         POSITIONS: float(ids.numel()),
+        HELD: float(ids.numel() if padding is None else (~padding).expand_as(ids).sum()),
         SAMPLES: float(_sequences(ids, batch.get("packed_seq_params"))),
     }
     targets = batch.get("modality_targets") or {}
