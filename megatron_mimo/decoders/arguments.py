@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Real
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ def check_sample_options(decoder: nn.Module, options: Mapping[str, object], wher
     Raises:
         TypeError: naming the option and those that there are.
     """
-    rows, *taken = inspect.signature(decoder.sample).parameters.values()
+    rows, *taken = inspect.signature(cast(Callable, decoder.sample)).parameters.values()
     if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken):
         return
     known = [one.name for one in taken]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -161,7 +161,7 @@ class DiscreteDecoder(Decoder):
         logits = self.logits(rows)
         if guidance != 1:
             null = self.condition_dropout.unconditional(rows, unconditional_rows)
-            logits = [guided(*pair, guidance) for pair in zip(logits, self.logits(null))]
+            logits = tuple(guided(*pair, guidance) for pair in zip(logits, self.logits(null)))
         codes = [draw_codes(part, temperature, top_k, top_p, generator) for part in logits]
         return torch.stack(codes, dim=1) if len(codes) > 1 else codes[0]
 
@@ -171,7 +171,7 @@ class DiscreteDecoder(Decoder):
 
     def _local_logits(self, rows: Tensor) -> list[Tensor]:
         """`[N, V / tensor-parallel size]` of each codebook, rank-local."""
-        rows = rows.to(self.heads[0].weight.dtype)
+        rows = rows.to(cast(Tensor, self.heads[0].weight).dtype)
         if self.hidden is not None:
             rows = F.gelu(self.hidden(rows))
         return [head(rows) for head in self.heads]

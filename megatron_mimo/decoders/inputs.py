@@ -182,6 +182,8 @@ class NoisedTargetInput(GenerationInput):
         torch.Size([6, 16])
     """
 
+    targets: FlowTargets
+
     def __init__(
         self,
         *,

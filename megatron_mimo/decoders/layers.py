@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class Sharding:
     @property
     def size(self) -> int:
         """Number of ranks a large matrix is cut over."""
-        return 1 if self.config is None else self.group().size()
+        return 1 if self.config is None else self._cut_over().size()
 
     def whole(self, inputs: int, outputs: int) -> nn.Linear:
         """A linear layer `[..., inputs] -> [..., outputs]` that every rank holds whole."""
@@ -70,7 +70,7 @@ class Sharding:
             return self.whole(inputs, outputs)
         from megatron_mimo.decoders.parallel_layers import ColumnLinear
 
-        return ColumnLinear(inputs, outputs, config=self._layer_config(), group=self.group(), gather=gather)
+        return ColumnLinear(inputs, outputs, config=self._layer_config(), group=self._cut_over(), gather=gather)
 
     def row(self, inputs: int, outputs: int) -> nn.Module:
         """`[..., inputs / size] -> [..., outputs]`, summed over the tensor-parallel ranks."""
@@ -78,11 +78,14 @@ class Sharding:
             return self.whole(inputs, outputs)
         from megatron_mimo.decoders.parallel_layers import RowLinear
 
-        return RowLinear(inputs, outputs, config=self._layer_config(), group=self.group())
+        return RowLinear(inputs, outputs, config=self._layer_config(), group=self._cut_over())
+
+    def _cut_over(self) -> ProcessGroup:
+        return cast("ProcessGroup", self.group())  # there is one beside a config
 
     def _layer_config(self) -> ModelParallelConfig:
         # Rows arrive whole on every rank, also where the language model shards its sequence.
-        config = copy.copy(self.config)
+        config = cast("ModelParallelConfig", copy.copy(self.config))
         config.sequence_parallel = False
         return config
 
@@ -134,7 +137,7 @@ class Modulation(nn.Module):
         super().__init__()
         self.parts = parts
         self.linear = sharding.column(width, parts * width, gather=True)
-        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(cast(Tensor, self.linear.weight))
 
     def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
         """`[..., width]` -> `parts` tensors of that shape."""

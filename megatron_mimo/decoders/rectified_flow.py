@@ -84,13 +84,14 @@ class RectifiedFlowDecoder(Decoder):
         """Vectors of `target_width`, `targets_per_item` for `rows_per_item` rows, by the `flow`."""
         if params.get("target_width") is None:
             return params.get("targets")
-        rows = params.get("rows_per_item")
+        rows, each = params.get("rows_per_item"), params.get("targets_per_item")
+        rows = 1 if rows is None else rows
         return FlowTargets(
             params["target_width"],
             params.get("tokenizer"),
             RectifiedFlow() if params.get("flow") is None else params["flow"],
-            1 if rows is None else rows,
-            params.get("targets_per_item"),
+            rows,
+            rows if each is None else each,
         )
 
     @abstractmethod

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from megatron.core.utils import unwrap_model
@@ -62,7 +62,7 @@ def sample_one_by_one(
             no samples, a decoder that draws several rows together, or guidance of another form.
     """
     writer = _Writer.of(model, input_ids, modality, decoder, inputs)
-    options = dict(options or {})
+    options: dict[str, Any] = dict(options or {})
     check_sample_options(writer.decoder, options, "options")
     if "unconditional_rows" in options:
         raise ValueError(

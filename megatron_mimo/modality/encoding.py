@@ -295,18 +295,18 @@ def _checked_counts(name: str, told: object, rows: int) -> list[int]:
     """
     if isinstance(told, Tensor) and told.device.type == "cpu" and not told.is_floating_point():
         told = told.tolist()
-    whole = isinstance(told, Sequence) and all(isinstance(one, int) and not isinstance(one, bool) for one in told)
-    if not whole:
+    counts = list(told) if isinstance(told, Sequence) else None
+    if counts is None or not all(isinstance(one, int) and not isinstance(one, bool) for one in counts):
         what = f"a tensor on {told.device}" if isinstance(told, Tensor) else repr(told)
         raise TypeError(
             f"encoder {name!r}: {ROWS_PER_ITEM} must be a list of ints on the host, one for each item, found {what}"
         )
-    if sum(told) != rows or min(told, default=0) < 0:
+    if sum(counts) != rows or min(counts, default=0) < 0:
         raise ValueError(
-            f"encoder {name!r}: {ROWS_PER_ITEM} {list(told)} adds up to {sum(told)}, but it returned {rows} rows. "
+            f"encoder {name!r}: {ROWS_PER_ITEM} {counts} adds up to {sum(counts)}, but it returned {rows} rows. "
             "Count the rows of each item after pooling, and those of padding only if they are returned."
         )
-    return list(told)
+    return counts
 
 
 def _keyword_names(module: nn.Module) -> frozenset[str] | None:

@@ -109,10 +109,10 @@ def check_writing(
     if not decoders or feed is None:
         return
     feed.check_rule(next(iter(rules.values())))
-    name = only_decoder(decoders, feed.decoder)
-    if name is not None and feed.targets is not None and not feed.targets.part_of(decoders[name].targets):
+    read = only_decoder(decoders, feed.decoder)
+    if read is not None and feed.targets is not None and not feed.targets.part_of(decoders[read].targets):
         raise ValueError(
-            f"decoder {name!r} learns {decoders[name].targets}, but the {type(feed).__name__} that reads its targets "
+            f"decoder {read!r} learns {decoders[read].targets}, but the {type(feed).__name__} that reads its targets "
             f"was built for {feed.targets}. Give it the decoder's: targets=decoder.targets."
         )
 

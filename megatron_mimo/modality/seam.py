@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
 
@@ -19,4 +21,4 @@ def in_dtype_of[Value](module: nn.Module, value: Value) -> Value:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
     weight = next((p for p in module.parameters() if p.is_floating_point()), None)
-    return value if weight is None else value.to(weight.dtype)
+    return value if weight is None else cast(Value, value.to(weight.dtype))
