@@ -11,8 +11,8 @@ from torch import nn
 
 from megatron_mimo import specs
 
-Made = type | Callable[..., nn.Module]
-Spec = ModuleSpec | Made | nn.Module
+type Made = type | Callable[..., nn.Module]
+type Spec = ModuleSpec | Made | nn.Module
 
 
 def build(

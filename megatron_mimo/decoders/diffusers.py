@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,9 @@ from megatron_mimo.losses import LossTerm
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SchedulerMixin, VQModel
     from megatron.core.transformer.spec_utils import ModuleSpec
+
+# The library's schedulers share no class that declares what all of them have, nor what their `config` holds.
+type _Scheduler = Any
 
 
 class DiffusersDecoder(Decoder):
@@ -92,13 +96,17 @@ class DiffusersDecoder(Decoder):
         if not isinstance(scheduler, library.SchedulerMixin):
             raise TypeError(f"DiffusersDecoder needs a scheduler of diffusers, got {type(scheduler).__name__}")
         objective = _objective(library, scheduler, sample_shape)
+        channels, height, across = sample_shape
         targets = ImageTargets(
-            sample_shape=tuple(sample_shape), rows_per_item=rows_per_item, steps=objective.steps, tokenizer=tokenizer
+            sample_shape=(channels, height, across),
+            rows_per_item=rows_per_item,
+            steps=objective.steps,
+            tokenizer=tokenizer,
         )
         super().__init__(width=width, position_rule=position_rule, targets=targets)
         self.model = built(model)
         _check_model(self.model, width)
-        self.scheduler = scheduler
+        self.scheduler: _Scheduler = scheduler
         self.objective = objective
         self.sample_shape = targets.sample_shape
         self.condition_dropout = ConditionDropout(width, condition_dropout)
@@ -194,7 +202,8 @@ class DiffusersDecoder(Decoder):
         """Images of sampled latents if there is a tokenizer, else the samples."""
         if self.tokenizer is None:
             return samples
-        return self.tokenizer.decode(images_to_patches(samples, self.tokenizer.patch))
+        vae = cast(LatentTokenizer, self.tokenizer)
+        return vae.decode(images_to_patches(samples, vae.patch))
 
 
 class _Table(nn.Module):
@@ -203,6 +212,8 @@ class _Table(nn.Module):
     The scheduler's own table would be copied to the device in the first step, which waits for it;
     a float buffer would be rounded when the model is cast to bf16, but its bits are not.
     """
+
+    bits: Tensor
 
     def __init__(self, values: Tensor) -> None:
         super().__init__()
@@ -216,7 +227,7 @@ class _Table(nn.Module):
 class _Diffusion(nn.Module):
     """Objective of the DDPM family: noise by the scheduler's table of signal shares."""
 
-    def __init__(self, scheduler: SchedulerMixin, kind: str) -> None:
+    def __init__(self, scheduler: _Scheduler, kind: str) -> None:
         super().__init__()
         self.steps = scheduler.config.num_train_timesteps
         self.kind = kind
@@ -230,17 +241,17 @@ class _Diffusion(nn.Module):
         wanted = {"epsilon": noise, "sample": clean, "v_prediction": keep * noise - add * clean}
         return keep * clean + add * noise, step, wanted[self.kind]
 
-    def noise_scale(self, scheduler: SchedulerMixin) -> float | Tensor:
+    def noise_scale(self, scheduler: _Scheduler) -> float | Tensor:
         return scheduler.init_noise_sigma
 
-    def scaled(self, scheduler: SchedulerMixin, x: Tensor, time: Tensor) -> Tensor:
+    def scaled(self, scheduler: _Scheduler, x: Tensor, time: Tensor) -> Tensor:
         return scheduler.scale_model_input(x, time)
 
 
 class _FlowMatching(nn.Module):
     """Objective of rectified flow: the scheduler's own times, velocity `noise - clean`."""
 
-    def __init__(self, scheduler: SchedulerMixin) -> None:
+    def __init__(self, scheduler: _Scheduler) -> None:
         super().__init__()
         self.steps = scheduler.config.num_train_timesteps
         fresh = type(scheduler).from_config(scheduler.config)
@@ -251,10 +262,10 @@ class _FlowMatching(nn.Module):
         share = self.share(step).reshape(-1, 1, 1, 1)
         return (1 - share) * clean + share * noise, self.time(step), noise - clean
 
-    def noise_scale(self, scheduler: SchedulerMixin) -> float:
+    def noise_scale(self, scheduler: _Scheduler) -> float:
         return 1.0
 
-    def scaled(self, scheduler: SchedulerMixin, x: Tensor, time: Tensor) -> Tensor:
+    def scaled(self, scheduler: _Scheduler, x: Tensor, time: Tensor) -> Tensor:
         return x
 
 
@@ -268,7 +279,7 @@ class AutoencoderCodec(nn.Module):
 
     def __init__(self, model: AutoencoderKL | ModuleSpec) -> None:
         super().__init__()
-        self.model = built(model)
+        self.model: Any = built(model)
 
     def encode(self, images: Tensor) -> Tensor:
         """Latents `[n, C, h, w]`, the mode of their distribution, of images."""
@@ -288,7 +299,7 @@ class VQCodec(nn.Module):
 
     def __init__(self, model: VQModel | ModuleSpec) -> None:
         super().__init__()
-        self.model = built(model)
+        self.model: Any = built(model)
 
     def encode(self, images: Tensor) -> Tensor:
         """Codes `[n, h, w]` int64 of images."""
@@ -313,7 +324,7 @@ def _library() -> ModuleType:
 
 
 def _objective(
-    library: ModuleType, scheduler: SchedulerMixin, sample_shape: tuple[int, int, int]
+    library: ModuleType, scheduler: _Scheduler, sample_shape: tuple[int, int, int]
 ) -> _Diffusion | _FlowMatching:
     if len(sample_shape) != 3:
         raise ValueError(f"DiffusersDecoder: sample_shape must be (C, h, w), got {sample_shape}")
@@ -337,7 +348,8 @@ def _check_model(model: nn.Module, width: int) -> None:
             f"DiffusersDecoder's model must take `timestep` and `encoder_hidden_states`; "
             f"{type(model).__name__} takes {sorted(accepted)}"
         )
-    reads = model.config.get("caption_channels") or model.config.get("cross_attention_dim")
+    settings = cast(Mapping[str, Any], model.config)
+    reads = settings.get("caption_channels") or settings.get("cross_attention_dim")
     if isinstance(reads, int) and reads != width:
         raise ValueError(
             f"DiffusersDecoder: width {width} differs from the {reads} that {type(model).__name__} "

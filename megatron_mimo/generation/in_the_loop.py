@@ -62,14 +62,14 @@ def sample_one_by_one(
             no samples, a decoder that draws several rows together, or guidance of another form.
     """
     writer = _Writer.of(model, input_ids, modality, decoder, inputs)
-    options: dict[str, Any] = dict(options or {})
-    check_sample_options(writer.decoder, options, "options")
-    if "unconditional_rows" in options:
+    chosen: dict[str, Any] = dict(options or {})
+    check_sample_options(writer.decoder, chosen, "options")
+    if "unconditional_rows" in chosen:
         raise ValueError(
             f"{modality}: unconditional_rows change with every sample that the language model sees; give "
             "unconditional_ids, whose rows are made at each step"
         )
-    writer.check_unconditional(input_ids, unconditional_ids, options.get("guidance", 1))
+    writer.check_unconditional(input_ids, unconditional_ids, chosen.get("guidance", 1))
     if writer.decoder.rows_per_item > 1:
         raise ValueError(
             f"{modality}: {type(writer.decoder).__name__} draws {writer.decoder.rows_per_item} rows "
@@ -83,8 +83,8 @@ def sample_one_by_one(
         rows = writer.rows(input_ids, {keyword: samples}, inputs)
         if unconditional_ids is not None:
             contrast = writer.unconditional_rows(unconditional_ids, {keyword: samples}, inputs)
-            options["unconditional_rows"] = contrast[turn == step]
-        samples[turn == step] = writer.decoder.sample(rows[turn == step], **options).to(samples)
+            chosen["unconditional_rows"] = contrast[turn == step]
+        samples[turn == step] = writer.decoder.sample(rows[turn == step], **chosen).to(samples)
     return samples
 
 

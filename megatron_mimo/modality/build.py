@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import cast
+
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from megatron_mimo.build import maker
+from megatron_mimo.build import Spec, maker
 from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.modality.fit import check_widths
 from megatron_mimo.modality.parts import description
@@ -37,9 +40,9 @@ def build_submodules(
     if not (isinstance(kind, type) and issubclass(kind, ModalitySubmodules)):
         raise TypeError(f"modality_submodules[{modality!r}] must be the spec of a ModalitySubmodules, got {kind}")
     submodule = kind.from_spec(spec, pre_process=pre_process, post_process=post_process, pg_collection=pg_collection)
-    reading = dict(encoders=submodule.encoders, input_projections=submodule.input_projections)
-    writing = dict(decoders=submodule.decoders, output_projections=submodule.output_projections)
-    check_widths(modality, config.language_config.hidden_size, **reading, **writing)
+    modules = submodule.encoders, submodule.decoders
+    projections = submodule.input_projections, submodule.output_projections
+    check_widths(modality, config.language_config.hidden_size, *modules, *projections)
     _check_variable_spans(modality, submodule, config)
     return submodule
 
@@ -51,7 +54,7 @@ def _check_variable_spans(modality: str, submodule: ModalitySubmodules, config: 
     Raises:
         ValueError: naming the modality and the decoders.
     """
-    specs = config.submodule_specs(modality).get("decoders") or {}
+    specs = cast(Mapping[str, Spec], config.submodule_specs(modality).get("decoders") or {})
     told = {name: description(spec, dict(submodule.decoders).get(name)) for name, spec in specs.items()}
     varying = {name: one for name, one in told.items() if one is not None and one.variable}
     if not varying:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import nn
@@ -12,14 +13,15 @@ from megatron_mimo.decoders.base import Decoder
 from megatron_mimo.decoders.generation_input import GenerationInput
 from megatron_mimo.decoders.targets import TargetDescription
 
-Parts = Mapping[str, object]
+#: The `submodules` of a modality's spec: each name has a form of its own, and Megatron types none.
+Parts = Mapping[str, Any]
 
 _READING, _WRITING = ("encoders", "input_projections"), ("decoders", "output_projections")
 
 
 def stage_parts(
     parts: Parts, *, pre_process: bool, post_process: bool, offered: Mapping[str, object]
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Constructor arguments of a `ModalitySubmodules`: the modules that one pipeline stage needs.
 
     What a decoder learns is named once, with its spec: its description is handed to the generation input that
@@ -36,7 +38,7 @@ def stage_parts(
     """
     here = {**dict.fromkeys(_READING, pre_process), **dict.fromkeys(_WRITING, post_process)}
     built = {key: _built(key, parts.get(key) if on_stage else None, offered) for key, on_stage in here.items()}
-    made = {key: modules for key, modules in built.items() if modules}
+    made: dict[str, Any] = {key: modules for key, modules in built.items() if modules}
     feed = parts.get("generation_input")
     if feed is None:
         return made
@@ -66,17 +68,17 @@ def only_decoder(decoders: Mapping[str, object], named: str | None) -> str | Non
     return names[0] if len(names) == 1 else None
 
 
-def _built(key: str, specs: Mapping[str, Spec] | list[Spec] | None, offered: Mapping[str, object]) -> dict | list:
+def _built(key: str, specs: Mapping[str, Spec] | Sequence[Spec] | None, offered: Mapping[str, object]) -> dict | list:
     if isinstance(specs, Mapping):
         return {name: build(spec, offered, what=f"{key}[{name!r}]") for name, spec in specs.items()}
     return [build(spec, offered, what=f"{key}[{index}]") for index, spec in enumerate(specs or ())]
 
 
-def _params(spec: Spec) -> Mapping[str, object]:
+def _params(spec: Spec) -> Mapping[str, Any]:
     return (spec.params or {}) if isinstance(spec, ModuleSpec) else {}
 
 
-def _setting(spec: Spec, name: str) -> object:
+def _setting(spec: Spec, name: str) -> Any:
     """What a spec's params say, or the module that is built already; None where neither does."""
     made_by = maker(spec)
     return vars(made_by).get(name) if isinstance(made_by, nn.Module) else _params(spec).get(name)

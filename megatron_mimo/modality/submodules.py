@@ -6,7 +6,7 @@ import math
 from abc import ABC
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -76,6 +76,12 @@ class ModalitySubmodules(ABC, nn.Module):
     #: What users call an input -> what encoders of this modality may call it instead.
     input_aliases: ClassVar[Mapping[str, str]] = {}
 
+    # `nn.ModuleDict` and `nn.ModuleList`, whose own types do not say what they hold.
+    encoders: Mapping[str, nn.Module]
+    decoders: Mapping[str, Decoder]
+    input_projections: Sequence[nn.Module]
+    output_projections: Sequence[nn.Module]
+
     def __init__(
         self,
         encoders: Mapping[str, nn.Module] | None = None,
@@ -89,10 +95,10 @@ class ModalitySubmodules(ABC, nn.Module):
         for what, modules in {"an encoder": encoders, "a decoder": decoders}.items():
             for name in modules or ():
                 check_part_name(what, name)
-        self.encoders = nn.ModuleDict(encoders or {})
-        self.decoders = nn.ModuleDict(decoders or {})
-        self.input_projections = nn.ModuleList(input_projections or [])
-        self.output_projections = nn.ModuleList(output_projections or [])
+        self.encoders = cast(Any, nn.ModuleDict(encoders or {}))
+        self.decoders = cast(Any, nn.ModuleDict(decoders or {}))
+        self.input_projections = cast(Any, nn.ModuleList(input_projections or []))
+        self.output_projections = cast(Any, nn.ModuleList(output_projections or []))
         self.generation_input = generation_input
         if combine not in ("concatenate", "interleave", None):
             raise ValueError(f"combine must be 'concatenate', 'interleave' or None, got {combine!r}")
@@ -239,10 +245,10 @@ class ModalitySubmodules(ABC, nn.Module):
             num_rows: `N`.
             like: any tensor whose last dim is `H`, with the rows' dtype and device.
         """
+        feed = cast(GenerationInput, self.generation_input)  # without one the model asks for no rows
         if not num_rows:
-            return stand_in([self.generation_input], like)
-        rows = self.generation_input(given, num_rows).to(like.dtype)
-        return with_zeros(rows, self.generation_input)
+            return stand_in([feed], like)
+        return with_zeros(feed(given, num_rows).to(like.dtype), feed)
 
     def loss(
         self, hidden: Tensor, targets: Mapping[str, Targets], share: tuple[int, int] = (0, 1)
@@ -324,11 +330,10 @@ class ModalitySubmodules(ABC, nn.Module):
             ValueError: no such decoder, or several and none named.
         """
         name = self.check_options(decoder, options)
-        options = dict(options or {})
-        if options.get("unconditional_rows") is not None:
-            unconditional = options["unconditional_rows"]
-            options["unconditional_rows"] = self.rows_for(name, unconditional)
-        return self.finish(self.decoders[name].sample(self.rows_for(name, hidden), **options), name)
+        chosen: dict[str, Any] = dict(options or {})
+        if chosen.get("unconditional_rows") is not None:
+            chosen["unconditional_rows"] = self.rows_for(name, chosen["unconditional_rows"])
+        return self.finish(self.decoders[name].sample(self.rows_for(name, hidden), **chosen), name)
 
     def check_options(self, decoder: str | None, options: Mapping[str, object] | None, where: str = "") -> str:
         """The name of a decoder, whose `sample` takes these options.
@@ -372,7 +377,7 @@ class ModalitySubmodules(ABC, nn.Module):
         """
         if decoder is None and len(self.decoders) == 1:
             decoder = next(iter(self.decoders))
-        if decoder not in self.decoders:
+        if decoder is None or decoder not in self.decoders:
             named = f"{where} names decoder {decoder!r}, which" if where else f"decoder {decoder!r}"
             raise ValueError(f"{named} is not one of {sorted(self.decoders)}; name one of them")
         return decoder
