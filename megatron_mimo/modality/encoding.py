@@ -182,7 +182,8 @@ def run_encoder(name: str, encoder: nn.Module, keywords: Mapping[str, Tensor], c
         ) from error
     told = counts
     if isinstance(output, EncodedRows):
-        output, told = output.rows, counts if output.rows_per_item is None else output.rows_per_item
+        told = counts if output.rows_per_item is None else output.rows_per_item
+        output = output.rows
     rows = with_zeros(_rows_of(name, output), encoder)
     if told is not None:
         return EncodedRows(rows, _checked_counts(name, told, rows.shape[:-1].numel()))
