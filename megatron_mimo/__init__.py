@@ -20,6 +20,13 @@ if TYPE_CHECKING:
     from megatron_mimo.model import MimoModel
     from megatron_mimo.output import MimoOutput, ModalityOutput, loss_terms
     from megatron_mimo.placement import Placement, build_placement
+    from megatron_mimo.pretrained import (
+        from_pretrained,
+        load_pretrained,
+        load_processor,
+        pretrained_config,
+        save_pretrained,
+    )
 
     __version__: str
 
@@ -36,11 +43,16 @@ _HOMES = {
     "VisionModalitySubmodules": "modality.kinds",
     "build_placement": "placement",
     "exit_on_error": "launch",
+    "from_pretrained": "pretrained",
     "global_counts": "losses",
     "initialize": "launch",
+    "load_pretrained": "pretrained",
+    "load_processor": "pretrained",
     "loss_terms": "output",
+    "pretrained_config": "pretrained",
     "sample_flow": "generation.in_the_loop",
     "sample_one_by_one": "generation.in_the_loop",
+    "save_pretrained": "pretrained",
     "shutdown": "launch",
     "total_loss": "losses",
 }

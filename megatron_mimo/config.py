@@ -39,6 +39,7 @@ class MimoModelConfig:
         end_token_ids: output modality -> the text token behind a written span; what ends one of variable length.
         modality_loss_weights: modality name, or `text`, -> weight of its loss terms in the total,
             default 1.
+        origin: what the pretrained parts came from, of `from_pretrained`; `save_pretrained` reads it.
 
     Raises:
         TypeError: an argument, a spec or an id has the wrong type.
@@ -59,6 +60,7 @@ class MimoModelConfig:
     special_token_ids: Mapping[str, int] = field(default_factory=dict)
     generation_token_ids: Mapping[str, int] = field(default_factory=dict)
     modality_loss_weights: Mapping[str, float] = field(default_factory=dict)
+    origin: object | None = None
     begin_token_ids: Mapping[str, int] = field(default_factory=dict)
     end_token_ids: Mapping[str, int] = field(default_factory=dict)
 

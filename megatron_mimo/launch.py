@@ -180,6 +180,17 @@ def initialize(
     return run
 
 
+def current_run() -> Run:
+    """The run in progress.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    if _current is None:
+        raise RuntimeError("expected a run in progress, found none. Call megatron_mimo.initialize() first.")
+    return _current.run
+
+
 def shutdown() -> None:
     """Ends the run: process groups, random-number tracker and CPU backend are as before `initialize`.
 

@@ -16,6 +16,7 @@ from torch import nn
 from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.launch import Run
 from megatron_mimo.model import MimoModel
+from megatron_mimo.pretrained import Source, load_pretrained
 from megatron_mimo.training.parts.control import TrainingControl
 
 
@@ -27,6 +28,7 @@ def build_stage(
     post_process: bool,
     vp_stage: int | None,
     pg_collection: ProcessGroupCollection | None,
+    pretrained: Source | None = None,
 ) -> MimoModel:
     """The model of one pipeline stage, or of one chunk of it, whose parts train as `control` says.
 
@@ -37,10 +39,16 @@ def build_stage(
         control: what is frozen, compiled and graphed, and what happens to gradients after their reduction.
         pre_process, post_process, vp_stage: which stage and chunk it is.
         pg_collection: process groups; None for Megatron's global ones.
+        pretrained: what the weights begin from, as `load_pretrained` takes it; None for fresh ones.
+
+    Raises:
+        FileNotFoundError, ConnectionError, ValueError: as `load_pretrained`.
     """
     model = MimoModel(
         config, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage, pg_collection=pg_collection
     )
+    if pretrained is not None:  # here, since optimizers copy the weights in full precision
+        load_pretrained(model, pretrained)
     control.apply(model)
     for parameter in model.parameters():
         set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
@@ -49,13 +57,16 @@ def build_stage(
     return model
 
 
-def build_chunks(config: MimoModelConfig, run: Run, control: TrainingControl) -> list[MimoModel]:
+def build_chunks(
+    config: MimoModelConfig, run: Run, control: TrainingControl, pretrained: Source | None = None
+) -> list[MimoModel]:
     """This rank's model chunks, one without an interleaved pipeline, on its device.
 
     Args:
         config: of the model.
         run: the layout and its process groups.
         control: how the parts train.
+        pretrained: what the weights begin from, as `load_pretrained` takes it; None for fresh ones.
     """
     chunks = run.layout.virtual_pipeline_model_parallel_size
     last = run.layout.pipeline_model_parallel_size - 1
@@ -67,6 +78,7 @@ def build_chunks(config: MimoModelConfig, run: Run, control: TrainingControl) ->
             post_process=run.pipeline_rank == last and vp_stage in (None, (chunks or 1) - 1),
             vp_stage=vp_stage,
             pg_collection=run.groups,
+            pretrained=pretrained,
         ).to(run.device)
         for vp_stage in ((None,) if chunks is None else range(chunks))
     ]

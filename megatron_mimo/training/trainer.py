@@ -31,6 +31,7 @@ from megatron_mimo.training.checkpoints import saving
 from megatron_mimo.training.checkpoints.directories import CheckpointSettings
 from megatron_mimo.training.checkpoints.parts import LoadReport, load_parts
 from megatron_mimo.training.checkpoints.writing import Saver
+from megatron_mimo.pretrained import Source
 from megatron_mimo.training.chunks import (
     build_chunks,
     hook_schedule,
@@ -66,8 +67,11 @@ class Trainer:
         ddp: Megatron's options of the gradient reduction.
         control: which parts train, and how fast.
         checkpoints: whether they are written in the background, and which are kept.
+        pretrained: what the weights begin from, as `megatron_mimo.load_pretrained` takes it: a directory or a name on
+            the hub, or part -> one of these. Parts that it has not begin fresh.
 
     Raises:
+        FileNotFoundError, ConnectionError: as `load_pretrained`.
         ValueError: a layout that cannot work, or options that contradict each other.
 
     Example:
@@ -86,11 +90,12 @@ class Trainer:
         ddp: DistributedDataParallelConfig | None = None,
         control: TrainingControl | None = None,
         checkpoints: CheckpointSettings | None = None,
+        pretrained: Source | None = None,
     ) -> None:
         self.run, self.settings, self.control = run, settings, control or TrainingControl()
         check_layout(run.layout, config)
         self.control.check(config)
-        self.models = build_chunks(config, run, self.control)
+        self.models = build_chunks(config, run, self.control, pretrained)
         ddp = ddp or DistributedDataParallelConfig()
         optimizer = with_precision_of(self.models[0], optimizer or OptimizerConfig(lr=1e-3), ddp)
         self.chunks = wrap_chunks(self.models, run, ddp)

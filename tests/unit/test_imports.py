@@ -44,10 +44,12 @@ ROOMS = [
     "attention_mask",
     "multi_token",
     "language",
+    "hf",
     "generation",
     "model",
     "launch",
     "layout",
+    "pretrained",
     "training",
 ]
 WITHOUT_MEGATRON = [

@@ -59,6 +59,11 @@ def add_mimo_args(parser: ArgumentParser) -> ArgumentParser:
         help="activation recomputation of the encoders, as --recompute-granularity is the language model's",
     )  # fmt: skip
     group.add_argument(
+        "--pretrained", default=None, metavar="DIR",
+        help="a Hugging Face directory, or a name on its hub, that the weights begin from; parts that it lacks begin "
+        "fresh. A checkpoint of --load replaces them",
+    )  # fmt: skip
+    group.add_argument(
         "--device-peak-tflops", type=float, default=None,
         help="dense peak of one device in its training precision, for the MFU; known for common GPUs",
     )  # fmt: skip

@@ -36,6 +36,7 @@ def model_provider(
         model_config: gives the configuration for Megatron's arguments, as a recipe's does.
 
     Raises:
+        FileNotFoundError, ConnectionError: as `load_pretrained`, with --pretrained.
         ValueError: a `config` of the caller's, an argument that would be ignored, a layout that cannot work, a part
             or modality that the model does not have, or a checkpoint to go on from in whose run other parts trained.
 
@@ -61,6 +62,7 @@ def model_provider(
         post_process=post_process,
         vp_stage=vp_stage,
         pg_collection=pg_collection,
+        pretrained=args.pretrained,
     )
     session.built(model)
     return model
