@@ -139,7 +139,7 @@ def pretrained_config(
 
 
 def load_pretrained(models: MimoModel | Sequence[MimoModel], source: Source) -> None:
-    """Fills those parts of a model that `source` has; the others stay as they are, and so do all where one does not fit.
+    """Fills those parts of a model that `source` has. The others stay as they are; so do all where one does not fit.
 
     Args:
         models: a model, or this rank's chunks, before they are wrapped.

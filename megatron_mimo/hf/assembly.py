@@ -97,11 +97,12 @@ def _token_ids(parts: Assembly, vocabulary: int) -> tuple[dict[str, int], tuple[
     known = tokenizer.get_vocab()
     added = tuple(token for token in tokens if token not in known)
     tokenizer.add_tokens(list(added), special_tokens=True)
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in tokens}
+    known = tokenizer.get_vocab()
+    ids = {token: int(known[token]) for token in tokens}
     fresh = tuple(sorted(ids[token] for token in added))
     if added:
         logger.info(
-            "from_pretrained: tokens %s have the ids %s; their rows begin as the mean of those before. The table has %d.",
+            "from_pretrained: tokens %s have the ids %s and begin as the mean of the rows before; the table has %d.",
             list(added),
             list(fresh),
             max(vocabulary, *(number + 1 for number in fresh)),
@@ -121,7 +122,7 @@ def _modality(
         tower = _llava_tower(encoder, f"{modality}/encoders/{name}")
         encoders[name] = encoder_spec(tower, building, dtype)
         towers.append(tower)
-    further = dict(parts.submodules.get(modality, {}))
+    further: dict[str, Any] = dict(parts.submodules.get(modality, {}))
     given = further.pop("input_projections", None)
     if given is None and len(towers) == 1 == len(encoders):
         projection = llava.Projection(towers[0].config.hidden_size, language.config.hidden_size)
@@ -175,8 +176,8 @@ def restored(directory: Path, building: Building) -> MimoModelConfig:
     described, origin = _described(directory), saved_parts(directory)
     if "modalities" not in described:
         raise ValueError(
-            f"{directory}: expected modalities in {OWN}, found none: the model has parts of classes that no file can name. "
-            "Give its configuration: from_pretrained(directory, config=...)."
+            f"{directory}: expected modalities in {OWN}, found none: the model has parts of classes that no file can "
+            "name. Give its configuration: from_pretrained(directory, config=...)."
         )
     language = origin.parts[0]
     dtype = weights_dtype(language, building)

@@ -15,13 +15,13 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron_mimo import specs
 from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.hf import clip, llama, llava, mistral, qwen2, qwen3, siglip
-from megatron_mimo.hf.family import Family, settings_of
+from megatron_mimo.hf.family import settings_of
 from megatron_mimo.hf.files import Checkpoint, Stored, open_checkpoint, read_config
 from megatron_mimo.hf.language import language_spec
 from megatron_mimo.hf.reading import differences, refuse
 from megatron_mimo.hf.table import Table
 from megatron_mimo.hf.vision import Select, tower_spec
-from megatron_mimo.modality.submodules import VisionModalitySubmodules
+from megatron_mimo.modality.kinds import VisionModalitySubmodules
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,9 @@ TOWERS = {module.FAMILY.model_type: module.FAMILY for module in (clip, siglip)}
 _TWO_TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 _SUBTYPES = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
 _OTHER_TOWER = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
+#: A MimoModel, which this room does not import.
+Chunk = Any
+
 MODALITY, ENCODER, PROJECTOR = "images", "tower", "llava_projector"
 
 
@@ -284,8 +287,8 @@ def model_config(parts: tuple[Part, ...], building: Building, directory: Path) -
     """The configuration of a whole model: of LLaVA, or of a language model alone."""
     if parts[0].path != "language_model":
         raise ValueError(
-            f"{directory}: expected a language model or LLaVA, found {parts[0].model_type!r}. Give it as an encoder beside "
-            "one: from_pretrained(language_model=..., encoders={'images': {'tower': ...}}, special_tokens=...)."
+            f"{directory}: expected a language model or LLaVA, found {parts[0].model_type!r}. Give it as an encoder "
+            "beside one: from_pretrained(language_model=..., encoders={'images': {'tower': ...}}, special_tokens=...)."
         )
     language = language_model_spec(parts[0], building)
     if len(parts) == 1:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_mimo.hf.family import Family, activation, only
+from megatron_mimo.hf.family import Family, Field, activation, only
 from megatron_mimo.hf.table import Rule, Table, columns, grouped, rows, table, whole
 
 OURS, THEIRS = "decoder.layers.{i}", "encoder.layers.{i}"
 
-FIELDS = {
+FIELDS: dict[str, Field] = {
     "hidden_size": "hidden_size",
     "intermediate_size": "ffn_hidden_size",
     "num_hidden_layers": "num_layers",

@@ -146,8 +146,8 @@ def _files(directory: Path) -> dict[Path, set[str] | None]:
     if not (directory / INDEX).is_file():
         if not (directory / SINGLE).is_file():
             raise FileNotFoundError(
-                f"{directory}: expected {SINGLE} or {INDEX}, found {_listed(directory)}. Other formats can run code when "
-                "they are loaded; convert them with transformers (save_pretrained)."
+                f"{directory}: expected {SINGLE} or {INDEX}, found {_listed(directory)}. Other formats can run code "
+                "when they are loaded; convert them with transformers (save_pretrained)."
             )
         return {directory / SINGLE: None}
     weight_map = read_json(directory / INDEX).get("weight_map")
@@ -177,7 +177,9 @@ def read_header(file: Path) -> dict[str, Stored]:
         start = opened.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if not 8 + length <= size or length > _LONGEST_HEADER:
-            raise ValueError(f"{file}: expected a safetensors file, found {size} bytes without a whole header. {_AGAIN}")
+            raise ValueError(
+                f"{file}: expected a safetensors file, found {size} bytes without a whole header. {_AGAIN}"
+            )
         try:
             header = json.loads(opened.read(length))
             held = {name: entry for name, entry in header.items() if name != "__metadata__"}

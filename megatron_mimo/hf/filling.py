@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from megatron_mimo.hf import own
-from megatron_mimo.hf.blueprint import Origin, Part
+from megatron_mimo.hf.blueprint import Chunk, Origin, Part
 from megatron_mimo.hf.files import read_header
 from megatron_mimo.hf.names import parameters_by_name
 from megatron_mimo.hf.reading import Place, differences, fill, refuse, unfilled
@@ -24,7 +25,7 @@ def place_of(groups) -> Place:
     return Place(groups.tp.rank(), groups.tp.size(), groups.expt_tp.rank(), groups.expt_tp.size())
 
 
-def module_at(model: nn.Module, path: str) -> nn.Module | None:
+def module_at(model: Chunk, path: str) -> nn.Module | None:
     """The part of a MimoModel at `path`, None where this stage has it not.
 
     Raises:
@@ -43,25 +44,26 @@ def module_at(model: nn.Module, path: str) -> nn.Module | None:
     known = list(specs) if isinstance(specs, dict) else [str(index) for index in range(len(specs))]
     if name not in known:
         raise ValueError(
-            f"part {path!r}: expected one of {known} among the {kind} of {modality!r}, found {name!r}. Name them alike, "
-            "or leave the part out."
+            f"part {path!r}: expected one of {known} among the {kind} of {modality!r}, found {name!r}. Name them "
+            "alike, or leave the part out."
         )
     held = getattr(model.modality_submodules[modality], kind)
     if isinstance(held, nn.ModuleDict):
-        return held[name] if name in held else None
+        return dict(held.items()).get(name)
     return held[int(name)] if int(name) < len(held) else None
 
 
 def parameters_of(part: nn.Module, place: Place) -> dict[str, nn.Parameter]:
     """The parameters of a part by the tables' names."""
     kinds = None
-    for module in part.modules():
+    each: Iterable[Any] = part.modules()
+    for module in each:
         if type(module).__name__ == "HybridModel":
             kinds = [kind for kind in module.hybrid_layer_pattern if kind in "*-E"]
     return parameters_by_name(part, first_expert=place.first_expert, layer_kinds=kinds)
 
 
-def fill_parts(models: Sequence[nn.Module], origin: Origin, place: Place) -> None:
+def fill_parts(models: Sequence[Chunk], origin: Origin, place: Place) -> None:
     """Fills the parts of this rank's model chunks; nothing changes where one does not fit.
 
     Args:
@@ -81,7 +83,7 @@ def fill_parts(models: Sequence[nn.Module], origin: Origin, place: Place) -> Non
             _fill_fresh_rows(parameters, part, origin.fresh_rows, place)
 
 
-def _parts(models: Sequence[nn.Module], parts: Iterable[Part]) -> Iterator[tuple[Part, nn.Module]]:
+def _parts(models: Sequence[Chunk], parts: Iterable[Part]) -> Iterator[tuple[Part, nn.Module]]:
     for part in parts:
         for model in models if part.stored else ():
             module = module_at(model, part.path)
@@ -89,7 +91,7 @@ def _parts(models: Sequence[nn.Module], parts: Iterable[Part]) -> Iterator[tuple
                 yield part, module
 
 
-def fill_own(models: Sequence[nn.Module], origin: Origin, file: Path, place: Place) -> None:
+def fill_own(models: Sequence[Chunk], origin: Origin, file: Path, place: Place) -> None:
     """Fills the parts that no table covers, by their names; nothing changes where one does not fit.
 
     Args:
@@ -101,8 +103,8 @@ def fill_own(models: Sequence[nn.Module], origin: Origin, file: Path, place: Pla
     Raises:
         ValueError: naming every tensor that is missing or of another shape.
     """
-    tensors = own.tensors_of(list(models), origin)
-    table, stored = own.table_of(list(models), tensors, place), read_header(file)
+    tensors = own.tensors_of(models, origin)
+    table, stored = own.table_of(models, tensors, place), read_header(file)
     refuse(str(file), [line for line in differences(stored, table) if not line.startswith("surplus")])
     fill(own.as_parameters(tensors), stored, table, place)
 

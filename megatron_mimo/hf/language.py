@@ -41,10 +41,8 @@ class PaddedGPTModel(GPTModel):
 
     def _hide_padding(self, module: nn.Module, inputs: object, output: tuple[Tensor, Tensor | None]):
         logits, bias = output
-        if logits.shape[-1] == module.output_size_per_partition:
-            tokens = self._tokens
-        else:  # gathered over the tensor-parallel ranks
-            tokens = self.vocabulary
+        # Or all of them, gathered over the tensor-parallel ranks.
+        tokens = self._tokens if logits.shape[-1] == module.output_size_per_partition else self.vocabulary
         padding = torch.arange(logits.shape[-1], device=logits.device) >= tokens
         return logits.masked_fill(padding, torch.finfo(logits.dtype).min), bias
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_mimo.hf.family import Family, Unmapped, rope, silu
+from megatron_mimo.hf.family import Family, Field, Unmapped, rope, silu
 from megatron_mimo.hf.table import Rule, Table, columns, grouped, stacked, table, vocabulary, whole
 
 # Names of layer {i}: ours and theirs.
@@ -27,7 +27,7 @@ def _heads(value: int, config: Any) -> dict[str, object]:
     return {"num_attention_heads": value, "kv_channels": head_dim(config)}
 
 
-FIELDS = {
+FIELDS: dict[str, Field] = {
     "hidden_size": "hidden_size",
     "intermediate_size": "ffn_hidden_size",
     "num_hidden_layers": "num_layers",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
@@ -31,10 +31,9 @@ _SPELLINGS = (
     (r"model\.(vision_tower|multi_modal_projector)\.", r"\1."),
     (r"vision_tower\.vision_model\.", "vision_tower."),
 )
-_Item = TypeVar("_Item")
 
 
-def respelled(tensors: Mapping[str, _Item]) -> dict[str, _Item]:
+def respelled[Item](tensors: Mapping[str, Item]) -> dict[str, Item]:
     """`tensors` under the names that transformers 5 gives them in files.
 
     Example:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -74,7 +75,8 @@ def _layer_numbers(module: nn.Module, kinds: Sequence[str] | None) -> dict[int, 
     stack = children.get("decoder.layers")
     if not isinstance(stack, nn.ModuleList):
         return {}
-    numbers = {index: layer.layer_number - 1 for index, layer in enumerate(stack)}
+    layers: list[Any] = list(stack)
+    numbers = {index: int(layer.layer_number) - 1 for index, layer in enumerate(layers)}
     if kinds is None:
         return numbers
     # The n-th attention and the n-th MLP are what GPTModel has in its n-th layer.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_mimo.hf.blueprint import Origin
+from megatron_mimo.hf.blueprint import Chunk, Origin
 from megatron_mimo.hf.reading import Place
 from megatron_mimo.hf.table import Rule, Shape, Table
 
@@ -17,14 +17,16 @@ FILE = "megatron_mimo.safetensors"
 _GATE, _VALUE = "/gate", "/value"
 
 
-def tensors_of(models: list[nn.Module], origin: Origin | None) -> dict[str, Tensor]:
+def tensors_of(models: Sequence[Chunk], origin: Origin | None) -> dict[str, Tensor]:
     """This rank's parameters and saved buffers that no part of `origin` covers, by their names in the model."""
     covered = tuple(_prefix(part.path) for part in origin.parts) if origin is not None else ()
-    found = {}
+    found: dict[str, Tensor] = {}
     for model in models:
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            if isinstance(tensor, Tensor) and not name.startswith(covered) and not name.endswith("_extra_state"):
-                found[name] = tensor
+        found |= {
+            name: tensor
+            for name, tensor in model.state_dict(keep_vars=True).items()
+            if isinstance(tensor, Tensor) and not name.startswith(covered) and not name.endswith("_extra_state")
+        }
     return found
 
 
@@ -34,7 +36,7 @@ def _prefix(path: str) -> str:
     return f"modality_submodules.{path.replace('/', '.')}."
 
 
-def table_of(models: list[nn.Module], tensors: Mapping[str, Tensor], place: Place) -> Table:
+def table_of(models: Sequence[Chunk], tensors: Mapping[str, Tensor], place: Place) -> Table:
     """Rules for this rank's `tensors`, told from how Megatron marks what it cut."""
     gated = {name for model in models for name in _gated(model)}
     return Table([_rule(name, tensor, name in gated, place) for name, tensor in tensors.items()], {}, {})
@@ -50,7 +52,7 @@ def table_of_all(table: Table) -> Table:
     return Table([rules[name] for name in sorted(rules)], {}, {})
 
 
-def _gated(model: nn.Module) -> Iterator[str]:
+def _gated(model: Chunk) -> Iterator[str]:
     for path, module in model.named_modules():
         config = getattr(module, "config", None)
         if path.endswith("linear_fc1") and config is not None and config.gated_linear_unit:
@@ -59,12 +61,12 @@ def _gated(model: nn.Module) -> Iterator[str]:
 
 def _rule(name: str, tensor: Tensor, gated: bool, place: Place) -> Rule:
     shape: list[int] = list(tensor.shape)
-    if not getattr(tensor, "tensor_model_parallel", False) or place.size == 1:
-        if not gated:
-            return Rule(name, {name: tuple(shape)})
+    cut = getattr(tensor, "tensor_model_parallel", False) and place.size > 1
+    if not cut and not gated:
+        return Rule(name, {name: tuple(shape)})
     dim = getattr(tensor, "partition_dim", 0)
     if gated and dim == 0:
-        shape[0] = shape[0] * (place.size if getattr(tensor, "tensor_model_parallel", False) else 1) // 2
+        shape[0] = shape[0] * (place.size if cut else 1) // 2
         halves: dict[str, Shape] = {name + _GATE: tuple(shape), name + _VALUE: tuple(shape)}
         return Rule(name, halves, "stacked")
     shape[dim] *= place.size

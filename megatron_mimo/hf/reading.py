@@ -64,7 +64,9 @@ def _same(one: Stored, other: Stored | None, name: str) -> list[str]:
     if other is None:
         return []  # which is told as missing
     if (one.shape, one.dtype) != (other.shape, other.dtype):
-        return [f"shape: {one.name} is {one.dtype} {list(one.shape)}, tied to {name}, {other.dtype} {list(other.shape)}"]
+        return [
+            f"shape: {one.name} is {one.dtype} {list(one.shape)}, tied to {name}, {other.dtype} {list(other.shape)}"
+        ]
     for start in range(0, one.shape[0], _ROWS):
         stop = min(start + _ROWS, one.shape[0])
         if not torch.equal(one.read(0, start, stop), other.read(0, start, stop)):
@@ -95,8 +97,8 @@ def refuse(where: str, told: Sequence[str]) -> None:
     if told:
         lines = "\n  ".join(told)
         raise ValueError(
-            f"{where}: expected a model that the library's tables cover, found {len(told)} differences. docs/weights.md "
-            f"says how a family is added.\n  {lines}"
+            f"{where}: expected a model that the library's tables cover, found {len(told)} differences. "
+            f"docs/weights.md says how a family is added.\n  {lines}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Specs as JSON and back, for classes of the library, Megatron and torch that are listed here; nothing else is imported."""
+"""Specs as JSON and back, for the classes that are listed here; nothing else is imported."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from megatron_mimo.hf.family import ACTIVATIONS
 CLASSES = {
     "Projector": "megatron_mimo.hf.llava",
     "HFEncoder": "megatron_mimo.hf.encoder",
-    "VisionModalitySubmodules": "megatron_mimo.modality.submodules",
-    "AudioModalitySubmodules": "megatron_mimo.modality.submodules",
+    "VisionModalitySubmodules": "megatron_mimo.modality.kinds",
+    "AudioModalitySubmodules": "megatron_mimo.modality.kinds",
     "RegressionDecoder": "megatron_mimo.decoders",
     "DiscreteDecoder": "megatron_mimo.decoders",
     "FlowDecoder": "megatron_mimo.decoders",
@@ -82,7 +82,6 @@ def describe(value: Any) -> Any:
     if isinstance(value, type):
         return {"$class": _name_of(value)}
     raise Undescribed(f"{type(value).__name__} {value!r}")
-
 
 
 def restore(described: Any, of_run: Mapping[str, object]) -> Any:

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import nn
 
 from megatron_mimo.config import SUBMODULE_KEYS, MimoModelConfig
 from megatron_mimo.hf import llava, own
-from megatron_mimo.hf.blueprint import LANGUAGE_MODELS, PROJECTOR, TOWERS, Origin, Part
+from megatron_mimo.hf.blueprint import LANGUAGE_MODELS, PROJECTOR, TOWERS, Chunk, Origin, Part
 from megatron_mimo.hf.filling import module_at, parameters_of, place_of
 from megatron_mimo.hf.reading import Place
 from megatron_mimo.hf.registry import Undescribed, describe
@@ -34,7 +35,7 @@ TOKENS = ("special_token_ids", "generation_token_ids", "begin_token_ids", "end_t
 
 
 def save(
-    models: Sequence[nn.Module], directory: Path, dtype: torch.dtype | None, max_shard_bytes: int, source: Path | None
+    models: Sequence[Chunk], directory: Path, dtype: torch.dtype | None, max_shard_bytes: int, source: Path | None
 ) -> None:
     """Writes this rank's model chunks and all other ranks' into `directory`. Collective over all ranks.
 
@@ -54,33 +55,33 @@ def save(
     origin = config.origin
     if not isinstance(origin, Origin):
         raise ValueError(
-            "save_pretrained: expected a model of from_pretrained or pretrained_config, found one whose configuration has "
-            "no origin. Make its configuration with megatron_mimo.pretrained_config(...)."
+            "save_pretrained: expected a model of from_pretrained or pretrained_config, found one whose configuration "
+            "has no origin. Make its configuration with megatron_mimo.pretrained_config(...)."
         )
     if source is not None:
         origin = _moved(origin, source)
-    partial = directory.with_name(directory.name + ".partial")
-    _on_first_rank(lambda: _begin(directory, partial))
+    unfinished = directory.with_name(directory.name + ".partial")
+    _on_first_rank(lambda: _begin(directory, unfinished))
     _on_first_rank(lambda: _check_carried(origin))
     place = place_of(models[0].pg_collection)
     if as_llava(config, origin) is not None or not config.modality_submodules:
-        _save_whole(models, origin, partial, place, dtype, max_shard_bytes)
+        _save_whole(models, origin, unfinished, place, dtype, max_shard_bytes)
     else:
-        _save_parts(models, config, origin, partial, place, dtype, max_shard_bytes)
-    _on_first_rank(lambda: _finish(partial, directory))
+        _save_parts(models, config, origin, unfinished, place, dtype, max_shard_bytes)
+    _on_first_rank(lambda: _finish(unfinished, directory))
 
 
-def _begin(directory: Path, partial: Path) -> None:
+def _begin(directory: Path, unfinished: Path) -> None:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"{directory}: expected no file and no directory with files, found one. Choose another.")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
 
 
-def _finish(partial: Path, directory: Path) -> None:
+def _finish(unfinished: Path, directory: Path) -> None:
     if directory.exists():
         directory.rmdir()
-    os.replace(partial, directory)
+    os.replace(unfinished, directory)
 
 
 def _on_first_rank(action: Callable[[], object]) -> None:
@@ -102,8 +103,8 @@ def _check_carried(origin: Origin) -> None:
         for name, stored in carried(part).items():
             if not stored.file.is_file():
                 raise FileNotFoundError(
-                    f"{stored.file}: expected the file with {part.path}'s {name}, which the model does not compute with and "
-                    "export writes back; found none. Put it back, or say save_pretrained(..., source=directory)."
+                    f"{stored.file}: expected the file with {part.path}'s {name}, which the model does not compute "
+                    "with and export writes back; found none. Put it back, or give save_pretrained(source=...)."
                 )
 
 
@@ -127,7 +128,8 @@ def as_llava(config: MimoModelConfig, origin: Origin) -> tuple[Part, Part, Part]
         return None
     (modality,) = config.modality_submodules
     parts = config.submodule_specs(modality)
-    encoders, projections = parts.get("encoders") or {}, parts.get("input_projections") or []
+    encoders: Any = parts.get("encoders") or {}
+    projections: Any = parts.get("input_projections") or []
     if not isinstance(encoders, Mapping) or len(encoders) != 1 or len(projections) != 1:
         return None
     if any(parts.get(key) for key in SUBMODULE_KEYS if key not in ("encoders", "input_projections")):
@@ -142,7 +144,7 @@ def as_llava(config: MimoModelConfig, origin: Origin) -> tuple[Part, Part, Part]
 
 
 def _tensors(
-    models: Sequence[nn.Module], part: Part, place: Place, prefix: str, dtype: torch.dtype | None
+    models: Sequence[Chunk], part: Part, place: Place, prefix: str, dtype: torch.dtype | None
 ) -> list[Outgoing]:
     """The tensors of one part, its vocabulary as large as the model's."""
     parameters: dict[str, nn.Parameter] = {}
@@ -168,7 +170,7 @@ def vocabulary_of(config: MimoModelConfig) -> int:
 
 
 def _save_whole(
-    models: Sequence[nn.Module],
+    models: Sequence[Chunk],
     origin: Origin,
     directory: Path,
     place: Place,
@@ -191,7 +193,8 @@ def _save_whole(
         whole = _llava_config(config, origin, (language, *parts[1:]))
         written = _configured(whole, llava.ARCHITECTURE, tensors)
     write(directory, tensors, max_shard_bytes)
-    _on_first_rank(lambda: (written.save_pretrained(directory), save_beside(origin, directory)))
+    _on_first_rank(lambda: written.save_pretrained(directory))
+    _on_first_rank(lambda: save_beside(origin, directory))
 
 
 def _language_part(config: MimoModelConfig, origin: Origin) -> Part:
@@ -216,7 +219,8 @@ def _llava_config(config: MimoModelConfig, origin: Origin, parts: tuple[Part, Pa
         whole = copy.deepcopy(origin.config)
         whole.text_config.vocab_size = language.config.vocab_size
         return whole
-    own = projector.config
+    own, layer = projector.config, tower.layer
+    assert layer is not None  # as_llava has seen to it
     patches = (tower.config.image_size // tower.config.patch_size) ** 2
     return LlavaConfig(
         vision_config=tower.config,
@@ -226,7 +230,7 @@ def _llava_config(config: MimoModelConfig, origin: Origin, parts: tuple[Part, Pa
         projector_hidden_act=own.activation,
         multimodal_projector_bias=own.bias,
         vision_feature_select_strategy="default" if tower.select == "patch" else "full",
-        vision_feature_layer=tower.layer,
+        vision_feature_layer=layer,
         tie_word_embeddings=language.config.tie_word_embeddings,
     )
 
@@ -250,7 +254,7 @@ def save_beside(origin: Origin, directory: Path) -> None:
 
 
 def _save_parts(
-    models: Sequence[nn.Module],
+    models: Sequence[Chunk],
     config: MimoModelConfig,
     origin: Origin,
     directory: Path,
@@ -266,12 +270,12 @@ def _save_parts(
             continue  # saved among our own
         grown = _grown(part, vocabulary_of(config)) if part.path == "language_model" else part
         where = grown.path.replace("/", ".")
-        _on_first_rank(lambda where=where: (directory / where).mkdir())
+        _on_first_rank((directory / where).mkdir)
         tensors = _tensors(models, grown, place, "", dtype)
         write(directory / where, tensors, max_shard_bytes)
         family = LANGUAGE_MODELS.get(grown.model_type) or TOWERS[grown.model_type]
         written = _configured(grown.config, family.architecture, tensors)
-        _on_first_rank(lambda where=where, written=written: written.save_pretrained(directory / where))
+        _on_first_rank(partial(written.save_pretrained, directory / where))
         described["parts"].append({"path": grown.path, "layer": grown.layer, "select": grown.select})
     named = replace(origin, parts=tuple(part for part in origin.parts if part.model_type != PROJECTOR))
     _write_own(models, named, directory, place, dtype)
@@ -285,10 +289,10 @@ def _save_parts(
 
 
 def _write_own(
-    models: Sequence[nn.Module], origin: Origin, directory: Path, place: Place, dtype: torch.dtype | None
+    models: Sequence[Chunk], origin: Origin, directory: Path, place: Place, dtype: torch.dtype | None
 ) -> None:
-    tensors = own.tensors_of(list(models), origin)
-    table: Table = own.table_of_all(own.table_of(list(models), tensors, place))
+    tensors = own.tensors_of(models, origin)
+    table: Table = own.table_of_all(own.table_of(models, tensors, place))
     if not table.rules:
         return
     sent = outgoing(own.as_parameters(tensors), table, place, dtype=dtype)

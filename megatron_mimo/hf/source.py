@@ -32,7 +32,9 @@ def resolve(source: str | Path) -> Path:
         return path
     text = str(source)
     if path.is_absolute() or text.startswith(".") or text.count("/") > 1:
-        raise FileNotFoundError(f"{text}: expected a directory, or a name on the hub such as owner/model, found neither.")
+        raise FileNotFoundError(
+            f"{text}: expected a directory, or a name on the hub such as owner/model, found neither."
+        )
     return _fetched(text)
 
 
@@ -50,21 +52,23 @@ def _fetched(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except HFValidationError as error:
-        raise FileNotFoundError(f"{name}: expected a directory, or a name on the hub, found neither ({error}).") from None
+        raise FileNotFoundError(
+            f"{name}: expected a directory, or a name on the hub, found neither ({error})."
+        ) from None
     except GatedRepoError as error:
         raise FileNotFoundError(
-            f"{name}: the hub asks for a login or a licence first ({error.__class__.__name__}). Accept it there, then run "
-            "`hf auth login`."
+            f"{name}: the hub asks for a login or a licence first ({error.__class__.__name__}). Accept it there, then "
+            "run `hf auth login`."
         ) from error
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(f"{name}: expected a directory, or a name on the hub, found neither.") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise ConnectionError(
-            f"{name}: the hub cannot be reached or HF_HUB_OFFLINE is set, and the local cache has no whole snapshot. Fetch "
-            f"it once where there is a network (`hf download {name}`), or give a directory."
+            f"{name}: the hub cannot be reached or HF_HUB_OFFLINE is set, and the local cache has no whole snapshot. "
+            f"Fetch it once where there is a network (`hf download {name}`), or give a directory."
         ) from error
     except Exception as error:  # what the client's transport raises is its own affair, and changes
         raise ConnectionError(
-            f"{name}: fetching it from the hub broke off ({type(error).__name__}: {error}). Try again; what has arrived is "
-            "kept."
+            f"{name}: fetching it from the hub broke off ({type(error).__name__}: {error}). Try again; what has "
+            "arrived is kept."
         ) from error

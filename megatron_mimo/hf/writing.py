@@ -151,7 +151,7 @@ def _sent(
 ) -> Tensor | None:
     """A piece on the first rank, None on the others."""
     piece, me = held.piece, _rank()
-    part = None
+    part = torch.empty(0)
     if me == rank:
         parameter = parameters[held.ours].detach()
         if piece.dim is None:

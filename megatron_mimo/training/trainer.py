@@ -26,12 +26,12 @@ from megatron_mimo.data.step import Counts
 from megatron_mimo.launch import Run, exit_on_error
 from megatron_mimo.layout import check_layout, check_sequence_length
 from megatron_mimo.moved import names_of
+from megatron_mimo.pretrained import Source
 from megatron_mimo.training import auxiliary
 from megatron_mimo.training.checkpoints import saving
 from megatron_mimo.training.checkpoints.directories import CheckpointSettings
 from megatron_mimo.training.checkpoints.parts import LoadReport, load_parts
 from megatron_mimo.training.checkpoints.writing import Saver
-from megatron_mimo.pretrained import Source
 from megatron_mimo.training.chunks import (
     build_chunks,
     hook_schedule,

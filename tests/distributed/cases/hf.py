@@ -1,0 +1,125 @@
+"""Pretrained models on several ranks are those of one: read part by part, gathered again, the same logits."""
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+import megatron_mimo
+from megatron_mimo.launch import Run
+from tests import checkpoints
+from tests.checkpoints import LANGUAGE_MODELS, TOLERANCE, difference
+from tests.distributed.harness import case, relayout, shared_directory
+from tests.parity.test_hf_language import same_bytes, stored
+
+TENSOR = {"tensor_model_parallel_size": 2}
+PIPELINE = {"pipeline_model_parallel_size": 2}
+INTERLEAVED = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+
+
+def written_once(name: str, theirs) -> str:
+    directory = shared_directory() / name
+    if dist.get_rank() == 0:
+        checkpoints.written(theirs, directory)
+    dist.barrier()
+    return str(directory)
+
+
+def logits_of(models, batch: dict) -> torch.Tensor | None:
+    """Logits `[B, S, V]` of all ranks' model, on every last stage; None on the others."""
+    chunks = models if isinstance(models, list) else [models]
+
+    def step(iterator, model):
+        output, _ = model(**next(iterator))
+        return output, lambda output, non_loss_data: {"logits": output}
+
+    count = len(chunks)  # as many as an interleaved schedule wants
+    batches = [iter([batch] * count) for _ in chunks]
+    with torch.no_grad():
+        found = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=batches if len(chunks) > 1 else batches[0],
+            model=chunks if len(chunks) > 1 else chunks[0],
+            num_microbatches=count,
+            seq_length=batch["input_ids"].shape[1],
+            micro_batch_size=batch["input_ids"].shape[0],
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    if not found:
+        return None
+    logits, group = found[0]["logits"], chunks[-1].pg_collection.tp
+    parts = [torch.empty_like(logits) for _ in range(group.size())]
+    dist.all_gather(parts, logits.contiguous(), group=group)
+    return torch.cat(parts, dim=-1)
+
+
+def agrees_and_goes_out_as_it_came(name: str, theirs, batch: dict, expected: torch.Tensor, layouts) -> None:
+    source = written_once(name, theirs)
+    for index, layout in enumerate(layouts):
+        relayout(**layout)
+        models = megatron_mimo.from_pretrained(source)
+        logits = logits_of(models, batch)
+        if logits is not None:
+            vocabulary = expected.shape[-1]
+            assert difference(logits[..., :vocabulary], expected) < TOLERANCE, (name, layout)
+            assert (logits[..., vocabulary:] == torch.finfo(logits.dtype).min).all()  # padding, which nothing samples
+        exported = shared_directory() / f"{name}-out-{index}"
+        megatron_mimo.save_pretrained(models, exported)
+        if dist.get_rank() == 0:
+            before, after = stored(shared_directory() / name), stored(exported)
+            assert before.keys() == after.keys()
+            assert [one for one in before if not same_bytes(before[one], after[one])] == []
+
+
+@case(ranks=2, timeout_s=120)
+def language_models_of_every_family_are_transformers_at_tp_2_and_pp_2(run: Run) -> None:
+    for name in LANGUAGE_MODELS:
+        theirs = checkpoints.language_model(name)
+        with torch.no_grad():
+            expected = theirs(checkpoints.ids()).logits
+        batch = {"input_ids": checkpoints.ids()}
+        agrees_and_goes_out_as_it_came(name, theirs, batch, expected, (TENSOR, PIPELINE))
+
+
+@case(ranks=2, timeout_s=120)
+def llava_is_transformers_from_pixels_to_logits_at_tp_2_and_pp_2(run: Run) -> None:
+    pixels, ids = checkpoints.images_and_ids()
+    for tower, language in (("clip", "llama"), ("siglip", "qwen2")):
+        theirs = checkpoints.llava(tower, language)
+        with torch.no_grad():
+            expected = theirs(input_ids=ids, pixel_values=pixels).logits
+        batch = {"input_ids": ids, "modality_inputs": {"images": {"tower": {"pixel_values": pixels}}}}
+        agrees_and_goes_out_as_it_came(f"llava-{tower}", theirs, batch, expected, (TENSOR, PIPELINE))
+
+
+@case(ranks=2)
+def an_interleaved_pipeline_s_chunks_are_filled_and_gathered_by_layer(run: Run) -> None:
+    theirs = checkpoints.randomized(_four_layers())
+    with torch.no_grad():
+        expected = theirs(checkpoints.ids()).logits
+    batch = {"input_ids": checkpoints.ids()}
+    agrees_and_goes_out_as_it_came("interleaved", theirs, batch, expected, (INTERLEAVED,))
+
+
+def _four_layers():
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(
+        checkpoints.language_config("qwen2", num_hidden_layers=4, tie_word_embeddings=True)
+    )
+
+
+@case(ranks=4, timeout_s=120, **TENSOR)
+def under_sequence_and_data_parallelism_loss_and_logits_are_one_rank_s(run: Run) -> None:
+    theirs = checkpoints.language_model("llama-2")
+    ids = checkpoints.ids()
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, labels=ids).loss
+    source = written_once("sequence-parallel", theirs)
+    model = megatron_mimo.from_pretrained(source, sequence_parallel=True)
+    counts = torch.ones(ids.shape)
+    counts[:, -1] = 0
+    with torch.no_grad():
+        losses, mask = model(ids, labels=ids.roll(-1, 1), loss_mask=counts)
+    # The vocabulary of 101 is padded to 102: padding that took part in the softmax would be seen here.
+    torch.testing.assert_close((losses * mask).sum() / mask.sum(), expected, atol=1e-5, rtol=1e-5)
