@@ -28,6 +28,7 @@ from megatron_mimo.layout import check_layout, check_sequence_length
 from megatron_mimo.moved import names_of
 from megatron_mimo.pretrained import Source
 from megatron_mimo.training import auxiliary
+from megatron_mimo.training.agreement import check_list, means
 from megatron_mimo.training.checkpoints import saving
 from megatron_mimo.training.checkpoints.directories import CheckpointSettings
 from megatron_mimo.training.checkpoints.parts import LoadReport, load_parts
@@ -307,7 +308,7 @@ class Trainer:
         """Runs the schedule over a step's microbatches; gives their reports on the last stage."""
         reads = self.run.groups.tp.rank() == 0
         batches = data(step, self.run.data_rank, self.run.layout.data_parallel_size) if reads else ()
-        _check_list(batches)
+        check_list(batches)
         self._microbatches, (batch_size, length) = self._shape(batches)
         return get_forward_backward_func()(
             forward_step_func=self._forward_step,
@@ -359,7 +360,7 @@ class Trainer:
         Terms that `counts`, those of the whole step, has nothing of are left out.
         """
         groups = self.run.groups
-        losses = _means(logged, groups.dp_cp) if logged else {}
+        losses = means(logged, groups.dp_cp) if logged else {}
         losses = {name: mean for name, mean in losses.items() if counts.get(term(name)) != 0}
         if groups.pp.size() > 1:
             message = [losses]
@@ -372,28 +373,6 @@ class Trainer:
             norm = max((one for one, _ in stages if one is not None), default=None)
             succeeded = all(one for _, one in stages)
         return losses, norm, bool(succeeded)
-
-
-def _check_list(batches: object) -> None:
-    """Refuses what is no list of microbatches; a generator's would be used up when their shapes are read."""
-    expected = (
-        "expected a list of microbatches, each a dict of MimoModel.forward's keyword arguments. Return [batch] for "
-        "one microbatch, list(...) of a generator."
-    )
-    if not isinstance(batches, Sequence):
-        raise TypeError(f"data(step, rank, size) gave a {type(batches).__name__}, {expected}")
-    for index, batch in enumerate(batches):
-        if not isinstance(batch, Mapping):
-            raise TypeError(f"data(step, rank, size) gave a list with a {type(batch).__name__} at {index}, {expected}")
-
-
-def _means(logged: Sequence[Mapping[str, Tensor]], group: dist.ProcessGroup) -> dict[str, float]:
-    """Each term's mean over microbatches and `group`; terms that counted nothing are left out."""
-    names = list(logged[0])
-    sums = torch.stack([torch.stack([each[name] for each in logged]).sum(0) for name in names])
-    dist.all_reduce(sums, group=group)
-    means = {name: total / count for name, (total, count) in zip(names, sums.tolist()) if count}
-    return {name.removesuffix(" loss"): mean for name, mean in means.items()}
 
 
 def _due(steps: int, every: int | None) -> bool:
