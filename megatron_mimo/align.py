@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -145,7 +145,8 @@ def plain_lookup(language_embedding: nn.Module) -> VocabParallelEmbedding | None
     """
     if type(language_embedding).forward is not LanguageModelEmbedding.forward:
         return None
-    words, config = language_embedding.word_embeddings, language_embedding.config
+    words: Any = language_embedding.word_embeddings
+    config = language_embedding.config
     plain = (
         type(words).forward is VocabParallelEmbedding.forward
         and not language_embedding.add_position_embedding
@@ -298,7 +299,7 @@ class _Align(torch.autograd.Function):
         plan = (input_ids_BS, placement.source, placement.row)
         text_rows = call.text_rows
         if text_rows == "lookup" and call.group is not None:
-            _reduced_lookup(out_LBH, text, plan, call)
+            _reduced_lookup(out_LBH, like, plan, call)
             text_rows = "keep"
         start = call.vocabulary_start
         kernels.gather(out_LBH, text, tables, *plan, _held(shard), text_rows=text_rows, vocabulary_start=start)

@@ -35,6 +35,7 @@ class Batch(TypedDict, total=False):
         packed_seq_params: boundaries of packed sequences, B = 1.
         placement: `MimoModel.place(input_ids)` made ahead.
         generation_inputs: modality -> keyword inputs of its generation input, in place of its targets.
+        padding_mask: bool `[B, S]`, True where a position holds nothing.
 
     Example:
         >>> import torch
@@ -52,6 +53,7 @@ class Batch(TypedDict, total=False):
     packed_seq_params: PackedSeqParams | None
     placement: Placement | None
     generation_inputs: Shown | None
+    padding_mask: Tensor | None
 
 
 __getattr__ = names_of(__name__)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_mimo.config import MimoModelConfig
+
+if TYPE_CHECKING:
+    from megatron_mimo.modality.submodules import ModalitySubmodules
 
 
 def default_loss_mask(
@@ -15,7 +19,7 @@ def default_loss_mask(
     labels: Tensor,
     padding: Tensor | None,
     config: MimoModelConfig,
-    submodules: nn.ModuleDict,
+    submodules: Mapping[str, ModalitySubmodules],
     reads: Collection[str],
 ) -> Tensor:
     """Float `[B, S]`: 1 where a label is learned as text.
@@ -63,7 +67,7 @@ def _opened(input_ids: Tensor, token: int, rows: int) -> Tensor:
     return torch.cat([opens[:, 1:], ~writes[:, -1:]], dim=1)
 
 
-def _rows_per_medium(submodule: nn.Module) -> int:
+def _rows_per_medium(submodule: ModalitySubmodules) -> int:
     """Generation tokens of one media item; 1 where decoders differ or do not say."""
     rows = {submodule.medium_of(name) for name in submodule.decoders}
     return rows.pop() if len(rows) == 1 else 1

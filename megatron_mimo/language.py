@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from megatron.core.inference.utils import InferenceMode
@@ -113,7 +113,7 @@ def position_kind(spec: ModuleSpec) -> PositionKind:
     """What the language model of a spec makes of position ids, read from its params and its constructor."""
     taken = constructor_parameters(spec)
 
-    def setting(name: str) -> object:
+    def setting(name: str) -> Any:
         parameter = taken.get(name)
         default = None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
         return spec.params.get(name, default)
@@ -211,7 +211,7 @@ class LanguageCall:
         ids, positions = None, plan.positions  # decoder_input stands in for the lookup
         more: AbstractContextManager[None] = nullcontext()
         if self._predicts_more and not InferenceMode.is_active():
-            ids, positions = plan.shard.cut(input_ids), plan.shard.cut(positions)
+            ids, positions = plan.shard.cut(cast(Tensor, input_ids)), plan.shard.cut(positions)
             later = self._later_rows(rows, plan, packed_seq_params)
             more = embedding_handed_to(self._model.mtp, later)
             known["loss_mask"] = later.text if loss_mask is None else loss_mask
@@ -226,7 +226,7 @@ class LanguageCall:
                 inference_context=inference_context,
                 **known,
             )
-        return output, states.last
+        return output, cast(Tensor, states.last)
 
     def _check_gathered(self, labels: Tensor | None, gathered: bool | None) -> None:
         """Refuses labels beside gathered logits, of which Megatron's loss over vocabulary shards makes another loss."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
+from typing import cast
 
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import ModelType
@@ -15,13 +16,14 @@ from megatron_mimo.align import align_by_token_positions, align_checked
 from megatron_mimo.build import check_parallel_state
 from megatron_mimo.check import BatchCheck, Media, Nested, Shown
 from megatron_mimo.config import MimoModelConfig, generation_table
-from megatron_mimo.decoders.targets import Prepared
+from megatron_mimo.decoders.targets import Prepared, Targets
 from megatron_mimo.deferred import Checks
 from megatron_mimo.exchange import exchange
 from megatron_mimo.idle import with_idle
 from megatron_mimo.labels import default_loss_mask
 from megatron_mimo.language import LanguageCall, build_language_model, position_kind
 from megatron_mimo.modality.build import build_submodules
+from megatron_mimo.modality.submodules import ModalitySubmodules
 from megatron_mimo.output import MimoOutput, ModalityOutput
 from megatron_mimo.placement import Placement
 from megatron_mimo.plan import Brought, Plan, Planner
@@ -95,7 +97,7 @@ class MimoModel(MegatronModule):
             language_model, parallel_output=config.language_model.params.get("parallel_output", True)
         )
         self._checks = Checks()
-        stage = (config, self.modality_submodules, pre_process, post_process)
+        stage = (config, self._submodules, pre_process, post_process)
         positions = position_kind(config.language_model)
         self._check = BatchCheck(*stage, self.pg_collection.cp.size(), self._checks, positions)
         self._planner = Planner(*stage, self.config.sequence_parallel, self.pg_collection, self._check, self._checks)
@@ -200,7 +202,7 @@ class MimoModel(MegatronModule):
     def prepare(self, targets: Nested) -> dict[str, dict[str, Prepared]]:
         """Targets that this stage reads, checked, counted and completed with this microbatch's random draws."""
         return {
-            modality: self.modality_submodules[modality].prepare(target, stream=modality)
+            modality: self._submodules[modality].prepare(target, stream=modality)
             for modality, target in targets.items()
         }
 
@@ -215,15 +217,15 @@ class MimoModel(MegatronModule):
         absent one joins the same collectives.
         """
         rows = {}
-        for modality, submodule in self.modality_submodules.items():
+        for modality, submodule in self._submodules.items():
             if modality in self.mimo_config.special_token_ids:
                 rows[modality] = self._encode_modality(modality, media.inputs.get(modality), plan)
             if submodule.generation_input is None:
                 continue
-            shares_token = generation_table(modality) not in plan.placement.names
+            shares_token = generation_table(modality) not in plan.placed.names
             reads = shares_token and modality in media.inputs  # its positions read
             count = 0 if reads else plan.counts.get(modality) or 0
-            shown = media.shown.get(modality)
+            shown: Targets | None = media.shown.get(modality)
             if modality in targets:
                 shown = submodule.generation_input.pick(targets[modality])
             fed = submodule.generation_rows(shown, count, self._rows_like)
@@ -238,7 +240,7 @@ class MimoModel(MegatronModule):
     def align(self, input_ids: Tensor, rows: Mapping[str, Tensor], plan: Plan) -> Tensor:
         """Text and modality rows at their positions, `[S_local, B, H]`, this rank's only."""
         embedding, group = self.language_model.embedding, self.pg_collection.tp
-        return align_checked(embedding, input_ids, plan.positions, rows, plan.placement, plan.shard, group)
+        return align_checked(embedding, input_ids, plan.positions, rows, plan.placed, plan.shard, group)
 
     def learned(
         self,
@@ -256,7 +258,7 @@ class MimoModel(MegatronModule):
         if labels is not None:
             if loss_mask is None:
                 loss_mask = default_loss_mask(
-                    input_ids, labels, plan.padding, self.mimo_config, self.modality_submodules, reads
+                    input_ids, labels, plan.padding, self.mimo_config, self._submodules, reads
                 )
             self._check.labels(labels, loss_mask)
         return plan.shard.cut_if_given(labels), plan.shard.cut_if_given(loss_mask)
@@ -266,8 +268,8 @@ class MimoModel(MegatronModule):
         groups, context_group = row_groups(self.pg_collection, self.config.sequence_parallel)
         rows = {}
         for modality, count in plan.counts.items() if self._generates else ():
-            rule = self.modality_submodules[modality].position_rule
-            positions = plan.placement.generation_positions(modality, count or 0, rule)
+            rule = self._submodules[modality].position_rule
+            positions = plan.placed.generation_positions(modality, count or 0, rule)
             rows[modality] = route(hidden, positions, plan.shard, groups, context_group)
         return rows
 
@@ -283,7 +285,7 @@ class MimoModel(MegatronModule):
         share = (self.pg_collection.cp.rank(), self.pg_collection.cp.size())
         outputs = {}
         for modality, rows in hidden.items():
-            losses = self.modality_submodules[modality].loss(rows, targets.get(modality, {}), share)
+            losses = self._submodules[modality].loss(rows, targets.get(modality, {}), share)
             outputs[modality] = ModalityOutput(None if plan.counts[modality] is None else rows, losses)
         return MimoOutput(language, outputs, plan.placement)
 
@@ -309,10 +311,8 @@ class MimoModel(MegatronModule):
         self._check.decoding(outputs, options)
         return {
             modality: {
-                name: self.modality_submodules[modality].decode(
-                    output.hidden, name, options.get(modality, {}).get(name)
-                )
-                for name in self.modality_submodules[modality].decoders
+                name: self._submodules[modality].decode(output.hidden, name, options.get(modality, {}).get(name))
+                for name in self._submodules[modality].decoders
             }
             for modality, output in outputs.modalities.items()
             if output.hidden is not None and output.hidden.shape[0]
@@ -381,16 +381,21 @@ class MimoModel(MegatronModule):
     # Below: what the stages need ------------------------------------------------------------
 
     @property
+    def _submodules(self) -> Mapping[str, ModalitySubmodules]:
+        """`modality_submodules`, whose `ModuleDict` does not tell a type checker what is in it; it has no `get`."""
+        return cast(Mapping[str, ModalitySubmodules], self.modality_submodules)
+
+    @property
     def _rows_like(self) -> Tensor:
         """A tensor with the width, dtype and device of embedded rows."""
         return self.language_model.embedding.word_embeddings.weight
 
     def _encode_modality(self, modality: str, given: Mapping | None, plan: Plan) -> Tensor:
-        submodule = self.modality_submodules[modality]
+        submodule = self._submodules[modality]
         if given is None:
             return submodule.encode_nothing(self._rows_like)
         encoded = submodule.encode_items(given, f"modality_inputs[{modality!r}]")
-        plan.placement.check_rows(modality, encoded.rows.shape[0], encoded.rows_per_item)
+        plan.placed.check_rows(modality, encoded.rows.shape[0], encoded.rows_per_item)
         rows = encoded.rows.to(self._rows_like.dtype)
         if encoded.reaches_all:
             return rows

@@ -49,7 +49,7 @@ class LaterRows:
     ) -> None:
         self._embedding, self._plan, self._packed = embedding, plan, packed_seq_params
         self._cp_group, self._tp_group, self._split = cp_group, tp_group, sequence_parallel
-        placement = plan.placement
+        placement = plan.placed
         # One code a position: 0 for text, else 1 + the row in the tables laid end to end; what rolls in is text.
         self._tables = [rows[name] for name in placement.names if name in rows]
         code, start = torch.zeros_like(placement.row, dtype=torch.int64), 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -110,6 +110,11 @@ class Placement:
         """The same placement without `ids`: it travels with them, so that nobody compares them again."""
         return replace(self, ids=None)
 
+    @property
+    def _awaited(self) -> Arrival:
+        """`arrival`, where `host` is None."""
+        return cast(Arrival, self.arrival)
+
     # Counts and spans
 
     def counts(self, name: str) -> Tensor:
@@ -181,7 +186,7 @@ class Placement:
                 verify_rows(name, "special", self.host.counts[listing.index], n_rows, items, spans)
             return
         self.checks.check(
-            self.arrival,
+            self._awaited,
             lambda counts: verify_rows(name, "special", counts[listing.index].tolist(), n_rows, items),
             (name, "special", n_rows, items),
         )
@@ -212,7 +217,7 @@ class Placement:
             verify(self.host.counts[listing.index], runs)
             return
         self.checks.check(
-            self.arrival,
+            self._awaited,
             lambda counts: verify(counts[listing.index].tolist()),
             (name, "generation", n_rows, span, medium),
         )
@@ -250,13 +255,12 @@ class Placement:
             raise ValueError(f"{name}: unknown position rule {rule!r}; expected 'own' or 'predecessor'.")
         listing = self._generating(name)
         known = self._known_total(listing)
-        if n is None and known is None:
+        n = known if n is None else n
+        if n is None:
             raise ValueError(
                 f"{name}: the number of generation tokens is not known on the host, because this placement was "
                 f"built on {self.device}. Pass n, the number of target rows."
             )
-        if n is None:
-            n = known
         positions = self.positions[listing.index, :n].long()
         if rule == "predecessor":
             self._check_predecessors(listing, name, positions)
@@ -380,14 +384,12 @@ def build_placement(
         checks=Checks() if checks is None else checks,
     )
     if vocabulary_size is not None:
-        _check_vocabulary(placement)
+        _check_vocabulary(placement, vocabulary_size)
     return placement
 
 
-def _check_vocabulary(placement: Placement) -> None:
-    """Raises, now or deferred, if a text id lies outside the vocabulary."""
-    size = placement.vocabulary_size
-
+def _check_vocabulary(placement: Placement, size: int) -> None:
+    """Raises, now or deferred, if a text id lies outside the vocabulary of `size` tokens."""
     advice = "Declare those that are special tokens in special_token_ids, or mask them out of the batch."
 
     def verify(counts: Tensor) -> None:
@@ -396,4 +398,4 @@ def _check_vocabulary(placement: Placement) -> None:
     if placement.host is not None:
         verify(torch.tensor(placement.host.counts))
     else:
-        placement.checks.check(placement.arrival, verify, "vocabulary")
+        placement.checks.check(placement._awaited, verify, "vocabulary")

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_mimo.check import BatchCheck
 from megatron_mimo.config import MimoModelConfig
@@ -22,6 +22,8 @@ from megatron_mimo.sharding import SequenceShard, sequence_shard
 if TYPE_CHECKING:
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from megatron_mimo.modality.submodules import ModalitySubmodules
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +47,11 @@ class Plan:
     positions: Tensor
     padding: Tensor | None
     counts: Mapping[str, int | None]
+
+    @property
+    def placed(self) -> Placement:
+        """The placement, on a stage that reads or writes."""
+        return cast(Placement, self.placement)
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,7 @@ class Planner:
     def __init__(
         self,
         config: MimoModelConfig,
-        submodules: nn.ModuleDict,
+        submodules: Mapping[str, ModalitySubmodules],
         first: bool,
         last: bool,
         sequence_parallel: bool,
@@ -254,7 +261,11 @@ def packed_padding(length: int, cu_seqlens: Tensor, cu_seqlens_padded: Tensor) -
 
 
 def count_generation(
-    placement: Placement, brought: Brought, config: MimoModelConfig, submodules: nn.ModuleDict, training: bool
+    placement: Placement,
+    brought: Brought,
+    config: MimoModelConfig,
+    submodules: Mapping[str, ModalitySubmodules],
+    training: bool,
 ) -> dict[str, int | None]:
     """Generation tokens of each modality as the host knows them, held against the rows that the batch brings.
 
@@ -270,9 +281,11 @@ def count_generation(
         ValueError: targets or shown inputs of another number, or tokens that are no whole number of media items,
             naming modality, sample and both counts.
     """
-    special, counts = config.special_token_ids, {}
+    special = config.special_token_ids
+    counts: dict[str, int | None] = {}
     for modality, token_id in config.generation_token_ids.items():
-        submodule, known = submodules[modality], None
+        submodule = submodules[modality]
+        known: int | None = None
         # Where reading and generating share a token, inputs say that this batch reads.
         reads = modality in brought.reads and special.get(modality) == token_id
         for name, known in brought.written.get(modality, {}).items():

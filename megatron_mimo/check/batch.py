@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_mimo.batch import Nested, Shown
 from megatron_mimo.check.positions import PositionKind
@@ -26,6 +27,8 @@ from megatron_mimo.tally import outside_vocabulary, verify_vocabulary
 
 if TYPE_CHECKING:
     from megatron.core.packed_seq_params import PackedSeqParams
+
+    from megatron_mimo.modality.submodules import ModalitySubmodules
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class BatchCheck:
     def __init__(
         self,
         config: MimoModelConfig,
-        submodules: nn.ModuleDict,
+        submodules: Mapping[str, ModalitySubmodules],
         first: bool,
         last: bool,
         context_parallel: int,
@@ -199,7 +202,7 @@ class BatchCheck:
             positions = placement.positions[listing.index].long()
             inside = padded[positions.clamp(min=0)] & (positions >= 0)
             found = torch.where(inside, positions, -1).amax()
-            self._checks.check(Arrival(found), lambda at, what=what: _refuse_padding(what, at, padding.shape[1]), what)
+            self._checks.check(Arrival(found), partial(_refuse_padding, what, length=padding.shape[1]), what)
 
     def unfed(self, reads: Collection[str], placement: Placement, counts: Mapping[str, int | None]) -> None:
         """Refuses special tokens that nothing in this batch fills, on the stage that places rows.
@@ -266,18 +269,24 @@ class BatchCheck:
                 raise TypeError(f"{where} must map decoder name -> its options, got {type(of_decoders).__name__}")
             for name, given in of_decoders.items():
                 self._submodules[modality].check_options(name, given, where)
-        if outputs.placement is not None:
-            self.whole_media(outputs)
+        self.whole_media(outputs)
 
     def whole_media(self, outputs: MimoOutput) -> None:
         """Refuses images or clips that would be assembled from rows of two samples.
 
+        Args:
+            outputs: from `MimoModel.forward`; without a placement nothing tells where samples end.
+
         Raises:
             ValueError: naming modality and sample; waits for the device.
         """
+        if outputs.placement is None:
+            return
         for modality, output in outputs.modalities.items():
+            if output.hidden is None:
+                continue
             submodule = self._submodules[modality]
-            for name in submodule.decoders if output.hidden is not None else ():
+            for name in submodule.decoders:
                 span, medium = submodule.span_of(name), submodule.medium_of(name)
                 outputs.placement.check_generation(modality, output.hidden.shape[0], span, medium)
         outputs.placement.raise_deferred()

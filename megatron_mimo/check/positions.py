@@ -47,7 +47,7 @@ class PositionKind:
             self._check_ignored(given, default, checks)
         positions = default if given is None else given
         if self.table is not None:
-            self._check_table(positions, checks)
+            _check_table(positions, self.table, checks)
         return positions
 
     def _sections(self, given: Tensor | None, default: Tensor, media: Sequence[str]) -> Tensor:
@@ -74,15 +74,16 @@ class PositionKind:
 
         checks.check(Arrival((given != default).any()), verify, "positions")
 
-    def _check_table(self, positions: Tensor, checks: Checks) -> None:
-        size = self.table
 
-        def verify(furthest: Tensor) -> None:
-            if not 0 <= furthest < size:
-                raise ValueError(
-                    f"position_ids reach {int(furthest)}, but the model has {size} learned positions (0 to "
-                    f"{size - 1}). Shorten the sequence or raise max_sequence_length."
-                )
+def _check_table(positions: Tensor, size: int, checks: Checks) -> None:
+    """Raises, deferred on the device, for a position that a table of `size` learned positions lacks."""
 
-        first, last = positions.aminmax()
-        checks.check(Arrival(torch.where(first < 0, first, last)), verify, "learned positions")
+    def verify(furthest: Tensor) -> None:
+        if not 0 <= furthest < size:
+            raise ValueError(
+                f"position_ids reach {int(furthest)}, but the model has {size} learned positions (0 to "
+                f"{size - 1}). Shorten the sequence or raise max_sequence_length."
+            )
+
+    first, last = positions.aminmax()
+    checks.check(Arrival(torch.where(first < 0, first, last)), verify, "learned positions")

@@ -193,7 +193,8 @@ def leaves_of(x: torch.Tensor, given: torch.Tensor | None = None) -> set[int] | 
         if following:
             waiting += [previous for previous, _ in following]
         elif node.name() == "torch::autograd::AccumulateGrad":
-            found.add(id(node.variable))
+            # torch's stubs do not know the class, which only its engine makes.
+            found.add(id(node.variable))  # type: ignore[attr-defined]
         if "Checkpoint" in node.name():
             return None
     return found

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_mimo.decoders.arguments import check_sample_options
-from megatron_mimo.decoders.base import Decoder
+from megatron_mimo.decoders.base import Decoder, PositionRule
 from megatron_mimo.decoders.generation_input import GenerationInput
 from megatron_mimo.decoders.prepared import Prepared, Targets
 from megatron_mimo.decoders.targets import TargetDescription
@@ -262,7 +262,7 @@ class Writing(nn.Module):
         return 1 if self.generation_input is None else self.generation_input.rows_per_item
 
     @property
-    def position_rule(self) -> str:
+    def position_rule(self) -> PositionRule:
         """Which hidden states the decoders read: "own" or "predecessor"."""
         return next((decoder.position_rule for decoder in self.decoders.values()), "own")
 

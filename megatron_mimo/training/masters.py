@@ -7,6 +7,7 @@ weight that other code changes is therefore undone by the next step, unless its 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
@@ -68,8 +69,8 @@ class Masters:
             self._optimizer.reload_model_params()  # what we cannot see, Megatron copies
         else:
             for each in masters:
-                taken = torch.where(_changed(each), each.of_weight().float(), each.master)
-                each.master.copy_(taken)  # type: ignore[union-attr]
+                master = cast(torch.Tensor, each.master)
+                master.copy_(torch.where(_changed(each), each.of_weight().float(), master))
         self._loaded.since_follow = False
 
     def _check_replaced(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, cast
 
 from megatron_mimo.build import maker
 from megatron_mimo.config import MimoModelConfig
@@ -88,7 +88,7 @@ def _said(value: object) -> str:
 
 
 def _decoders(config: MimoModelConfig, modality: str) -> Mapping[str, Any]:
-    return config.submodule_specs(modality).get("decoders") or {}
+    return cast(Mapping[str, Any], config.submodule_specs(modality).get("decoders") or {})
 
 
 def _kind(decoder: Any) -> str:

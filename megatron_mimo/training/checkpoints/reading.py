@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -218,7 +218,7 @@ def _other_tensors(wanted: dict, everywhere: set[str], found: Metadata, whole: b
                 lines[each.key] = f"{each.key}: not there"
         elif each.key not in stored:
             lines[each.key] = f"{each.key}: not there"
-        elif problem := _other_size(each, tuple(stored[each.key].size)):
+        elif problem := _other_size(each, tuple(cast(TensorStorageMetadata, stored[each.key]).size)):
             lines[each.key] = f"{each.key}: {problem}"
     with_state = any(name.startswith(_STATE) for name in everywhere)
     if whole:

@@ -242,7 +242,7 @@ class Saver:
             self._job.thread.start()
         else:
             self._job.run()
-            self._finish()
+            self._finish(self._job)
 
     @property
     def busy(self) -> bool:
@@ -260,7 +260,7 @@ class Saver:
         writing = torch.tensor([int(self._job.thread is not None and self._job.thread.is_alive())])
         dist.all_reduce(writing, op=dist.ReduceOp.MAX, group=self._group)
         if not writing.item():
-            self._finish()
+            self._finish(self._job)
 
     def wait(self) -> None:
         """Waits for a checkpoint in the background, and finishes it.
@@ -271,7 +271,7 @@ class Saver:
         if self._job is not None:
             if self._job.thread is not None:
                 self._job.thread.join()
-            self._finish()
+            self._finish(self._job)
 
     # Below: what the ranks tell each other ------------------------------------------------------------------
 
@@ -281,8 +281,8 @@ class Saver:
         lock.enter_context(directories.writing_alone(target.parent))
         return str(directories.begin(target))
 
-    def _finish(self) -> None:
-        job, self._job = self._job, None
+    def _finish(self, job: _Job) -> None:
+        self._job = None
         outcomes = self._gather(job.outcome)
         failed = [f"rank {rank}: {each.error}" for rank, each in enumerate(outcomes) if each and each.error]
         self._on_rank_0(lambda: self._put_in_place(job, outcomes, failed), job.lock)

@@ -62,7 +62,7 @@ def decoders_of(model: MimoModel) -> dict[str, tuple[str, Decoder]]:
     """Loss term -> (modality, decoder), for every decoder on this pipeline stage."""
     parts = submodules_of(model)
     return {
-        f"{modality}/{name}": (modality, cast(Decoder, decoder))
+        f"{modality}/{name}": (modality, decoder)
         for modality in model.mimo_config.generation_token_ids
         for name, decoder in parts[modality].decoders.items()
     }
@@ -94,7 +94,7 @@ def count_batch(batch: Batch, model: MimoModel) -> Counts:
     padding = padding_of(batch.get("packed_seq_params"), ids.shape[1], padding_mask=batch.get("padding_mask"))
     if mask is None:
         reads = with_data(batch.get("modality_inputs"))
-        mask = default_loss_mask(ids, labels, padding, model.mimo_config, model.modality_submodules, reads)
+        mask = default_loss_mask(ids, labels, padding, model.mimo_config, submodules_of(model), reads)
     counts: Counts = {
         term("text"): float(mask.sum()),
         TOKENS: float(mask.count_nonzero()),
