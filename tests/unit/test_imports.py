@@ -47,6 +47,7 @@ ROOMS = [
     "hf",
     "generation",
     "model",
+    "exits",
     "launch",
     "layout",
     "pretrained",

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mimo import launch
+from megatron_mimo import exits, launch
 from megatron_mimo.compat.cuda_on_cpu import cpu_backend_enabled, disable_cpu_backend, enable_cpu_backend
 from megatron_mimo.launch import Layout, exit_on_error, initialize, shutdown
 
@@ -241,7 +241,7 @@ def test_with_one_rank_errors_propagate_out_of_exit_on_error(no_run) -> None:
 @pytest.mark.parametrize(("error", "status"), [(SystemExit(0), None), (SystemExit(3), 1), (KeyboardInterrupt(), 1)])
 def test_with_peers_only_success_leaves_exit_on_error(monkeypatch, error: BaseException, status: int | None) -> None:
     left: list[int] = []
-    monkeypatch.setattr(launch, "_has_peers", lambda: True)
+    monkeypatch.setattr(exits, "_has_peers", lambda: True)
     monkeypatch.setattr(os, "_exit", left.append)
     if status is None:
         with pytest.raises(SystemExit), exit_on_error():
