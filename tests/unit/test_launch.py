@@ -13,7 +13,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mimo import exits, launch
+from megatron_mimo import exits
 from megatron_mimo.compat.cuda_on_cpu import cpu_backend_enabled, disable_cpu_backend, enable_cpu_backend
 from megatron_mimo.launch import Layout, exit_on_error, initialize, shutdown
 
