@@ -89,7 +89,7 @@ def pretrained_config(
         source: as for `from_pretrained`.
         language_model: in place of `source`: the language model of a model that is put together of parts.
         encoders: modality -> encoder -> a directory or name on the hub, whose vision tower becomes Megatron layers; or
-            the spec of an encoder of your own, such as `HFEncoder`'s.
+            the spec of an encoder of your own.
         special_tokens: modality -> the token at which its encoder's rows are placed.
         decoders: modality -> decoder -> its spec; they begin fresh.
         generation_tokens: modality -> the token whose hidden states feed its decoders.

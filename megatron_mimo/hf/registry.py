@@ -16,7 +16,6 @@ from megatron_mimo.hf.family import ACTIVATIONS
 #: Name in a file -> where the class is.
 CLASSES = {
     "Projector": "megatron_mimo.hf.llava",
-    "HFEncoder": "megatron_mimo.hf.encoder",
     "VisionModalitySubmodules": "megatron_mimo.modality.kinds",
     "AudioModalitySubmodules": "megatron_mimo.modality.kinds",
     "RegressionDecoder": "megatron_mimo.decoders",
