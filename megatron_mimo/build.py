@@ -87,13 +87,17 @@ def takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
     return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
-def check_parallel_state(what: str) -> None:
+def check_parallel_state(what: str, groups: object = None) -> None:
     """Refuses to build what takes Megatron's global process groups before there are any.
+
+    Args:
+        what: is built.
+        groups: process groups of its own, or None.
 
     Raises:
         ValueError: saying what to call.
     """
-    if not parallel_state.model_parallel_is_initialized():
+    if groups is None and not parallel_state.model_parallel_is_initialized():
         raise ValueError(
             f"{what} takes Megatron's process groups, but its parallel state is not initialised. Call "
             "megatron_mimo.initialize() first, or give a pg_collection."

@@ -62,8 +62,7 @@ class MimoModel(MegatronModule):
         vp_stage: int | None = None,
         pg_collection=None,
     ) -> None:
-        if pg_collection is None:
-            check_parallel_state("MimoModel")
+        check_parallel_state("MimoModel", pg_collection)
         config = config.with_submodules(modality_submodules or {})
         super().__init__(config.language_config)
         self.mimo_config = config
@@ -257,9 +256,8 @@ class MimoModel(MegatronModule):
         """
         if labels is not None:
             if loss_mask is None:
-                loss_mask = default_loss_mask(
-                    input_ids, labels, plan.padding, self.mimo_config, self._submodules, reads
-                )
+                known = (self.mimo_config, self._submodules, reads)
+                loss_mask = default_loss_mask(input_ids, labels, plan.padding, *known)
             self._check.labels(labels, loss_mask)
         return plan.shard.cut_if_given(labels), plan.shard.cut_if_given(loss_mask)
 

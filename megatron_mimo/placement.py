@@ -1,8 +1,7 @@
 """Token ids -> for every position which row fills it, and for every modality which positions it reads or writes.
 
-Integers only: no embedding is touched here, and nothing from Megatron-Core is imported. A collator builds the
-placement on the CPU, in a worker, and sends it along with the batch; a model handed bare token ids builds it on
-their device without waiting for that device.
+Integers only, and nothing from Megatron-Core is imported. A collator builds the placement on the CPU, in a worker, and
+sends it along with the batch; a model handed bare token ids builds it on their device without waiting for it.
 """
 
 from __future__ import annotations
