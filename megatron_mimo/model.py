@@ -325,8 +325,7 @@ class MimoModel(MegatronModule):
         """Embeddings at their tokens' positions, `[S, B, H]`, the whole sequence.
 
         Args:
-            modality_embeddings: modality -> `[N, H]`; `"text"` holds the rows of all positions
-                without a special token.
+            modality_embeddings: modality -> `[N, H]`; `"text"` holds rows of all positions without a special token.
             input_ids: `[B, S]`.
             special_token_ids: modality -> token id.
 
