@@ -110,7 +110,7 @@ class Placement:
         return replace(self, ids=None)
 
     @property
-    def _awaited(self) -> Arrival:
+    def awaited(self) -> Arrival:
         """`arrival`, where `host` is None."""
         return cast(Arrival, self.arrival)
 
@@ -185,7 +185,7 @@ class Placement:
                 verify_rows(name, "special", self.host.counts[listing.index], n_rows, items, spans)
             return
         self.checks.check(
-            self._awaited,
+            self.awaited,
             lambda counts: verify_rows(name, "special", counts[listing.index].tolist(), n_rows, items),
             (name, "special", n_rows, items),
         )
@@ -216,7 +216,7 @@ class Placement:
             verify(self.host.counts[listing.index], runs)
             return
         self.checks.check(
-            self._awaited,
+            self.awaited,
             lambda counts: verify(counts[listing.index].tolist()),
             (name, "generation", n_rows, span, medium),
         )
@@ -397,4 +397,4 @@ def _check_vocabulary(placement: Placement, size: int) -> None:
     if placement.host is not None:
         verify(torch.tensor(placement.host.counts))
     else:
-        placement.checks.check(placement._awaited, verify, "vocabulary")
+        placement.checks.check(placement.awaited, verify, "vocabulary")

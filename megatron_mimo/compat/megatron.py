@@ -221,3 +221,19 @@ def roll_to_next(
     from megatron.core.transformer.multi_token_prediction import roll_tensor
 
     return roll_tensor(values, shifts=-1, dims=-1, cp_group=cp_group, packed_seq_params=packed_seq_params)[0]
+
+
+# Losses of experts --------------------------------------------------------------------------------------------------
+
+
+def forget_scale_of_expert_losses() -> None:
+    """Lets the next run of a schedule give the losses of experts its own scale.
+
+    Undocumented: `moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale`, process-wide; a backward pass outside a
+    schedule makes it a scalar, into which the schedule's `[1]` cannot be copied.
+    Reason: a model may have been run by hand before it is trained.
+    When it goes: nothing is left to forget; see what `set_loss_scale` keeps.
+    """
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None

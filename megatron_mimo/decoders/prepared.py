@@ -20,6 +20,7 @@ class Prepared(Mapping[str, Tensor]):
         rows_per_item: rows that stay together.
 
     Example:
+        >>> import torch
         >>> prepared = Prepared({"codes": torch.arange(6)}, num_rows=6)
         >>> prepared["codes"].shape, prepared.share(4, 6)["codes"].tolist()
         (torch.Size([6]), [4, 5])

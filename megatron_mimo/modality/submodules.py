@@ -61,6 +61,7 @@ class ModalitySubmodules(Writing, ABC):
             set to sequence parallelism.
 
     Example:
+        >>> import torch
         >>> images = ModalitySubmodules(encoders={"flatten": nn.Flatten(2)})
         >>> images({"flatten": {"input": torch.zeros(2, 4, 3, 3)}}).shape
         torch.Size([8, 9])

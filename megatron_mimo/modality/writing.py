@@ -140,6 +140,7 @@ class Writing(nn.Module):
             ValueError: no such decoder.
 
         Example:
+            >>> from megatron_mimo import ModalitySubmodules
             >>> from megatron_mimo.decoders import RegressionDecoder
             >>> images = ModalitySubmodules(decoders={"features": RegressionDecoder(width=4)},
             ...     output_projections=[nn.Linear(8, 4)])

@@ -15,6 +15,7 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_mimo.compat.megatron import forget_scale_of_expert_losses
 from megatron_mimo.launch import Run
 
 _BALANCING = {
@@ -76,6 +77,7 @@ def names_of(config: TransformerConfig) -> list[str]:
 
 def start_step(config: TransformerConfig) -> None:
     """Forgets what earlier passes reported."""
+    forget_scale_of_expert_losses()
     if config.num_moe_experts is not None:
         get_moe_metrics_tracker().clear()
 

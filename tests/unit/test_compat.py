@@ -565,3 +565,14 @@ def test_the_leaves_of_a_graph_are_the_parameters_it_uses() -> None:
     assert torch_names.leaves_of(used(given)) == {id(p) for p in (*used.parameters(), *unused.parameters())}
     again = torch.utils.checkpoint.checkpoint(used, given, use_reentrant=True)
     assert torch_names.leaves_of(again) is None
+
+
+def test_losses_of_experts_take_a_schedule_s_scale_after_a_backward_pass_without_one() -> None:
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    activation = MoEAuxLossAutoScaler.apply(torch.ones(2, requires_grad=True), torch.ones((), requires_grad=True))
+    activation.sum().backward()
+    megatron.forget_scale_of_expert_losses()
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
+    assert MoEAuxLossAutoScaler.main_loss_backward_scale.shape == (1,)
+    megatron.forget_scale_of_expert_losses()
