@@ -54,6 +54,14 @@ OTHERS = {
         lambda: tiny.mimo_config(generation_token_ids={"images": 60}),
         "generation_token_ids['images']: 61 there, 60 here",
     ),
+    "begin token": (
+        lambda: tiny.mimo_config(begin_token_ids={"images": 59}),
+        "begin_token_ids['images']: none there, 59 here",
+    ),
+    "end token": (
+        lambda: tiny.mimo_config(end_token_ids={"images": 58}),
+        "end_token_ids['images']: none there, 58 here",
+    ),
     "modality removed": (
         lambda: tiny.mimo_config(
             modality_submodules={"images": tiny.image_spec()}, special_token_ids={"images": tiny.READ}
@@ -120,6 +128,8 @@ def test_what_the_model_is_is_json_that_a_reader_understands(checkpoint):
         "vocabulary": 64,
         "special_token_ids": {"audio": 9_000_000, "images": -200},
         "generation_token_ids": {"images": 61},
+        "begin_token_ids": {},
+        "end_token_ids": {},
         "decoders": {"audio": {}, "images": {"pixels": "LinearDecoder"}},
     }
 

@@ -10,7 +10,7 @@ from megatron_mimo.build import maker
 from megatron_mimo.config import MimoModelConfig
 
 #: Fields of the configuration that give token ids, by name.
-_TOKEN_IDS = ("special_token_ids", "generation_token_ids")
+_TOKEN_IDS = ("special_token_ids", "generation_token_ids", "begin_token_ids", "end_token_ids")
 
 
 def identity_of(config: MimoModelConfig) -> dict[str, Any]:
