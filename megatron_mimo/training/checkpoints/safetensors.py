@@ -39,10 +39,10 @@ def export_weights(path: Path | str, file: Path | str) -> list[str]:
     """
     path, file = found_at(Path(path)), Path(file)
     check_inert(path)
-    stored = description_of(path / ".metadata").state_dict_metadata
-    names = sorted(
-        name for name, kind in stored.items() if isinstance(kind, TensorStorageMetadata) and not name.startswith(_STATE)
-    )
+    described = description_of(path / ".metadata").state_dict_metadata
+    tensors = {name: kind for name, kind in described.items() if isinstance(kind, TensorStorageMetadata)}
+    stored = {name: tensors[name] for name in sorted(tensors) if not name.startswith(_STATE)}
+    names = list(stored)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
