@@ -15,6 +15,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_mimo import training
+from megatron_mimo.compat.megatron import writers_report_here
 from megatron_mimo.compat.megatron_training import with_printable_help
 from megatron_mimo.training import TrainingControl, language_spec_from_args
 from megatron_mimo.training.pretraining.arguments import add_mimo_args, control_from_args, with_loss_weights
@@ -93,7 +94,8 @@ def write_checkpoint(directory: Path, args: Namespace | None) -> None:
     path = directory / "iter_0000003"
     path.mkdir(parents=True)
     state = {"iteration": 3, "weight": ShardedTensor.from_rank_offsets("weight", torch.zeros(2))}
-    dist_checkpointing.save(state | ({} if args is None else {"args": args}), str(path))
+    with writers_report_here():  # Megatron's process for reports may be gone by now
+        dist_checkpointing.save(state | ({} if args is None else {"args": args}), str(path))
     (directory / "latest_checkpointed_iteration.txt").write_text("3")
 
 
