@@ -17,18 +17,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.tensor_parallel import VocabParallelEmbedding, scatter_to_sequence_parallel_region
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megatron_mimo.compat.torch import has_output_hooks, run_forward_pre_hooks
+from megatron_mimo.compat.torch import run_forward_pre_hooks
 from megatron_mimo.deferred import Arrival
 from megatron_mimo.kernels import kernels_for
+from megatron_mimo.lookup import check_token_types, plain_lookup, vocabulary_of
 from megatron_mimo.placement import Placement, build_placement
 from megatron_mimo.sharding import SequenceShard, sequence_shard
 from megatron_mimo.tally import outside_vocabulary, verify_vocabulary
@@ -68,24 +68,24 @@ def align(
             On the device the count is checked without waiting, see `Placement.check_rows`.
     """
     _check_layout(input_ids, placement, shard, tp_group, sequence_parallel)
-    _check_rows(_tables(embeddings, placement), placement)
-    return align_checked(language_embedding, input_ids, position_ids, embeddings, placement, shard, tp_group)
+    tables = in_order(embeddings, placement)
+    _check_rows(tables, placement)
+    return align_checked(language_embedding, input_ids, position_ids, tables, placement, shard, tp_group)
 
 
 def align_checked(
     language_embedding: nn.Module,
     input_ids: Tensor,
     position_ids: Tensor | None,
-    embeddings: Mapping[str, Tensor],
+    tables: list[Tensor | None],
     placement: Placement,
     shard: SequenceShard,
     tp_group: ProcessGroup | None,
 ) -> Tensor:
-    """What `align` gives, for a placement, a shard and counts of rows that the caller has checked."""
+    """What `align` gives, for `in_order(tables)`, a shard and counts of rows that the caller has checked."""
     input_ids = input_ids.contiguous()
-    tables = _tables(embeddings, placement)
     words = plain_lookup(language_embedding)
-    vocabulary = _vocabulary(language_embedding, placement) if words is None else words.num_embeddings
+    vocabulary = vocabulary_of(language_embedding, placement.vocabulary_size) if words is None else words.num_embeddings
     if vocabulary is not None and (placement.vocabulary_size is None or placement.vocabulary_size > vocabulary):
         _check_vocabulary(input_ids, placement, vocabulary)
     if words is not None:
@@ -95,9 +95,29 @@ def align_checked(
         group = tp_group if tp_group is not None and tp_group.size() > 1 else None
         call = _Call(placement, shard, "lookup", words.vocab_start_index, group)
         return _Align.apply(call, input_ids, words.weight, *tables)
-    _check_token_types(language_embedding)
+    check_token_types(language_embedding)
     text = _embed(language_embedding, input_ids, position_ids, placement, shard, tp_group, vocabulary)
     return _Align.apply(_Call(placement, shard, "given", 0, tp_group), input_ids, text, *tables)
+
+
+def in_order(embeddings: Mapping[str, Tensor], placement: Placement) -> list[Tensor | None]:
+    """The embeddings `[N, H]` as a list in the placement's order; None for a table left out.
+
+    Raises:
+        ValueError: if a table is not in the placement, or not of two dimensions.
+    """
+    for name in embeddings:
+        if name not in placement.reading:
+            raise ValueError(
+                f"embeddings of {name!r} have no special token in this placement, which reads {list(placement.names)}."
+            )
+    tables = []
+    for name in placement.names:
+        table = embeddings.get(name)
+        if table is not None and table.dim() != 2:
+            raise ValueError(f"{name}: expected embeddings [N, H], found shape {list(table.shape)}.")
+        tables.append(table)
+    return tables
 
 
 def align_by_token_positions(
@@ -130,51 +150,11 @@ def align_by_token_positions(
         raise ValueError("no embeddings to align: expected at least one modality in modality_embeddings.")
     text_table = "text" if "text" in modality_embeddings else None
     placement = build_placement(input_ids, special_token_ids, text_table=text_table)
-    tables = _tables(modality_embeddings, placement)
+    tables = in_order(modality_embeddings, placement)
     _check_rows(tables, placement)
     shard = sequence_shard(input_ids.shape[1], device=input_ids.device)
     reference = modality_embeddings.get("text", next(iter(modality_embeddings.values())))
     return _Align.apply(_Call(placement, shard, "zero", 0, None, reference.dtype), input_ids, None, *tables)
-
-
-def plain_lookup(language_embedding: nn.Module) -> VocabParallelEmbedding | None:
-    """The embedding's vocabulary-parallel table if its forward is a lookup there and nothing else, otherwise None.
-
-    Only Megatron's own forward is known to be one; a subclass that overrides it, a hook on the output, or an active
-    option (learned positions, token types, scaling, dropout, float32 residuals, sharded weights) may add to it.
-    """
-    if type(language_embedding).forward is not LanguageModelEmbedding.forward:
-        return None
-    words: Any = language_embedding.word_embeddings
-    config = language_embedding.config
-    plain = (
-        type(words).forward is VocabParallelEmbedding.forward
-        and not language_embedding.add_position_embedding
-        and language_embedding.tokentype_embeddings is None
-        and not (config.use_mup and config.mup_embedding_mult != 1.0)
-        and not config.fp32_residual_connection
-        and not (language_embedding.training and language_embedding.embedding_dropout.p > 0)
-        and words.gtp_remat_size == 1
-        and not has_output_hooks(language_embedding)
-        and not has_output_hooks(words)
-    )
-    return words if plain else None
-
-
-def _tables(embeddings: Mapping[str, Tensor], placement: Placement) -> list[Tensor | None]:
-    """The tables in the placement's order; None for a table left out."""
-    for name in embeddings:
-        if name not in placement.reading:
-            raise ValueError(
-                f"embeddings of {name!r} have no special token in this placement, which reads {list(placement.names)}."
-            )
-    tables = []
-    for name in placement.names:
-        table = embeddings.get(name)
-        if table is not None and table.dim() != 2:
-            raise ValueError(f"{name}: expected embeddings [N, H], found shape {list(table.shape)}.")
-        tables.append(table)
-    return tables
 
 
 def _check_rows(tables: list[Tensor | None], placement: Placement) -> None:
@@ -207,22 +187,6 @@ def _check_layout(
             f"the shard splits the sequence over {shard.tp_size} tensor-parallel ranks, but sequence parallelism "
             f"splits it over {size}."
         )
-
-
-def _check_token_types(language_embedding: nn.Module) -> None:
-    """Raises `ValueError` where Megatron's embedding adds token types, which nothing here gives."""
-    if isinstance(language_embedding, LanguageModelEmbedding) and language_embedding.tokentype_embeddings is not None:
-        raise ValueError(
-            "the language model's embedding adds token types (num_tokentypes > 0), which MimoModel does not give. "
-            "Build it without."
-        )
-
-
-def _vocabulary(language_embedding: nn.Module, placement: Placement) -> int | None:
-    """How many tokens an embedding that is no plain lookup knows; None if nobody says."""
-    if isinstance(language_embedding, LanguageModelEmbedding):
-        return language_embedding.word_embeddings.num_embeddings
-    return placement.vocabulary_size
 
 
 def _check_vocabulary(input_ids: Tensor, placement: Placement, num_embeddings: int) -> None:

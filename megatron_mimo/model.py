@@ -12,7 +12,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
-from megatron_mimo.align import align_by_token_positions, align_checked
+from megatron_mimo.align import align_by_token_positions, align_checked, in_order
 from megatron_mimo.build import check_parallel_state
 from megatron_mimo.check import BatchCheck, Media, Nested, Shown
 from megatron_mimo.config import MimoModelConfig, generation_table
@@ -238,8 +238,8 @@ class MimoModel(MegatronModule):
 
     def align(self, input_ids: Tensor, rows: Mapping[str, Tensor], plan: Plan) -> Tensor:
         """Text and modality rows at their positions, `[S_local, B, H]`, this rank's only."""
-        embedding, group = self.language_model.embedding, self.pg_collection.tp
-        return align_checked(embedding, input_ids, plan.positions, rows, plan.placed, plan.shard, group)
+        words, tables, group = self.language_model.embedding, in_order(rows, plan.placed), self.pg_collection.tp
+        return align_checked(words, input_ids, plan.positions, tables, plan.placed, plan.shard, group)
 
     def learned(
         self,

@@ -6,6 +6,7 @@ under `tests/gpu`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import triton
@@ -30,25 +31,30 @@ def launches_directly(version: str) -> bool:
 DIRECT = launches_directly(triton.__version__)
 
 
-def launch(
-    compiled: Any, grid: tuple[int, int, int], device: int, arguments: tuple[Any, ...], constants: tuple[Any, ...]
-) -> None:
-    """Launches what ``kernel[grid](...)`` gave, without looking at the arguments again.
+def launcher(compiled: Any, device: int) -> Callable[..., None]:
+    """What launches what ``kernel[grid](...)`` gave, without looking at the arguments again.
 
     Undocumented: `CompiledKernel.run(grid_x, grid_y, grid_z, stream, function, packed_metadata, launch_metadata,
     enter_hook, exit_hook, *arguments)`, and `triton.runtime.driver.active.get_current_stream(device)`; known of the
     versions in `TESTED`.
     Reason: at every launch Triton looks at every argument to find the variant to run, which costs the host more than
-    the smallest batches cost the device.
+    the smallest batches cost the device. The names are looked up here, once a variant: some of them are computed.
     When it goes: nothing to do; a version that is not in `TESTED` launches by ``kernel[grid](...)``. To add one, run
     `tests/gpu/test_align_gpu.py` on it with the version put in.
 
     Args:
         compiled: a `CompiledKernel`, launched once before.
-        grid: programs along each axis.
         device: index of the GPU.
-        arguments: addresses of tensors (None for an absent one), tuples of them, and numbers.
-        constants: the compile-time values, in the order of the kernel's parameters.
+
+    Returns:
+        A function of the grid (programs along each axis) and the kernel's arguments, compile-time values included:
+        addresses of tensors (None for an absent one), tuples of them, and numbers.
     """
-    stream = triton.runtime.driver.active.get_current_stream(device)
-    compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments, *constants)
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    current_stream = triton.runtime.driver.active.get_current_stream
+
+    def launch(grid: tuple[int, int, int], *arguments: Any) -> None:
+        x, y, z = grid
+        run(x, y, z, current_stream(device), function, metadata, None, None, None, *arguments)
+
+    return launch

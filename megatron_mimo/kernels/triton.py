@@ -8,7 +8,7 @@ results do not depend on the schedule.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -30,7 +30,7 @@ PIECE = 64  # rows of one token that one program adds up; a hot token's pieces a
 
 # Launching -------------------------------------------------------------------------------------------------------
 
-_compiled: dict[tuple, triton.compiler.CompiledKernel] = {}
+_launchers: dict[tuple, Callable[..., None]] = {}  # by kernel, device, constants and the tensors' dtypes
 
 
 def _launch(
@@ -66,17 +66,17 @@ def _launch(
             pointers.append(pointer := x.data_ptr())
             addresses |= pointer
     key = tuple(described)
-    compiled = _compiled.get(key) if addresses & 15 == 0 else None
-    if compiled is None:
+    launch = _launchers.get(key) if addresses & 15 == 0 else None
+    if launch is None:
         given = (*tensors, tables) if tables else tensors
         compiled = kernel[grid](*given, *sizes, *constants[:-1], num_warps=constants[-1])
         if addresses & 15 == 0 and direct.DIRECT:
-            _compiled[key] = compiled
+            _launchers[key] = direct.launcher(compiled, device)
         return
     if tables:
         count = len(tensors)
         pointers[count:] = [tuple(pointers[count:])]
-    direct.launch(compiled, grid, device, (*pointers, *sizes), constants[:-1])
+    launch(grid, *pointers, *sizes, *constants[:-1])
 
 
 @cache

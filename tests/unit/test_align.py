@@ -9,7 +9,8 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from megatron_mimo.align import align, align_by_token_positions, plain_lookup
+from megatron_mimo.align import align, align_by_token_positions
+from megatron_mimo.lookup import plain_lookup
 from megatron_mimo.placement import build_placement
 from megatron_mimo.sharding import sequence_shard
 

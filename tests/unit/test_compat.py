@@ -417,7 +417,7 @@ def test_a_tied_copy_is_marked_where_megatron_marks_it() -> None:
 def test_embeddings_have_the_options_that_alignment_asks_about(single_process) -> None:
     from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 
-    from megatron_mimo.align import plain_lookup
+    from megatron_mimo.lookup import plain_lookup
 
     config = tiny.language_config()
     embedding = LanguageModelEmbedding(config, 16, 8, position_embedding_type="rope")

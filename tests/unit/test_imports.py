@@ -39,6 +39,7 @@ ROOMS = [
     "plan",
     "labels",
     "exchange",
+    "lookup",
     "align",
     "route",
     "attention_mask",

@@ -32,7 +32,7 @@ class Kernel:
 @pytest.fixture
 def stand_ins(monkeypatch):
     """No kernel compiled yet, and a driver whose streams are named by their device."""
-    monkeypatch.setattr(kernels, "_compiled", {})
+    monkeypatch.setattr(kernels, "_launchers", {})
     active = SimpleNamespace(get_current_stream=lambda device: f"stream of {device}")
     monkeypatch.setattr(
         direct, "triton", SimpleNamespace(runtime=SimpleNamespace(driver=SimpleNamespace(active=active)))
@@ -63,7 +63,7 @@ def test_another_version_launches_by_triton_every_time(stand_ins, monkeypatch) -
         kernels._launch(kernel, GRID, (x,), (5,), ("text", 4))
     assert len(kernel.by_triton) == 3
     assert not kernel.directly
-    assert not kernels._compiled
+    assert not kernels._launchers
 
 
 def test_another_dtype_constant_or_unaligned_tensor_is_bound_by_triton_first(stand_ins, monkeypatch) -> None:

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_mimo.align import align, plain_lookup
+from megatron_mimo.align import align
 from megatron_mimo.launch import Run
+from megatron_mimo.lookup import plain_lookup
 from megatron_mimo.placement import build_placement
 from megatron_mimo.sharding import sequence_shard
 from tests.distributed.harness import case
