@@ -28,7 +28,7 @@ from torch.distributed import ProcessGroup
 from megatron_mimo.compat.torch import run_forward_pre_hooks
 from megatron_mimo.deferred import Arrival
 from megatron_mimo.kernels import kernels_for
-from megatron_mimo.lookup import check_token_types, plain_lookup, vocabulary_of
+from megatron_mimo.lookup import check_token_types, known_vocabulary, plain_lookup
 from megatron_mimo.placement import Placement, build_placement
 from megatron_mimo.sharding import SequenceShard, sequence_shard
 from megatron_mimo.tally import outside_vocabulary, verify_vocabulary
@@ -85,7 +85,9 @@ def align_checked(
     """What `align` gives, for `in_order(tables)`, a shard and counts of rows that the caller has checked."""
     input_ids = input_ids.contiguous()
     words = plain_lookup(language_embedding)
-    vocabulary = vocabulary_of(language_embedding, placement.vocabulary_size) if words is None else words.num_embeddings
+    vocabulary = (
+        known_vocabulary(language_embedding, placement.vocabulary_size) if words is None else words.num_embeddings
+    )
     if vocabulary is not None and (placement.vocabulary_size is None or placement.vocabulary_size > vocabulary):
         _check_vocabulary(input_ids, placement, vocabulary)
     if words is not None:

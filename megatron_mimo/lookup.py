@@ -35,7 +35,7 @@ def plain_lookup(language_embedding: nn.Module) -> VocabParallelEmbedding | None
     return words if plain else None
 
 
-def vocabulary_of(language_embedding: nn.Module, declared: int | None) -> int | None:
+def known_vocabulary(language_embedding: nn.Module, declared: int | None) -> int | None:
     """How many tokens an embedding that is no plain lookup knows: its own number, else the declared one."""
     if isinstance(language_embedding, LanguageModelEmbedding):
         return language_embedding.word_embeddings.num_embeddings

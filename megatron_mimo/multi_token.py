@@ -47,7 +47,7 @@ class LaterRows:
         tp_group: ProcessGroup,
         sequence_parallel: bool,
     ) -> None:
-        self._embedding, self._plan, self._packed = embedding, plan, packed_seq_params
+        self._embedding, self._packed = embedding, packed_seq_params
         self._cp_group, self._tp_group, self._split = cp_group, tp_group, sequence_parallel
         placement = plan.placed
         # One code a position: 0 for text, else 1 + the row in the tables laid end to end; what rolls in is text.

@@ -120,10 +120,6 @@ class Placement:
         """int64 [B], on `device`: how many positions of each sample the reading table fills."""
         return self.counts_table[self._reading(name).index]
 
-    def reading_count(self, name: str) -> int | None:
-        """How many positions of the batch the reading table fills; None if only the device knows."""
-        return self._known_total(self._reading(name))
-
     def generation_count(self, name: str) -> int | None:
         """How many generation tokens the modality has in the batch; None if only the device knows."""
         return self._known_total(self._generating(name))

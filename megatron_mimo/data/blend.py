@@ -65,11 +65,6 @@ class Order:
         self._seed, self._shuffle = seed, shuffle
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
 
-    @property
-    def epoch_length(self) -> int:
-        """Samples after which every record was there once, where there are no weights."""
-        return int(self._ends[-1])
-
     def at(self, position: int) -> Place:
         """What stands at `position`, counted from 0 over all epochs."""
         period, slot = divmod(position, len(self._pattern))
