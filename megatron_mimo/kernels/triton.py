@@ -70,7 +70,7 @@ def _launch(
     if launch is None:
         given = (*tensors, tables) if tables else tensors
         compiled = kernel[grid](*given, *sizes, *constants[:-1], num_warps=constants[-1])
-        if addresses & 15 == 0 and direct.DIRECT:
+        if compiled is not None and addresses & 15 == 0 and direct.DIRECT:  # Triton's interpreter compiles nothing
             _launchers[key] = direct.launcher(compiled, device)
         return
     if tables:
