@@ -12,6 +12,8 @@ from megatron_mimo.compat.notices import Answered
 if TYPE_CHECKING:
     from megatron_mimo.config import MimoModelConfig
     from megatron_mimo.generation.in_the_loop import sample_flow, sample_one_by_one
+    from megatron_mimo.hf.codec import HFCodec
+    from megatron_mimo.hf.encoder import HFEncoder
     from megatron_mimo.launch import exit_on_error, initialize, shutdown
     from megatron_mimo.losses import LossTerm, global_counts, total_loss
     from megatron_mimo.modality.encoding import EncodedRows
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "AudioModalitySubmodules": "modality.kinds",
     "EncodedRows": "modality.encoding",
+    "HFCodec": "hf.codec",
+    "HFEncoder": "hf.encoder",
     "LossTerm": "losses",
     "MimoModel": "model",
     "MimoModelConfig": "config",

@@ -80,12 +80,25 @@ class KeepsDtype(nn.Module):
     0.1 (`recurse` since 2.1).
     Reason: `Float16Module` casts the whole model; a codec computes in the dtype that it was trained in.
     When it goes: cast what lies around the codec in place of the whole model.
+
+    Attributes:
+        casts_parameters: whether all but the buffers that no checkpoint has are cast as any module's. Those are tables
+            such as rotary frequencies, which transformers keeps in float32 beside weights of half precision.
     """
 
+    casts_parameters = False
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        cast: set[int] = set()
+        if self.casts_parameters:
+            names = self.state_dict(keep_vars=True).keys()
+            tables = {id(one) for name, one in self.named_buffers() if name not in names}
+            cast = {id(one) for one in (*self.parameters(), *self.buffers()) if id(one) not in tables}
+            cast |= {id(one.grad) for one in self.parameters() if one.grad is not None}
+
         def moved(tensor: torch.Tensor) -> torch.Tensor:
             there = fn(tensor)
-            return there if there.dtype == tensor.dtype else tensor.to(there.device)
+            return there if there.dtype == tensor.dtype or id(tensor) in cast else tensor.to(there.device)
 
         return super()._apply(moved, recurse)
 

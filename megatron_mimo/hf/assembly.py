@@ -24,11 +24,13 @@ from megatron_mimo.hf.blueprint import (
     read_tower,
     weights_dtype,
 )
+from megatron_mimo.hf.encoder import HFEncoder, encoder_of
 from megatron_mimo.hf.files import read_json
 from megatron_mimo.hf.language import precision
 from megatron_mimo.hf.registry import restore
 from megatron_mimo.hf.saving import FORMAT, LANGUAGE_DIRECTORY, TOKENS
 from megatron_mimo.hf.source import OWN
+from megatron_mimo.hf.towers import Found
 
 logger = logging.getLogger(__name__)
 
@@ -114,23 +116,26 @@ def _modality(
     modality: str, parts: Assembly, language: Part, building: Building, dtype: Any
 ) -> tuple[ModuleSpec, list[Part]]:
     """The spec of a modality, and those of its parts that tables cover."""
-    encoders, towers = {}, []
+    encoders, towers, found = {}, list[Part](), list[Found]()
     for name, encoder in parts.encoders.get(modality, {}).items():
         if isinstance(encoder, ModuleSpec):
             encoders[name] = encoder
+            found += [encoder_of(encoder)] if encoder.module is HFEncoder else []
             continue
         tower = _llava_tower(encoder, f"{modality}/encoders/{name}")
         encoders[name] = encoder_spec(tower, building, dtype)
         towers.append(tower)
     further: dict[str, Any] = dict(parts.submodules.get(modality, {}))
     given = further.pop("input_projections", None)
-    if given is None and len(towers) == 1 == len(encoders):
-        projection = llava.Projection(towers[0].config.hidden_size, language.config.hidden_size)
+    widths = [tower.config.hidden_size for tower in towers] + [one.width for one in found]
+    if given is None and len(widths) == 1 == len(encoders):
+        projection = llava.Projection(widths[0], language.config.hidden_size)
         towers.append(projector_part(f"{modality}/input_projections/0", projection))
         given = [projection.spec()]
     if modality in parts.decoders:
         further["decoders"] = dict(parts.decoders[modality])
-    return modality_spec(encoders, list(given or []), **further), towers
+    audio = any(one.hears for one in found)
+    return modality_spec(encoders, list(given or []), audio=audio, **further), towers
 
 
 def _llava_tower(directory: Path, path: str) -> Part:

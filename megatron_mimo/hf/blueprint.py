@@ -21,7 +21,7 @@ from megatron_mimo.hf.language import language_spec
 from megatron_mimo.hf.reading import differences, refuse
 from megatron_mimo.hf.table import Table
 from megatron_mimo.hf.vision import Select, tower_spec
-from megatron_mimo.modality.kinds import VisionModalitySubmodules
+from megatron_mimo.modality.kinds import AudioModalitySubmodules, VisionModalitySubmodules
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +154,10 @@ def read_tower(directory: Path, path: str, layer: int | None, select: Select) ->
     if kind == llava.MODEL_TYPE:
         return replace(_read_llava(directory)[1], path=path)
     if _TWO_TOWERS.get(kind, kind) not in TOWERS:
-        raise ValueError(unknown(directory, kind))
+        raise ValueError(
+            f"{unknown(directory, kind)} To take an encoder of transformers as it is, give its spec: "
+            f"ModuleSpec(megatron_mimo.HFEncoder, params={{'name_or_path': {str(directory)!r}}})."
+        )
     checkpoint, read = open_checkpoint(directory), _config(directory)
     tensors = {
         name.removeprefix("vision_model."): stored
@@ -305,7 +308,9 @@ def model_config(parts: tuple[Part, ...], building: Building, directory: Path) -
     )
 
 
-def modality_spec(encoders: Mapping[str, ModuleSpec], projections: list[ModuleSpec], **others: object) -> ModuleSpec:
-    """The spec of a modality that reads images."""
+def modality_spec(
+    encoders: Mapping[str, ModuleSpec], projections: list[ModuleSpec], *, audio: bool = False, **others: object
+) -> ModuleSpec:
+    """The spec of a modality that reads images, or sound."""
     submodules = {"encoders": dict(encoders), "input_projections": projections, **others}
-    return ModuleSpec(module=VisionModalitySubmodules, submodules=submodules)
+    return ModuleSpec(module=AudioModalitySubmodules if audio else VisionModalitySubmodules, submodules=submodules)

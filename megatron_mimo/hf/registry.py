@@ -6,15 +6,20 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mimo.hf.family import ACTIVATIONS
+from megatron_mimo.hf.files import DTYPES
 
 #: Name in a file -> where the class is.
 CLASSES = {
+    "HFCodec": "megatron_mimo.hf.codec",
+    "HFEncoder": "megatron_mimo.hf.encoder",
     "Projector": "megatron_mimo.hf.llava",
     "VisionModalitySubmodules": "megatron_mimo.modality.kinds",
     "AudioModalitySubmodules": "megatron_mimo.modality.kinds",
@@ -26,6 +31,8 @@ CLASSES = {
     "NoisedTargetInput": "megatron_mimo.decoders",
     "QueryInput": "megatron_mimo.decoders",
     "TargetInput": "megatron_mimo.decoders",
+    "CodeTokenizer": "megatron_mimo.decoders",
+    "LatentTokenizer": "megatron_mimo.decoders",
     "RectifiedFlow": "megatron_mimo.decoders",
     "MultimodalProjector": "megatron.core.models.vision.multimodal_projector",
     "MLPSubmodules": "megatron.core.transformer.mlp",
@@ -61,6 +68,10 @@ def describe(value: Any) -> Any:
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, torch.dtype):
+        return {"$dtype": str(value).removeprefix("torch.")}
     if isinstance(value, TransformerConfig):
         return {"$config": _fields_of(value)}
     if isinstance(value, ModuleSpec):
@@ -99,6 +110,8 @@ def restore(described: Any, of_run: Mapping[str, object]) -> Any:
         return described
     if "$config" in described:
         return TransformerConfig(**(restore(described["$config"], of_run) | dict(of_run)))
+    if "$dtype" in described:
+        return _dtype(described["$dtype"])
     if "$spec" in described:
         parts = {key: restore(described[key], of_run) for key in ("params", "submodules") if key in described}
         return ModuleSpec(module=_class_of(described["$spec"]), **parts)
@@ -111,6 +124,13 @@ def restore(described: Any, of_run: Mapping[str, object]) -> Any:
     if "$class" in described:
         return _class_of(described["$class"])
     return {key: restore(item, of_run) for key, item in described.items()}
+
+
+def _dtype(name: str) -> torch.dtype:
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+    if name not in known:
+        raise ValueError(f"expected one of the dtypes {sorted(known)}, found {name!r}.")
+    return known[name]
 
 
 def _name_of(cls: Any) -> str:

@@ -15,16 +15,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import nn
 
 from megatron_mimo.config import SUBMODULE_KEYS, MimoModelConfig
 from megatron_mimo.hf import llava, own
 from megatron_mimo.hf.blueprint import LANGUAGE_MODELS, PROJECTOR, TOWERS, Chunk, Origin, Part
+from megatron_mimo.hf.codec import HFCodec
+from megatron_mimo.hf.encoder import HFEncoder
 from megatron_mimo.hf.filling import module_at, parameters_of, place_of
 from megatron_mimo.hf.reading import Place
 from megatron_mimo.hf.registry import Undescribed, describe
 from megatron_mimo.hf.source import BESIDE, OWN
 from megatron_mimo.hf.table import Table
+from megatron_mimo.hf.towers import as_json, source
 from megatron_mimo.hf.writing import File, Outgoing, outgoing, write
 
 logger = logging.getLogger(__name__)
@@ -279,7 +283,7 @@ def _save_parts(
         described["parts"].append({"path": grown.path, "layer": grown.layer, "select": grown.select})
     named = replace(origin, parts=tuple(part for part in origin.parts if part.model_type != PROJECTOR))
     _write_own(models, named, directory, place, dtype)
-    _describe_modalities(config, named, described)
+    _describe_modalities(models[0], named, described)
 
     def finish() -> None:
         save_beside(origin, directory / LANGUAGE_DIRECTORY)
@@ -305,21 +309,23 @@ def _write_own(
             file.write(one.tensor())
 
 
-def _describe_modalities(config: MimoModelConfig, origin: Origin, described: dict[str, Any]) -> None:
+def _describe_modalities(model: Chunk, origin: Origin, described: dict[str, Any]) -> None:
     """Adds the modalities' specs, without the parts that have directories of their own."""
+    config = model.mimo_config
     covered = {part.path for part in origin.parts}
     modalities = {}
     try:
         for modality, spec in config.modality_submodules.items():
             parts = dict(spec.submodules or {})
             encoders = {
-                name: encoder
+                name: _standalone(encoder, model.modality_submodules[modality].encoders, name)
                 for name, encoder in (parts.get("encoders") or {}).items()
                 if f"{modality}/encoders/{name}" not in covered
             }
             order = list(parts.get("encoders") or {})
+            others = {key: _standalone(one, {}) for key, one in parts.items()}
             modalities[modality] = {
-                "spec": describe(replace(spec, submodules={**parts, "encoders": encoders})),
+                "spec": describe(replace(spec, submodules={**others, "encoders": encoders})),
                 "encoders": order,
             }
     except Undescribed as undescribed:
@@ -331,3 +337,26 @@ def _describe_modalities(config: MimoModelConfig, origin: Origin, described: dic
         )
         return
     described["modalities"] = modalities
+
+
+def _standalone(spec: Any, built: Mapping[str, Any], name: str = "") -> Any:
+    """A spec that no longer needs the directories that transformers' encoders and codecs came from.
+
+    Args:
+        spec: or what holds specs.
+        built: this rank's encoders.
+        name: of the encoder whose spec it is.
+    """
+    if isinstance(spec, Mapping):
+        return {key: _standalone(one, built) for key, one in spec.items()}
+    if isinstance(spec, list):
+        return [_standalone(one, built) for one in spec]
+    if not isinstance(spec, ModuleSpec):
+        return spec
+    if spec.module is HFEncoder and name in built:
+        return ModuleSpec(module=HFEncoder, params=built[name].saved_params())
+    params = dict(spec.params or {})
+    if spec.module is HFCodec:
+        _, config = source(params.pop("name_or_path", None), params.pop("config", None))
+        return ModuleSpec(module=HFCodec, params=params | {"config": as_json(config)})
+    return replace(spec, params=_standalone(params, built), submodules=_standalone(spec.submodules, built))

@@ -1,15 +1,22 @@
 """Pretrained models on several ranks are those of one: read part by part, gathered again, the same logits."""
 
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 import megatron_mimo
+from megatron_mimo.decoders import FlowDecoder
 from megatron_mimo.launch import Run
 from tests import checkpoints
 from tests.checkpoints import LANGUAGE_MODELS, TOLERANCE, difference
 from tests.distributed.harness import case, relayout, shared_directory
+from tests.parity import test_hf_encoder
 from tests.parity.test_hf_language import same_bytes, stored
+from tests.parity.test_hf_llava import text_directory
 
 TENSOR = {"tensor_model_parallel_size": 2}
 PIPELINE = {"pipeline_model_parallel_size": 2}
@@ -30,6 +37,7 @@ def logits_of(models, batch: dict) -> torch.Tensor | None:
 
     def step(iterator, model):
         output, _ = model(**next(iterator))
+        output = output.language if isinstance(output, megatron_mimo.MimoOutput) else output
         return output, lambda output, non_loss_data: {"logits": output}
 
     count = len(chunks)  # as many as an interleaved schedule wants
@@ -123,3 +131,50 @@ def under_sequence_and_data_parallelism_loss_and_logits_are_one_rank_s(run: Run)
         losses, mask = model(ids, labels=ids.roll(-1, 1), loss_mask=counts)
     # The vocabulary of 101 is padded to 102: padding that took part in the softmax would be seen here.
     torch.testing.assert_close((losses * mask).sum() / mask.sum(), expected, atol=1e-5, rtol=1e-5)
+
+
+def in_parts(directory: Path) -> dict:
+    """A language model that sees with DINOv2 and writes with a decoder whose layers are cut."""
+    config = TransformerConfig(num_layers=1, hidden_size=checkpoints.HIDDEN, num_attention_heads=4)
+    decoder = {"width": checkpoints.HIDDEN, "target_width": 4, "hidden_width": 16, "depth": 1, "config": config}
+    tower = {"name_or_path": str(directory / "dinov2"), "select": "patch"}
+    return dict(
+        language_model=directory / "text",
+        encoders={"images": {"tower": ModuleSpec(megatron_mimo.HFEncoder, params=tower)}},
+        special_tokens={"images": "<image>"},
+        decoders={"images": {"flow": ModuleSpec(FlowDecoder, params=decoder)}},
+        generation_tokens={"images": "<draw>"},
+    )
+
+
+@case(ranks=2, timeout_s=120)
+def a_model_in_parts_is_the_same_at_tp_2_and_pp_2_and_goes_out_and_in_again(run: Run) -> None:
+    """With an encoder of transformers as it is, and a decoder whose layers are cut: no class of transformers has it."""
+    directory = shared_directory() / "in-parts"
+    if dist.get_rank() == 0:
+        text_directory(directory / "text", "llama-2")
+        test_hf_encoder.written("dinov2", directory / "dinov2")
+    dist.barrier()
+    given = in_parts(directory)
+    ids = checkpoints.ids(40).clamp(max=89)
+    ids[:, 2:18] = 90  # the first row that the tokenizer does not use
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "modality_inputs": {"images": {"tower": {"pixel_values": pixels}}}}
+    found: dict[int, torch.Tensor]
+    saved: Path | None
+    found, saved = {}, None
+    for index, layout in enumerate(({}, TENSOR, PIPELINE, TENSOR)):
+        relayout(**layout)
+        model = megatron_mimo.from_pretrained(**given) if saved is None else megatron_mimo.from_pretrained(saved)
+        assert model.mimo_config.special_token_ids == {"images": 90}
+        logits = logits_of(model, batch)
+        if logits is not None:
+            found[index] = logits[..., : checkpoints.VOCABULARY]
+        saved = shared_directory() / f"in-parts-{index}"
+        megatron_mimo.save_pretrained(model, saved)
+    if dist.get_rank() == 1:  # the last stage
+        for index, logits in found.items():
+            assert difference(logits, found[0]) < TOLERANCE, index
+        first, last = (stored(shared_directory() / f"in-parts-{index}") for index in (0, 3))
+        assert first.keys() == last.keys() and any("decoders" in name for name in first)
+        assert [name for name in first if not same_bytes(first[name], last[name])] == []
