@@ -8,7 +8,6 @@ from typing import cast
 
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import ModelType
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
@@ -22,18 +21,18 @@ from megatron_mimo.exchange import exchange
 from megatron_mimo.idle import with_idle
 from megatron_mimo.labels import default_loss_mask
 from megatron_mimo.language import LanguageCall, build_language_model, position_kind
+from megatron_mimo.megatron_model import MegatronModel
 from megatron_mimo.modality.build import build_submodules
 from megatron_mimo.modality.submodules import ModalitySubmodules
 from megatron_mimo.output import MimoOutput, ModalityOutput
 from megatron_mimo.placement import Placement
 from megatron_mimo.plan import Brought, Plan, Planner
 from megatron_mimo.route import route, row_groups
-from megatron_mimo.sharded_state import sharded_state_dict
 
 logger = logging.getLogger(__name__)
 
 
-class MimoModel(MegatronModule):
+class MimoModel(MegatronModel):
     """A Megatron language model that reads and writes several modalities.
 
     Encoders, input projections and alignment live on the first pipeline stage, output projections
@@ -341,25 +340,6 @@ class MimoModel(MegatronModule):
             ValueError: for the first check that fails.
         """
         self._checks.report()
-
-    # What Megatron asks of a model ---------------------------------------------------------
-
-    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
-        """Hidden states `[S_local, B, H]` from the previous pipeline stage."""
-        self.language_model.set_input_tensor(input_tensor)
-
-    @property
-    def share_embeddings_and_output_weights(self) -> bool:
-        """Whether the language model ties its output layer to its embedding."""
-        return self.language_model.share_embeddings_and_output_weights
-
-    def shared_embedding_or_output_weight(self) -> Tensor | None:
-        """The tied weight on the first and last pipeline stage."""
-        return self.language_model.shared_embedding_or_output_weight()
-
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None) -> dict:
-        """Checkpoint form of all parameters, as `megatron.core.dist_checkpointing` takes it."""
-        return sharded_state_dict(self, prefix, sharded_offsets, metadata)
 
     @property
     def loss_weights(self) -> dict[str, float]:

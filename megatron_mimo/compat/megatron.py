@@ -19,6 +19,7 @@ from megatron_mimo.compat.torch import forward_pre_hooks
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer, ParamKey
     from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.transformer.transformer_config import TransformerConfig
     from torch.distributed import ProcessGroup
 
 _DDP = "megatron.core.distributed.distributed_data_parallel"
@@ -80,6 +81,17 @@ def is_tied_copy(parameter: nn.Parameter) -> bool:
     When it goes: compare `share_embeddings_and_output_weights` of the language model instead.
     """
     return bool(getattr(parameter, "shared_embedding", False))
+
+
+def summed_by_name(name: str, config: TransformerConfig) -> bool:
+    """Whether Megatron sums a parameter's gradient over tensor-parallel ranks for its name, whatever module it is in.
+
+    Undocumented: `finalize_model_grads` looks for `q_layernorm` and `k_layernorm` anywhere in the name, where the
+    language model's configuration has `qk_layernorm`.
+    Reason: an encoder's parameter of such a name is replicated, and its gradient would come out TP times too large.
+    When it goes: nothing is summed by name; take the callers' exception away.
+    """
+    return config.qk_layernorm and ("q_layernorm" in name or "k_layernorm" in name)
 
 
 # Random numbers and compiled encoders ----------------------------------------------------------------------------

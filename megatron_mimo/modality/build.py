@@ -10,6 +10,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron_mimo.build import Spec, maker
 from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.modality.fit import check_widths
+from megatron_mimo.modality.marks import settle
 from megatron_mimo.modality.parts import description
 from megatron_mimo.modality.submodules import ModalitySubmodules
 
@@ -44,6 +45,7 @@ def build_submodules(
     projections = submodule.input_projections, submodule.output_projections
     check_widths(modality, config.language_config.hidden_size, *modules, *projections)
     _check_variable_spans(modality, submodule, config)
+    settle(modality, submodule, config.language_config, pg_collection)
     return submodule
 
 

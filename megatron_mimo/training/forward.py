@@ -96,7 +96,7 @@ class ForwardStep:
             # The same draws in every evaluation, and none of training's.
             index = self._evaluated.get(chunk, 0)
             self._evaluated[chunk] = index + 1
-            self._restart_draws(mimo, -1, index)
+            self._begin(mimo, -1, index)
             return self._read(iterator, mimo, 1), None
         self._evaluated[chunk] = 0
         step = self._steps.get(chunk)
@@ -106,11 +106,13 @@ class ForwardStep:
                 self._on_step(self._step(), step.counts)
             if mimo.post_process:
                 scale_mtp(mimo.config, step.counts[names.HELD], step.counts[names.term("text")])
-        self._restart_draws(mimo, self._step(), self._microbatches() - len(step))
+        self._begin(mimo, self._step(), self._microbatches() - len(step))
         return step, self._scale(step.counts, mimo) if mimo.post_process else None
 
-    def _restart_draws(self, mimo: MimoModel, step: int, index: int) -> None:
-        """Before the microbatch `index` of this rank; ranks take turns, as Megatron deals out samples."""
+    def _begin(self, mimo: MimoModel, step: int, index: int) -> None:
+        """Before the microbatch `index` of this rank: the draws; ranks take turns, as Megatron deals out samples."""
+        if index == 0:  # wrappers of the model ask the language model's configuration alone
+            mimo.set_is_first_microbatch()
         if mimo.pre_process or mimo.post_process:  # the stages that draw
             ranks = mimo.pg_collection.dp
             restart_draws(self._seed, step, index * ranks.size() + ranks.rank())

@@ -25,6 +25,7 @@ from megatron_mimo.data.progress import State
 from megatron_mimo.data.step import Counts
 from megatron_mimo.launch import Run, exit_on_error
 from megatron_mimo.layout import check_layout, check_sequence_length
+from megatron_mimo.modality.marks import check_orthogonalized
 from megatron_mimo.moved import names_of
 from megatron_mimo.pretrained import Source
 from megatron_mimo.training import auxiliary
@@ -99,6 +100,8 @@ class Trainer:
         self.models = build_chunks(config, run, self.control, pretrained)
         ddp = ddp or DistributedDataParallelConfig()
         optimizer = with_precision_of(self.models[0], optimizer or OptimizerConfig(lr=1e-3), ddp)
+        for model in self.models:
+            check_orthogonalized(model.modality_submodules, model.config, optimizer.optimizer)
         self.chunks = wrap_chunks(self.models, run, ddp)
         self.optimizer = get_megatron_optimizer(
             optimizer,

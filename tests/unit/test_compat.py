@@ -61,6 +61,7 @@ NAMES = {
     "megatron.trace_through_linear_layers": (
         "megatron.core.utils.get_tensor_model_parallel_group_if_none", ["tp_group", "is_expert", "check_initialized"]
     ),
+    "megatron.summed_by_name": ("megatron.core.distributed.finalize_model_grads", ["model"]),
     "megatron.single_optimizers": ("megatron.core.optimizer.ChainedOptimizer", ["chained_optimizers"]),
     "megatron.describe_momentum": (
         "megatron.core.optimizer.optimizer.MegatronOptimizer", ["optimizer", "config", "init_state_fn"]
@@ -412,6 +413,16 @@ def test_a_tied_copy_is_marked_where_megatron_marks_it() -> None:
     assert not megatron.is_tied_copy(weight)
     weight.shared_embedding = True
     assert megatron.is_tied_copy(weight)
+
+
+def test_gradients_are_summed_by_the_names_that_are_looked_for() -> None:
+    finalize = inspect.getsource(sys.modules["megatron.core.distributed.finalize_model_grads"])
+    assert re.findall(r'"(\w+)" in name', finalize) == ["q_layernorm", "k_layernorm"]
+    assert "average_gradients_across_tp_domain" in finalize
+    for normed in (False, True):
+        config = tiny.language_config(qk_layernorm=normed)
+        assert megatron.summed_by_name("encoder.k_layernorm.weight", config) == normed
+        assert not megatron.summed_by_name("encoder.layernorm.weight", config)
 
 
 def test_embeddings_have_the_options_that_alignment_asks_about(single_process) -> None:

@@ -47,6 +47,7 @@ ROOMS = [
     "language",
     "hf",
     "generation",
+    "megatron_model",
     "model",
     "exits",
     "launch",

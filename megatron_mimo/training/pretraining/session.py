@@ -11,6 +11,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.data.step import Counts
 from megatron_mimo.layout import check_layout
+from megatron_mimo.modality.marks import check_orthogonalized
 from megatron_mimo.model import MimoModel
 from megatron_mimo.training.forward import ForwardStep
 from megatron_mimo.training.parts.control import TrainingControl
@@ -79,7 +80,11 @@ class Session:
         """Takes note of a model chunk of this rank; with the last one the sizes of all parts are known.
 
         Where throughput is logged, the last chunk's call is collective over the pipeline-parallel group.
+
+        Raises:
+            ValueError: an optimizer that would take a modality's attention apart by the language model's heads.
         """
+        check_orthogonalized(chunk.modality_submodules, chunk.config, self.args.optimizer)
         self._chunks.append(chunk)
         if len(self._chunks) == (self.args.virtual_pipeline_model_parallel_size or 1):
             self._sizes = part_sizes(self._chunks) if self.logs_throughput else {}
