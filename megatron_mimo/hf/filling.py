@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.transformer.module import MegatronModule
 from torch import nn
 
 from megatron_mimo.hf import own
@@ -22,7 +23,14 @@ _ROWS = 8192
 
 def place_of(groups) -> Place:
     """Where this rank stands, from Megatron's process groups; experts are shared out in equal, contiguous ranges."""
-    return Place(groups.tp.rank(), groups.tp.size(), groups.expt_tp.rank(), groups.expt_tp.size())
+    return Place(
+        groups.tp.rank(),
+        groups.tp.size(),
+        groups.expt_tp.rank(),
+        groups.expt_tp.size(),
+        groups.ep.rank(),
+        groups.ep.size(),
+    )
 
 
 def module_at(model: Chunk, path: str) -> nn.Module | None:
@@ -60,7 +68,9 @@ def parameters_of(part: nn.Module, place: Place) -> dict[str, nn.Parameter]:
     for module in each:
         if type(module).__name__ == "HybridModel":
             kinds = [kind for kind in module.hybrid_layer_pattern if kind in "*-E"]
-    return parameters_by_name(part, first_expert=place.first_expert, layer_kinds=kinds)
+    experts = part.config.num_moe_experts if isinstance(part, MegatronModule) else None
+    first_expert = place.share * ((experts or 0) // place.shares)
+    return parameters_by_name(part, first_expert=first_expert, layer_kinds=kinds)
 
 
 def fill_parts(models: Sequence[Chunk], origin: Origin, place: Place) -> None:

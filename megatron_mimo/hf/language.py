@@ -66,6 +66,8 @@ def language_spec(
     """
     own = {name: settings[name] for name in _OF_MODEL if name in settings}
     layers = {name: value for name, value in settings.items() if name not in _OF_MODEL}
+    if "num_moe_experts" not in settings:  # ranks that share out experts elsewhere are data-parallel ones here
+        sizes = {**sizes, "expert_model_parallel_size": 1}
     config = TransformerConfig(
         **(layers | precision(dtype) | _COMMON | dict(sizes) | _schedule(sizes, dtype) | dict(changes or {}))
     )

@@ -19,6 +19,8 @@ _FUSED = {
 }
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"(mlp\.experts\.local_experts\.)(\d+)(\..+)")
+# TransformerEngine has the experts of a rank in one layer, whose parameters are numbered.
+_IN_ONE_LAYER = re.compile(r"(mlp\.experts\.)(linear_fc[12]\.(?:weight|bias))(\d+)")
 
 
 def parameters_by_name(
@@ -63,6 +65,7 @@ def name_of(name: str, layer_numbers: Mapping[int, int], first_expert: int = 0) 
     for fused, alone in _FUSED.items():
         if rest.startswith(fused):
             rest = alone + rest.removeprefix(fused)
+    rest = _IN_ONE_LAYER.sub(r"\1local_experts.\3.\2", rest)
     expert = _EXPERT.fullmatch(rest)
     if expert is not None:
         rest = f"{expert[1]}{first_expert + int(expert[2])}{expert[3]}"

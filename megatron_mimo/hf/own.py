@@ -37,7 +37,17 @@ def _prefix(path: str) -> str:
 
 
 def table_of(models: Sequence[Chunk], tensors: Mapping[str, Tensor], place: Place) -> Table:
-    """Rules for this rank's `tensors`, told from how Megatron marks what it cut."""
+    """Rules for this rank's `tensors`, told from how Megatron marks what it cut.
+
+    Raises:
+        ValueError: experts that ranks share out, whose names say nothing of which they are.
+    """
+    experts = [name for name, tensor in tensors.items() if not getattr(tensor, "allreduce", True)]
+    if place.shares > 1 and experts:
+        raise ValueError(
+            f"expert_model_parallel_size {place.shares}: expected no experts in parts that no table covers, found "
+            f"{experts[:3]}, {len(experts)} in all. Save and load such a model at expert_model_parallel_size 1."
+        )
     gated = {name for model in models for name in _gated(model)}
     return Table([_rule(name, tensor, name in gated, place) for name, tensor in tensors.items()], {}, {})
 

@@ -23,14 +23,15 @@ class Place:
     Args:
         rank, size: in the tensor-parallel group.
         expert_rank, expert_size: in the expert-tensor-parallel group.
-        first_expert: number of this rank's first expert.
+        share, shares: which of the equal, contiguous shares of a layer's experts it has, of how many.
     """
 
     rank: int = 0
     size: int = 1
     expert_rank: int = 0
     expert_size: int = 1
-    first_expert: int = 0
+    share: int = 0
+    shares: int = 1
 
     def of(self, rule: Rule) -> tuple[int, int]:
         """Rank and size for a rule's parameter."""

@@ -296,6 +296,8 @@ def test_a_trainer_begins_from_a_checkpoint_and_its_masters_too(single_process, 
         ("decoder.layers.0.self_attention.linear_qkv.weight", "decoder.layers.4.self_attention.linear_qkv.weight"),
         ("decoder.layers.0.mlp.experts.local_experts.1.linear_fc1.weight",
          "decoder.layers.4.mlp.experts.local_experts.3.linear_fc1.weight"),
+        ("decoder.layers.0.mlp.experts.linear_fc2.weight1",
+         "decoder.layers.4.mlp.experts.local_experts.3.linear_fc2.weight"),
         ("decoder.final_norm.weight", "decoder.final_layernorm.weight"),
     ],
 )  # fmt: skip
