@@ -159,6 +159,14 @@ def test_a_module_that_two_modalities_share_is_frozen_under_either_name(part, wa
     assert all(p.requires_grad for p in model.modality_submodules["images"].input_projections.parameters())
 
 
+def test_a_module_that_is_put_under_a_second_name_is_frozen_under_that_name(single_process):
+    model = MimoModel(tiny.mimo_config())
+    shared = model.modality_submodules["images"].encoders["patches"]
+    model.modality_submodules["audio"].encoders["frames"] = shared
+    TrainingControl(frozen=("audio/encoders",)).apply(model)
+    assert not any(parameter.requires_grad for parameter in shared.parameters())
+
+
 @pytest.mark.parametrize("option", ["learning_rate", "weight_decay"])
 def test_a_factor_of_a_module_under_its_second_name_is_refused(option, single_process):
     config = sharing(tiny.PatchEncoder())

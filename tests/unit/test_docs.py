@@ -20,3 +20,11 @@ def test_the_index_names_every_page() -> None:
     index = ROOT.joinpath("docs/README.md").read_text()
     pages = {page.name for page in ROOT.glob("docs/*.md")} - {"README.md"}
     assert {page for page in pages if f"]({page})" not in index} == set()
+
+
+def test_each_test_of_a_silent_fault_is_there() -> None:
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", ROOT.joinpath("dev/silent_faults.md").read_text())
+    assert len(named) > 50
+    for file, function in named:
+        path = ROOT / "tests" / ("distributed" if file.startswith("cases/") else "unit") / file
+        assert f"\ndef {function}(" in path.read_text(), (file, function)

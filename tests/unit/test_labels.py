@@ -7,7 +7,7 @@ import torch
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import nn
 
-from megatron_mimo import AudioModalitySubmodules, MimoModel
+from megatron_mimo import AudioModalitySubmodules, MimoModel, loss_terms
 from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.decoders import (
     CodeInput,
@@ -56,6 +56,19 @@ def learned(ids: list[int], rows: int = 1, reads=(), labels=None, read: int = RE
 @pytest.mark.parametrize("read", [READ, -200])
 def test_special_tokens_are_never_labels_inside_the_vocabulary_or_out(read):
     assert learned([1, read, read, 2, 3], read=read) == [0, 0, 1, 1, 0]
+
+
+def test_a_model_learns_as_much_from_a_special_id_inside_the_vocabulary_as_from_one_outside(single_process):
+    found, weights = [], None
+    for read in (tiny.READ, READ):
+        only = {"special_token_ids": {"images": read}, "modality_submodules": {"images": tiny.image_spec()}}
+        model = MimoModel(tiny.mimo_config(**only))
+        model.load_state_dict(weights := weights or model.state_dict())
+        ids = torch.tensor([[1, read, read, 2, 3, read, read, 4]])
+        given = {"images": {"patches": {"x": torch.ones(4, tiny.PIXELS)}}}
+        term = loss_terms(*model(ids, labels=ids.roll(-1, 1), modality_inputs=given))["text"]
+        found.append((float(term.count), float(term.sum.detach())))
+    assert found[0] == found[1]
 
 
 def test_without_a_begin_token_the_first_generation_token_opens_the_span():

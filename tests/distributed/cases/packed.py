@@ -7,10 +7,12 @@ another shows.
 
 from dataclasses import replace
 
+import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from megatron_mimo import MimoModel, MimoModelConfig
 from megatron_mimo.launch import Run
 from megatron_mimo.route import route
 from megatron_mimo.sharding import sequence_shard
@@ -106,3 +108,15 @@ def routing_packed_rows_holds_no_more_than_this_ranks_part_of_the_sequence(run: 
     # Tensor-parallel ranks decode the same rows; the gradients of context-parallel ranks' shares are added up.
     expected = torch.zeros(sum(lengths)).index_put((positions,), torch.arange(1.0, 6) * (1 if splits else 2))
     assert torch.equal(hidden.grad[:, 0, 0], expected[shard.positions])
+
+
+@case(ranks=2, **CONTEXT)
+def packed_sequences_with_mrope_are_refused_before_any_angle_is_wrong(run: Run) -> None:
+    """Megatron 0.19.2 would begin each sequence at the first of angles that are cut already."""
+    spec = Setting(token_local=True).spec(run)
+    spec.params["config"].mrope_section = [1, 1, 2]
+    model = MimoModel(MimoModelConfig(replace(spec, params={**spec.params, "position_embedding_type": "mrope"})))
+    ids, sections = torch.arange(1, 9)[None], torch.arange(8).expand(3, 1, 8)
+    assert model(ids, position_ids=sections)[0].shape[1] == 4  # one sequence is cut as Megatron's angles are
+    with pytest.raises(ValueError, match="packed_seq_params with mrope under context parallelism"):
+        model(ids, position_ids=sections, packed_seq_params=packed.packed_params([4, 4]))
