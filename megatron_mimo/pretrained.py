@@ -16,7 +16,7 @@ from megatron_mimo.hf import own
 from megatron_mimo.hf.assembly import Assembly, assembled, restored, saved_parts
 from megatron_mimo.hf.blueprint import Building, Origin, model_config, read_language_model, read_source, read_tower
 from megatron_mimo.hf.filling import fill_own, fill_parts, place_of
-from megatron_mimo.hf.saving import save
+from megatron_mimo.hf.saving import processor_of, save
 from megatron_mimo.hf.source import OWN, resolve
 from megatron_mimo.hf.writing import MAX_SHARD_BYTES
 from megatron_mimo.launch import Run, current_run
@@ -219,8 +219,11 @@ def save_pretrained(
     save(chunks, Path(directory), dtype, max_shard_bytes, None if source is None else Path(source))
 
 
-def load_processor(model: MimoModel | Sequence[MimoModel]) -> Any:
-    """The processor that came with a pretrained model, or its tokenizer, with the tokens that were added.
+def load_processor(model: MimoModel | Sequence[MimoModel] | MimoModelConfig) -> Any:
+    """The processor that came with a pretrained model or its configuration; its tokenizer where there is none.
+
+    It has the tokens that were added. Of a language model and a tower that were put together it is LLaVA's, made of the
+    tokenizer and the tower's image processor.
 
     Raises:
         ValueError: the model came from no directory.
@@ -230,10 +233,16 @@ def load_processor(model: MimoModel | Sequence[MimoModel]) -> Any:
     """
     from transformers import AutoProcessor
 
-    chunk = model if isinstance(model, nn.Module) else model[0]
-    origin = chunk.mimo_config.origin
+    if isinstance(model, MimoModelConfig):
+        config = model
+    else:
+        config = (model if isinstance(model, nn.Module) else model[0]).mimo_config
+    origin = config.origin
     if not isinstance(origin, Origin) or origin.directory is None:
         raise ValueError("load_processor: expected a model of from_pretrained, found one that came from no directory.")
+    put_together = processor_of(config, origin)
+    if put_together is not None:
+        return put_together
     processor = AutoProcessor.from_pretrained(origin.directory, local_files_only=True)
     tokenizer = getattr(processor, "tokenizer", processor)
     if origin.tokens:

@@ -24,6 +24,7 @@ from megatron_mimo.hf.blueprint import LANGUAGE_MODELS, PROJECTOR, TOWERS, Chunk
 from megatron_mimo.hf.codec import HFCodec
 from megatron_mimo.hf.encoder import HFEncoder
 from megatron_mimo.hf.filling import module_at, parameters_of, place_of
+from megatron_mimo.hf.processors import llava_processor, tokenizer_of
 from megatron_mimo.hf.reading import Place
 from megatron_mimo.hf.registry import Undescribed, describe
 from megatron_mimo.hf.source import BESIDE, OWN
@@ -199,6 +200,16 @@ def _save_whole(
     write(directory, tensors, max_shard_bytes)
     _on_first_rank(lambda: written.save_pretrained(directory))
     _on_first_rank(lambda: save_beside(origin, directory))
+    if (processor := processor_of(config, origin)) is not None:
+        _on_first_rank(lambda: processor.save_pretrained(directory))
+
+
+def processor_of(config: MimoModelConfig, origin: Origin) -> Any | None:
+    """LLaVA's processor for a model that was put together as one; None for another, which has its own or none."""
+    parts = as_llava(config, origin)
+    if parts is None or origin.config is not None or origin.directory is None:
+        return None
+    return llava_processor(origin, parts[1], next(iter(config.special_token_ids.values())))
 
 
 def _language_part(config: MimoModelConfig, origin: Origin) -> Part:
@@ -247,11 +258,7 @@ def save_beside(origin: Origin, directory: Path) -> None:
         if (origin.directory / name).is_file():
             shutil.copyfile(origin.directory / name, directory / name)
     if origin.tokens:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(origin.directory, local_files_only=True)
-        tokenizer.add_tokens(list(origin.tokens), special_tokens=True)
-        tokenizer.save_pretrained(directory)
+        tokenizer_of(origin).save_pretrained(directory)
 
 
 # In parts -----------------------------------------------------------------------------------------------------------

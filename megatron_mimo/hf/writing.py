@@ -69,7 +69,7 @@ def outgoing(
         place: of this rank.
         prefix: before the table's names.
         carried: where the tensors are that the part does not compute with, by the table's names.
-        dtype: to write; None for the parameters'.
+        dtype: to write; None for the parameters', and for the files' of tensors that are carried along.
 
     Raises:
         ValueError: a tensor of which no rank has a piece.
@@ -87,7 +87,8 @@ def outgoing(
             raise ValueError(f"{prefix}{name}: expected a rank that holds it, found none; the model lacks the part.")
         found.append(_gatherable(prefix + name, name, shape, holders[name], parameters))
     for name, stored in (carried or {}).items():
-        found.append(Outgoing(prefix + name, stored.shape, _dtype(stored.dtype), _read_on_first_rank(stored)))
+        as_what = dtype or _dtype(stored.dtype)
+        found.append(Outgoing(prefix + name, stored.shape, as_what, _read_on_first_rank(stored, as_what)))
     return found
 
 
@@ -95,8 +96,8 @@ def _dtype(code: str) -> torch.dtype:
     return next(dtype for dtype, known in CODES.items() if known == code)
 
 
-def _read_on_first_rank(stored: Stored) -> Callable[[], Tensor | None]:
-    return lambda: stored.read() if _rank() == 0 else None
+def _read_on_first_rank(stored: Stored, dtype: torch.dtype) -> Callable[[], Tensor | None]:
+    return lambda: stored.read().to(dtype) if _rank() == 0 else None
 
 
 def _gathered(mine: Mapping[str, list[tuple[Held, str]]]) -> dict[str, list[tuple[int, Held, str]]]:
