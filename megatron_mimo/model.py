@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
-from typing import cast
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, cast
 
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import ModelType
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from megatron_mimo.align import align_by_token_positions, align_checked, in_order
 from megatron_mimo.build import check_parallel_state
 from megatron_mimo.check import BatchCheck, Media, Nested, Shown
-from megatron_mimo.config import MimoModelConfig, generation_table
-from megatron_mimo.decoders.targets import Prepared, Targets
+from megatron_mimo.config import MimoModelConfig
+from megatron_mimo.decoders.targets import Prepared
 from megatron_mimo.deferred import Checks
+from megatron_mimo.encode import encode
 from megatron_mimo.exchange import exchange
-from megatron_mimo.idle import with_idle
+from megatron_mimo.generation.engine import generate
 from megatron_mimo.labels import default_loss_mask
 from megatron_mimo.language import LanguageCall, build_language_model, position_kind
 from megatron_mimo.megatron_model import MegatronModel
@@ -98,7 +99,7 @@ class MimoModel(MegatronModel):
         stage = (config, self._submodules, pre_process, post_process)
         positions = position_kind(config.language_model)
         self._check = BatchCheck(*stage, self.pg_collection.cp.size(), self._checks, positions)
-        self._planner = Planner(*stage, self.config.sequence_parallel, self.pg_collection, self._check, self._checks)
+        self._planner = Planner(*stage, self.pg_collection, self._check, self._checks)
         logger.info("MimoModel: %s", self.extra_repr())
 
     def forward(
@@ -195,6 +196,31 @@ class MimoModel(MegatronModel):
             self._checks.report()  # no next step will
         return outputs, loss_mask
 
+    def generate(self, prompts: Sequence, max_new_tokens: int | Sequence[int] = 128, **options) -> Any:
+        """What the model answers to each prompt, parts in order: `generation.engine.generate` says how it is asked."""
+        return generate(self, prompts, max_new_tokens, **options)
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        modality_inputs: Nested | None = None,
+        generation_inputs: Shown | None = None,
+    ) -> Tensor:
+        """Rows `[S_local, B, H]` that the language model reads for a batch; on the first pipeline stage.
+
+        Args:
+            input_ids, position_ids, modality_inputs, generation_inputs: as `forward` takes them.
+
+        Raises:
+            TypeError, ValueError: as `forward`.
+        """
+        self._check.tokens(input_ids, position_ids, None, None, None, None, None, None)
+        media = self._check.media(modality_inputs, None, generation_inputs)
+        brought = Brought.of(frozenset(media.inputs), {}, media.shown)
+        plan = self._planner.plan(input_ids, position_ids, None, None, None, brought, False, 0)
+        return self.align(input_ids, self.encode(media, {}, plan), plan)
+
     # The stages, in the order of the flow --------------------------------------------------
 
     def prepare(self, targets: Nested) -> dict[str, dict[str, Prepared]]:
@@ -209,31 +235,8 @@ class MimoModel(MegatronModel):
         return self._planner.place(input_ids, packed_seq_params)
 
     def encode(self, media: Media, targets: Nested, plan: Plan) -> dict[str, Tensor]:
-        """Rows `[N, H]` by table: encoded inputs, and what decoders feed their generation tokens.
-
-        Modalities come in one order on every rank, with or without inputs: what stands in for an
-        absent one joins the same collectives.
-        """
-        rows = {}
-        for modality, submodule in self._submodules.items():
-            if modality in self.mimo_config.special_token_ids:
-                rows[modality] = self._encode_modality(modality, media.inputs.get(modality), plan)
-            if submodule.generation_input is None:
-                continue
-            shares_token = generation_table(modality) not in plan.placed.names
-            reads = shares_token and modality in media.inputs  # its positions read
-            count = 0 if reads else plan.counts.get(modality) or 0
-            shown: Targets | None = media.shown.get(modality)
-            if modality in targets:
-                shown = submodule.generation_input.pick(targets[modality])
-            fed = submodule.generation_rows(shown, count, self._rows_like)
-            if not shares_token:
-                rows[generation_table(modality)] = fed
-            elif count:
-                rows[modality] = with_idle(fed, [rows[modality]])
-            else:
-                rows[modality] = with_idle(rows[modality], [fed])
-        return rows
+        """Rows `[N, H]` by table: encoded inputs, and what decoders feed their generation tokens."""
+        return encode(media, targets, plan, self.mimo_config, self._submodules, self._rows_like)
 
     def align(self, input_ids: Tensor, rows: Mapping[str, Tensor], plan: Plan) -> Tensor:
         """Text and modality rows at their positions, `[S_local, B, H]`, this rank's only."""
@@ -366,15 +369,3 @@ class MimoModel(MegatronModel):
     def _rows_like(self) -> Tensor:
         """A tensor with the width, dtype and device of embedded rows."""
         return self.language_model.embedding.word_embeddings.weight
-
-    def _encode_modality(self, modality: str, given: Mapping | None, plan: Plan) -> Tensor:
-        submodule = self._submodules[modality]
-        if given is None:
-            return submodule.encode_nothing(self._rows_like)
-        encoded = submodule.encode_items(given, f"modality_inputs[{modality!r}]")
-        plan.placed.check_rows(modality, encoded.rows.shape[0], encoded.rows_per_item)
-        rows = encoded.rows.to(self._rows_like.dtype)
-        if encoded.reaches_all:
-            return rows
-        # They may leave out parameters that other ranks' rows reach.
-        return with_idle(rows, [submodule.encode_nothing(self._rows_like)])

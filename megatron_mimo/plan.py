@@ -95,7 +95,6 @@ class Planner:
         config: of the model.
         submodules: modality -> its `ModalitySubmodules` on this stage.
         first, last: whether rows are placed, whether hidden states are decoded on this stage.
-        sequence_parallel: whether the language model splits the sequence over tensor-parallel ranks.
         groups: process groups, of which `tp` and `cp` are used.
         check: what refuses batches.
         checks: who owns the checks that wait for the device.
@@ -107,14 +106,13 @@ class Planner:
         submodules: Mapping[str, ModalitySubmodules],
         first: bool,
         last: bool,
-        sequence_parallel: bool,
         groups: ProcessGroupCollection,
         check: BatchCheck,
         checks: Checks,
     ) -> None:
         self._config, self._submodules = config, submodules
         self._uses_placement = first or (last and bool(config.generation_token_ids))
-        self._sequence_parallel, self._groups = sequence_parallel, groups
+        self._groups = groups
         self._check, self._checks = check, checks
 
     def place(self, input_ids: Tensor, packed_seq_params: PackedSeqParams | None = None) -> Placement:
@@ -168,7 +166,7 @@ class Planner:
     def _shard(self, length: int, boundaries: Tensor | None, device: torch.device) -> SequenceShard:
         """Which positions of the sequence are this rank's."""
         groups = self._groups
-        splits = self._sequence_parallel
+        splits = self._config.language_config.sequence_parallel  # off while the model generates
         return sequence_shard(
             length,
             cp_rank=groups.cp.rank(),

@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mimo.attention import FusedAttention
+from megatron_mimo.cached_attention import CachedAttention
 from megatron_mimo.compat.hybrid import StackWithNorm, stack_layers
 from megatron_mimo.compat.megatron import norms_chosen_at_import
 from megatron_mimo.segments import SegmentAttention
@@ -141,10 +142,11 @@ def norm(backend: Backend = "auto", normalization: str = "LayerNorm") -> type:
     return TorchNorm
 
 
-def core_attention(backend: Backend = "auto") -> type:
+def core_attention(backend: Backend = "auto", *, cached: bool = False) -> type:
     """The module between queries, keys and values and what attention gives, in every language layer of a backend.
 
-    The one place where it is chosen: `language_layer_spec` and `hybrid_stack_spec` put it into their layers.
+    The one place where it is chosen: `language_layer_spec` and `hybrid_stack_spec` put it into their layers, and
+    `generation.borrow` the `cached` one, which is one for all backends, for the time of a call.
 
     Raises:
         ValueError: `backend` is unknown or not installed.
@@ -153,6 +155,8 @@ def core_attention(backend: Backend = "auto") -> type:
         >>> core_attention("torch").__name__
         'SegmentAttention'
     """
+    if cached:
+        return CachedAttention
     if choose_backend(backend) == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 

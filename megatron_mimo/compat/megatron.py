@@ -249,3 +249,16 @@ def forget_scale_of_expert_losses() -> None:
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
+
+
+# Generation ---------------------------------------------------------------------------------------------------------
+
+
+def scaled_logits(model: nn.Module, logits: torch.Tensor) -> torch.Tensor:
+    """What a language model returns for what its output layer gave.
+
+    Private: `LanguageModule._scale_logits`, which multiplies by the factor of maximal update parametrisation (muP).
+    Reason: generation runs the output layer on the last positions alone, where `forward` would run it on all.
+    When it goes: `logits * config.mup_output_mult` where `config.use_mup` is set.
+    """
+    return model._scale_logits(logits)

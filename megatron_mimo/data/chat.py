@@ -89,34 +89,45 @@ class ChatText:
         self._names = dict(tokenizer.special_tokens_map)
         self._takes_parts: dict[str, bool] | None = None
 
-    def encode(self, conversation: Conversation) -> ChatTokens:
+    def encode(self, conversation: Conversation, *, prompt: bool = False) -> ChatTokens:
         """Tokens of a conversation.
 
+        Args:
+            conversation: turns of parts.
+            prompt: end with what begins the assistant's turn, which the model shall say; nothing is learned.
+
         Raises:
-            SampleError: it is too long, or the template does something else than lay out turns one after another.
+            SampleError: it is too long, the template does something else than lay out turns one after another, or a
+                prompt ends with an answer.
             ValueError: there is no chat template.
         """
         size = sum(len(part.text) for turn in conversation.turns for part in turn.parts)
         if size > self.max_characters:
             raise SampleError("too_long", f"expected at most {self.max_characters} characters of text, found {size}")
         if all(turn.role == DOCUMENT for turn in conversation.turns):
-            return self._encode_document(conversation)
+            return self._encode_document(conversation, ends=not prompt)
         if self._template is None:
             raise ValueError(
                 f"{type(self._tokenizer).__name__} has no chat template; give ChatText(template=...), for instance "
                 "PLAIN_TEMPLATE."
             )
-        return self._encode_turns(conversation)
+        if not prompt:
+            return self._encode_turns(conversation)
+        if conversation.turns[-1].role == "assistant":
+            raise SampleError("form", "a prompt ends with a turn of the assistant, expected one that it can answer")
+        aside = _Aside()
+        text, _ = self._rendered([self._message(turn, aside) for turn in conversation.turns], prompt=True)
+        return self._tokens(text, bytearray(len(text)), aside, self._read_media(conversation))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, control tokens written out."""
         return str(self._tokenizer.decode(list(ids)))
 
-    def _encode_document(self, conversation: Conversation) -> ChatTokens:
+    def _encode_document(self, conversation: Conversation, ends: bool) -> ChatTokens:
         aside = _Aside()
         text = "".join(self._flat(part, aside) for turn in conversation.turns for part in turn.parts)
         tokens = self._tokens(text, bytearray(b"\1") * len(text), aside, [], whole=True)
-        return self._ended(tokens)
+        return self._ended(tokens) if ends else tokens
 
     def _encode_turns(self, conversation: Conversation) -> ChatTokens:
         turns, aside = conversation.turns, _Aside()

@@ -150,19 +150,22 @@ class SampleProcessor:
             if kind not in MEDIA_KINDS:
                 raise ValueError(f"handling: expected some of {list(MEDIA_KINDS)}, found {kind!r}")
 
-    def __call__(self, conversation: Conversation, media_root: Path | None = None, name: str = "") -> Sample:
+    def __call__(
+        self, conversation: Conversation, media_root: Path | None = None, name: str = "", *, prompt: bool = False
+    ) -> Sample:
         """The sample that a conversation makes.
 
         Args:
             conversation: turns of parts.
             media_root: the directory that paths of media must lie in.
             name: what errors and pages call it.
+            prompt: lay it out for the model to answer: the assistant's turn is begun, and nothing is learned.
 
         Raises:
             SampleError: something in it cannot be used.
         """
         self._check_items(conversation)
-        tokens = self.chat.encode(conversation)
+        tokens = self.chat.encode(conversation, prompt=prompt)
         layout = self._laid_out(tokens, conversation, media_root)
         ids = torch.tensor(layout.ids, dtype=torch.long)
         if not len(ids):

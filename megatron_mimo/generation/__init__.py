@@ -1,1 +1,19 @@
-"""Sampling with the language model in the loop."""
+"""Text, pictures and sound from one call: `MimoModel.generate`, what it takes and what it gives."""
+
+from megatron_mimo.generation.events import Finished, Medium, Token
+from megatron_mimo.generation.results import GenerationOutput, MediaPart, TextPart, save
+from megatron_mimo.generation.sampling import Sampling
+from megatron_mimo.generation.spans import Reread, Writing
+
+__all__ = [
+    "Finished",
+    "GenerationOutput",
+    "MediaPart",
+    "Medium",
+    "Reread",
+    "Sampling",
+    "TextPart",
+    "Token",
+    "Writing",
+    "save",
+]

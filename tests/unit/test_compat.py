@@ -62,6 +62,9 @@ NAMES = {
         "megatron.core.utils.get_tensor_model_parallel_group_if_none", ["tp_group", "is_expert", "check_initialized"]
     ),
     "megatron.summed_by_name": ("megatron.core.distributed.finalize_model_grads", ["model"]),
+    "megatron.scaled_logits": (
+        "megatron.core.models.common.language_module.language_module.LanguageModule._scale_logits", ["self", "logits"]
+    ),
     "megatron.single_optimizers": ("megatron.core.optimizer.ChainedOptimizer", ["chained_optimizers"]),
     "megatron.describe_momentum": (
         "megatron.core.optimizer.optimizer.MegatronOptimizer", ["optimizer", "config", "init_state_fn"]

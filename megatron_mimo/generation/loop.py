@@ -1,0 +1,368 @@
+"""The loop of one call: which rows run next, what they read, and what becomes of the tokens that come out.
+
+All counts that decide what runs are the host's own and alike on every rank. Rows of the cache belong to samples: one
+each, and one more for a sample with a second prompt, which is fed whatever the first is fed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_mimo.cached_attention import Step, bucketed
+from megatron_mimo.generation.events import Draw, Event, Finished, Sample, Span, Token
+from megatron_mimo.generation.prompts import Known, Request, batched
+from megatron_mimo.generation.results import Ended, GenerationOutput, TextPart
+from megatron_mimo.generation.sampling import Sampler
+from megatron_mimo.generation.spans import SpanRule
+from megatron_mimo.generation.stage import Stage
+from megatron_mimo.generation.switching import Writer
+
+
+class Loop:
+    """Serves the requests of one call on a borrowed model.
+
+    Args:
+        model: a `MimoModel`, borrowed.
+        stage: its part on this rank.
+        known: of the model.
+        requests: prompt index -> request.
+        slots: of each row of the cache.
+        tokenizer: anything with `decode(ids)`, or None.
+        returns: whether a prompt that fails when it is embedded ends alone.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stage: Stage,
+        known: Known,
+        requests: Mapping[int, Request],
+        slots: int,
+        tokenizer: Any,
+        returns: bool,
+    ) -> None:
+        self.model, self.stage, self.known, self.slots = model, stage, known, slots
+        self._tokenizer, self._returns, self._began = tokenizer, returns, time.perf_counter()
+        self.samples: list[Sample] = []
+        self._prompts: list[Request] = []
+        for index, request in requests.items():
+            twin = None if request.unconditional is None else len(self._prompts) + 1
+            output = GenerationOutput(prompt_length=len(request.ids))
+            sample = Sample(index, request, len(self._prompts), twin, output, sequence=list(request.ids))
+            self.samples.append(sample)
+            self._prompts += [request] if request.unconditional is None else [request, request.unconditional]
+        self.rows = len(self._prompts)
+        self.lengths = [len(request.ids) for request in self._prompts]
+        self.deltas = [request.delta for request in self._prompts]
+        owners = {row: sample for sample in self.samples for row in sample.rows}
+        self._sampler = Sampler([owners[row].request.sampling for row in range(self.rows)], stage.device)
+        self._main = self.to_device([owners[row].row for row in range(self.rows)])
+        self._allowed: Tensor | None = None
+        self._seen: Tensor | None = None
+        self._restricted: dict[int, list[int]] = {}
+        self._drawn: list[Draw] = []
+        self._opened: list[Sample] = []
+        self._switches = any(request.writes for request in requests.values())
+        self.ids = torch.zeros(self.rows, dtype=torch.int64, device=stage.device)
+        self.last: Tensor | None = None  # [rows, H], the state that each row's next token comes from
+        self.before: Tensor | None = None  # the one before that, for spans that begin with their own first token
+        self.writer = Writer(self)
+
+    def seconds(self) -> float:
+        """Since the call began."""
+        return time.perf_counter() - self._began
+
+    def to_device(self, values: Any, dtype: torch.dtype = torch.int64) -> Tensor:
+        """Numbers of the host on the device, without waiting for it."""
+        held = torch.tensor(values, dtype=dtype)
+        if self.stage.device.type == "cpu":
+            return held
+        return held.pin_memory().to(self.stage.device, non_blocking=True)
+
+    def events(self) -> Iterator[Event]:
+        """What happens, in order, until every sample has ended."""
+        yield from self._prefill()
+        while not all(sample.done for sample in self.samples):
+            waiting, self._drawn = self._drawn, []
+            self._advance()
+            for drawn in waiting:
+                yield from self._read(drawn)
+            opened, self._opened = self._opened, []
+            yield from self.writer.write(opened)
+
+    # Running ------------------------------------------------------------------------------------
+
+    def _prefill(self) -> Iterator[Finished]:
+        length = max(self.lengths)
+        embedded = self._embedded(length)
+        for row, error in self.stage.told(None if embedded is None else embedded[1]).items():
+            sample = next(s for s in self.samples if row in s.rows)
+            if not self._returns:
+                raise ValueError(f"sample {sample.index}: {error}")
+            if not sample.done:
+                sample.output.error = ValueError(f"sample {sample.index}: {error}")
+                yield self.end(sample, "error")
+        places = torch.arange(length, device=self.stage.device).expand(self.rows, -1)
+        step = Step(places, places, places, bucketed(length), fresh=True)
+        positions = self._positions(length) if self.known.sections > 1 else None
+        rows = None if embedded is None else embedded[0]
+        hidden = self.stage.run(rows, step, self.rows, length, positions)
+        if self.stage.last:
+            final = self.to_device([own - 1 for own in self.lengths])
+            self.last = self.before = hidden[final, torch.arange(self.rows, device=hidden.device)]
+        alive = [sample for sample in self.samples if not sample.done]
+        self.draw([sample for sample in alive if sample.request.opens is None])
+        for sample in alive:
+            if sample.request.opens is not None:
+                self._open(sample, sample.request.writes[sample.request.opens])
+
+    def _embedded(self, length: int) -> tuple[Tensor, dict[int, str]] | None:
+        """Rows `[S, rows, H]` of all prompts, and what is wrong with some; None behind the first stage.
+
+        Media of one shape go through their encoders together, others one prompt after the other.
+        """
+        if not self.stage.first:
+            return None
+        together = list(range(self.rows))
+        try:
+            return self._embed(together, length), {}
+        except ValueError as error:
+            if self.rows == 1:
+                return self._blank(length), {0: str(error)}
+        rows, errors = self._blank(length), {}
+        for row in together:
+            try:
+                rows[:, row] = self._embed([row], length)[:, 0]
+            except ValueError as error:
+                errors[row] = str(error)
+        return rows, errors
+
+    def _blank(self, length: int) -> Tensor:
+        return torch.zeros(length, self.rows, self.stage.hidden_size, dtype=self.stage.dtype, device=self.stage.device)
+
+    def _embed(self, rows: Sequence[int], length: int) -> Tensor:
+        batch = batched([self._prompts[row] for row in rows], self.known, self.stage.device)
+        if batch is None:
+            raise ValueError("media of several shapes")
+        embedded = self.model.embed(batch.ids, batch.positions, batch.inputs, batch.shown)
+        self.model.finish_checks()
+        return nn.functional.pad(embedded, (0, 0, 0, 0, 0, length - len(embedded)))
+
+    def _positions(self, length: int) -> Tensor:
+        """Int64 `[k, rows, S]` of prompts with several sections."""
+        counted = torch.arange(length).expand(self.known.sections, length)
+        own = [
+            counted if r.positions is None else nn.functional.pad(r.positions, (0, length))[:, :length]
+            for r in self._prompts
+        ]
+        return torch.stack(own, dim=1).to(self.stage.device)
+
+    def _advance(self) -> None:
+        """One new position of each sample that has one to run: its last token, or the next row of its span."""
+        speaking = [s for s in self.samples if not s.done and s.span is None and s.ready and s.room > s.flying]
+        writing = [s for s in self.samples if s.span is not None and s.span.goes_on]
+        active = speaking + writing
+        if not active:
+            return
+        runs = {row for sample in active for row in sample.rows}
+        idle = self.slots - 1
+        slots = [self.lengths[row] if row in runs else idle for row in range(self.rows)]
+        sees = [self.lengths[row] if row in runs else 0 for row in range(self.rows)]
+        places = [self.lengths[row] + self.deltas[row] if row in runs else 0 for row in range(self.rows)]
+        packed = self.to_device([slots, sees, places])
+        step = Step(packed[0][:, None], packed[1][:, None], packed[2][:, None], bucketed(max(sees) + 1))
+        fed = self.writer.next_rows(writing) if writing else None
+        rows = self.stage.embed_tokens(self.ids[:, None], step.positions) if self.stage.first else None
+        if fed is not None and rows is not None:
+            index, values = fed
+            rows = rows.index_copy(1, index, values[None].to(rows.dtype))
+        self._remember(speaking)
+        hidden = self.stage.run(rows, step, self.rows, 1)
+        for row in runs:
+            self.lengths[row] += 1
+        if self.stage.last:
+            self._advance_states(hidden[0], runs)
+        self.draw(speaking + self.writer.stepped(writing))
+
+    def _advance_states(self, hidden: Tensor, runs: set[int]) -> None:
+        if not self._switches:
+            self.last = hidden
+            return
+        ran = self.to_device([row in runs for row in range(self.rows)], torch.bool)[:, None]
+        self.before = torch.where(ran, self.last, self.before)  # type: ignore[arg-type]
+        self.last = torch.where(ran, hidden, self.last)  # type: ignore[arg-type]
+
+    # Drawing ------------------------------------------------------------------------------------
+
+    def draw(self, samples: Sequence[Sample]) -> None:
+        """Draws the next token of each of these from `last`; it is read after the next step has begun."""
+        if not samples:
+            return
+        mine = {sample.row: sample for sample in samples}
+        counts = [0] * self.rows
+        for row, sample in mine.items():
+            counts[row] = sample.tokens + sample.flying
+        drawn = torch.zeros(3, self.rows, dtype=torch.float64, device=self.stage.device)
+        if self.stage.last:
+            assert self.last is not None
+            logits = self.stage.logits(self.last)
+            allowed = self._allowed_in(logits.shape[-1])
+            uniforms = None
+            if not self._sampler.greedy:
+                uniforms = self.to_device(self._sampler.uniforms(counts).tolist(), torch.float64)
+            found = self._sampler.draw(logits, allowed, uniforms, self._seen_in(logits.shape[-1]))
+            drawn = torch.stack([column.double() for column in found])
+        drawn = torch.stack(self.stage.agreed(*drawn.unbind()))
+        new = self.to_device([row in mine for row in range(self.rows)], torch.bool)[self._main]
+        self.ids = torch.where(new, drawn[0].long()[self._main], self.ids)
+        for sample in samples:
+            sample.flying, sample.ready = sample.flying + 1, True
+        values, event = drawn, None
+        if drawn.device.type == "cuda":
+            values = torch.empty(drawn.shape, dtype=drawn.dtype, pin_memory=True)
+            values.copy_(drawn, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._drawn.append(Draw([(sample, sample.epoch) for sample in samples], values, event))
+
+    def _allowed_in(self, size: int) -> Tensor:
+        """Bool `[rows, V]`: what each row may say."""
+        if self._allowed is None:
+            self._allowed = torch.stack([self._sayable(request.writes, size) for request in self._prompts])
+            for row, tokens in self._restricted.items():
+                self._allowed[row] = self._only(tokens, size)
+        return self._allowed
+
+    def _only(self, tokens: Sequence[int], size: int) -> Tensor:
+        allowed = torch.zeros(size, dtype=torch.bool, device=self.stage.device)
+        allowed[list(tokens)] = True
+        return allowed
+
+    def _sayable(self, writes: Mapping[str, SpanRule], size: int) -> Tensor:
+        allowed = torch.arange(size, device=self.stage.device) < self.known.vocabulary
+        own = {*self.known.special.values(), *self.known.generation.values(), *self.known.begin.values()}
+        hidden = own - {rule.opening for rule in writes.values()}
+        allowed[[token for token in hidden if 0 <= token < size]] = False
+        return allowed
+
+    def restrict(self, sample: Sample, tokens: Sequence[int] | None) -> None:
+        """From now on a sample may say these tokens alone; None for all that its request allows."""
+        if tokens is None and self._restricted.pop(sample.row, None) is None:
+            return
+        if tokens is not None:
+            self._restricted[sample.row] = list(tokens)
+        if self._allowed is not None:
+            size = self._allowed.shape[1]
+            own = self._sayable(sample.request.writes, size) if tokens is None else self._only(tokens, size)
+            self._allowed[sample.row] = own
+
+    def _seen_in(self, size: int) -> Tensor | None:
+        """Bool `[rows, V]`, tokens of prompts and answers, where anybody penalises them."""
+        if not self._sampler.penalises:
+            return None
+        if self._seen is None:
+            self._seen = torch.zeros(self.rows, size, dtype=torch.bool, device=self.stage.device)
+            for row, request in enumerate(self._prompts):
+                self._seen[row, [token for token in request.ids if 0 <= token < size]] = True
+        return self._seen
+
+    def _remember(self, speaking: Sequence[Sample]) -> None:
+        """Marks tokens as said when they are read by the model; some that were drawn never are."""
+        if self._seen is None:
+            return
+        said = self.to_device([row in {s.row for s in speaking} for row in range(self.rows)], torch.bool)
+        index = torch.arange(self.rows, device=self.stage.device)
+        self._seen[index, self.ids] |= said
+
+    # Reading ------------------------------------------------------------------------------------
+
+    def _read(self, drawn: Draw) -> Iterator[Token | Finished]:
+        """Accepts tokens that have arrived, unless they were dropped meanwhile."""
+        if drawn.event is not None:
+            drawn.event.synchronize()
+        columns = drawn.values.tolist()
+        for sample, epoch in drawn.samples:
+            if sample.done or sample.epoch != epoch:
+                continue
+            sample.flying -= 1
+            token = int(columns[0][sample.row])
+            if sample.span is not None and token == sample.span.rule.token:
+                continue  # a span of variable length goes on
+            if sample.span is not None:
+                yield from self.writer.ended(sample)
+                yield self.accept(sample, token, columns[1][sample.row], columns[2][sample.row])
+                yield from self.writer.follow_end(sample, token)
+            else:
+                yield from self._said(sample, token, columns[1][sample.row], columns[2][sample.row])
+            reason = None if sample.done or sample.span is not None else self._ending(sample, token)
+            if reason is not None:
+                yield self.end(sample, reason)
+
+    def _said(self, sample: Sample, token: int, logprob: float, sampling_logprob: float) -> Iterator[Token]:
+        """Text, or what opens a span."""
+        rule = next((r for r in sample.request.writes.values() if r.opening == token), None)
+        if rule is not None and rule.begin is None:
+            self._open(sample, rule, labelled=True)
+            return
+        yield self.accept(sample, token, logprob, sampling_logprob)
+        if rule is not None:
+            self._open(sample, rule)
+
+    def accept(self, sample: Sample, token: int, logprob: float, sampling_logprob: float) -> Token:
+        """Adds a token to a sample's text."""
+        if sample.text is None:
+            sample.text, sample.logprobs, sample.said = TextPart(started=self.seconds()), [], ""
+            sample.output.parts.append(sample.text)
+        if not sample.tokens and not sample.output.first_token:
+            sample.output.first_token = self.seconds()
+        sample.text.ids.append(token)
+        sample.learned.append(len(sample.sequence))
+        sample.sequence.append(token)
+        sample.logprobs.append((logprob, sampling_logprob))
+        sample.used += 1
+        sample.tokens += 1
+        added = None
+        if self._tokenizer is not None:
+            text = self._tokenizer.decode(sample.text.ids)
+            added, sample.said = text[len(sample.said) :], text
+        return Token(sample.index, token, logprob, sampling_logprob, added)
+
+    def _ending(self, sample: Sample, token: int) -> Ended | None:
+        if token in sample.request.stop_ids:
+            return "stop_id"
+        if any(stop in sample.said for stop in sample.request.stop_strings):
+            return "stop_string"
+        return None if sample.room else "length"
+
+    def close_text(self, sample: Sample) -> None:
+        """Ends the text part in progress."""
+        if sample.text is None:
+            return
+        part, pairs = sample.text, torch.tensor(sample.logprobs, dtype=torch.float32).reshape(-1, 2)
+        part.logprobs, part.sampling_logprobs = pairs[:, 0].clone(), pairs[:, 1].clone()
+        part.text = None if self._tokenizer is None else sample.said
+        part.ended = self.seconds()
+        sample.text = None
+
+    def end(self, sample: Sample, reason: Ended) -> Finished:
+        """Ends a sample."""
+        self.close_text(sample)
+        sample.output.reason, sample.output.seconds = reason, self.seconds()
+        sample.span = None
+        sample.drop_flying()
+        return Finished(sample.index, sample.output)
+
+    def _open(self, sample: Sample, rule: SpanRule, labelled: bool = False) -> None:
+        """A sample has begun a span; whatever was drawn after it is dropped.
+
+        `labelled`: its first position is read as text already, where there was room for that.
+        """
+        consumed = labelled and bool(sample.flying)
+        sample.drop_flying()
+        sample.span = Span(rule, labelled=consumed)
+        self._opened.append(sample)
