@@ -59,7 +59,7 @@ def expect_new_weights(submodules: nn.Module) -> None:
     """
     for module in submodules.modules():
         if hasattr(module, "is_first_microbatch"):
-            module.is_first_microbatch = True
+            module.is_first_microbatch = True  # type: ignore[assignment]  # a flag of Megatron's layers
 
 
 def check_orthogonalized(submodules: nn.Module, language: TransformerConfig, optimizer: str) -> None:
@@ -168,13 +168,11 @@ def _check_groups(prefix: str, submodule: nn.Module, groups: ProcessGroupCollect
                 f"language model over {groups.tp.size()}. Leave its process groups out; use torch.nn layers for what "
                 "each rank shall hold whole."
             )
-        config = getattr(module, "config", None)
-        experts = isinstance(module, Router) and isinstance(config, TransformerConfig)
-        if experts and config.expert_model_parallel_size != groups.ep.size():
+        if isinstance(module, Router) and module.config.expert_model_parallel_size != groups.ep.size():
             raise ValueError(
                 f"{prefix}.{name}: its configuration has expert_model_parallel_size="
-                f"{config.expert_model_parallel_size}, the run {groups.ep.size()}. Gradients of different experts "
-                "would be averaged. Make them equal."
+                f"{module.config.expert_model_parallel_size}, the run {groups.ep.size()}. Gradients of different "
+                "experts would be averaged. Make them equal."
             )
 
 

@@ -82,6 +82,12 @@ def test_multi_token_prediction_is_refused_and_nothing_else():
         check_supported(arguments(mtp_num_layers=2))
 
 
+def test_rates_scaled_by_the_language_models_width_are_refused():
+    check_supported(arguments(use_mup=False))
+    with pytest.raises(ValueError, match="--use-mup: Megatron would scale the learning rate of every matrix"):
+        check_supported(arguments(use_mup=True))
+
+
 def test_graphs_of_recomputed_encoders_are_refused():
     check_supported(arguments(graph_encoders=["encoders"]))
     check_supported(arguments(encoder_recompute_granularity="full"))

@@ -57,6 +57,12 @@ def check_supported(args: Namespace) -> None:
             f"--mtp-num-layers {args.mtp_num_layers}: multi-token prediction is not supported by MimoModel. Leave "
             "the argument out."
         )
+    if getattr(args, "use_mup", False):
+        raise ValueError(
+            "--use-mup: Megatron would scale the learning rate of every matrix of every modality by the language "
+            "model's width, and know embeddings by their names. Leave the argument out; --lr-factor gives a part its "
+            "own rate."
+        )
     if args.graph_encoders and args.encoder_recompute_granularity:
         raise ValueError(
             f"--graph-encoders with --encoder-recompute-granularity {args.encoder_recompute_granularity}: what is "
