@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,7 +42,8 @@ def prompt_of(prompt: object, processor: Any, model: nn.Module) -> object:
 def _laid_out(messages: Sequence[object], processor: SampleProcessor) -> dict[str, Any]:
     sample = processor(conversation_of({"messages": messages}), prompt=True)
     read = [item for item in sample.items if not item.written]
-    written = joined(item for item in sample.items if item.written)
+    # Nothing is learned of a prompt, which would leave them out as padding is.
+    written = joined(replace(item, learn=True) for item in sample.items if item.written)
     prompt: dict[str, Any] = {"input_ids": sample.input_ids, "modality_inputs": joined(read)}
     # What was written in earlier turns is shown as it was then.
     prompt["generation_inputs"] = {name: next(iter(of.values())) for name, of in written.items()}

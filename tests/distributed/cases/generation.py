@@ -1,13 +1,16 @@
 """Generation on several ranks says what one rank says, on training layouts, and leaves the model as it was."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
 import megatron_mimo
+from megatron_mimo.generation import Writing
 from megatron_mimo.launch import Run
-from tests import tiny
+from tests import tiny, writing
 from tests.distributed.harness import case, relayout
 from tests.distributed.shards import load_whole_weights, whole_weights
 from tests.generating import LOGPROBS, check_greedy, language, model_of, one_by_one, prompts
@@ -17,7 +20,9 @@ KINDS = ["groups", "learned", "mrope", "window"]
 SAMPLED = dict(temperature=0.9, top_k=30, top_p=0.95, seed=[3, 11, 7, 5])
 
 
-def on_this_layout(kind: str, run: Run, weights: dict[str, torch.Tensor], **changes) -> megatron_mimo.MimoModel:
+def on_this_layout(
+    config_of: Callable[..., megatron_mimo.MimoModelConfig], run: Run, weights: dict[str, torch.Tensor], **changes
+) -> megatron_mimo.MimoModel:
     """This rank's part of the model that has these whole weights, in training mode."""
     stages, rank = run.layout.pipeline_model_parallel_size, run.pipeline_rank
     settings = dict(
@@ -25,7 +30,7 @@ def on_this_layout(kind: str, run: Run, weights: dict[str, torch.Tensor], **chan
         pipeline_model_parallel_size=stages,
         pipeline_dtype=torch.float32,
     )
-    config = tiny.mimo_config(language(kind, **(settings | changes)))
+    config = config_of(**(settings | changes))
     model = megatron_mimo.MimoModel(config, pre_process=rank == 0, post_process=rank == stages - 1)
     each = model.config.num_layers // stages
     own = {}
@@ -36,6 +41,10 @@ def on_this_layout(kind: str, run: Run, weights: dict[str, torch.Tensor], **chan
         own[".".join(parts)] = tensor
     load_whole_weights(model, own, run.groups.tp)
     return model.train()
+
+
+def spoken(kind: str, **changes) -> megatron_mimo.MimoModelConfig:
+    return tiny.mimo_config(language(kind, **changes))
 
 
 def answers(kinds: list[str], layout: dict[str, int], **changes) -> None:
@@ -49,7 +58,7 @@ def answers(kinds: list[str], layout: dict[str, int], **changes) -> None:
     run = relayout(**layout)
     for kind in kinds:
         sections = 3 if kind == "mrope" else 1
-        model = on_this_layout(kind, run, weights[kind], **changes)
+        model = on_this_layout(spoken, run, weights[kind], kind=kind, **changes)
         outputs = model.generate(prompts(sections), NEW, modalities=(), rescore=True)
         check_greedy(outputs, expected[kind][0])
         for output in outputs:
@@ -95,6 +104,55 @@ def data_parallel_ranks_generate_by_themselves_or_not_at_all(run: Run) -> None:
     if dist.get_rank() == 0:
         outputs = model.generate(prompts()[:2], NEW, modalities=())
         check_greedy(outputs, [one_by_one(model, prompt, NEW) for prompt in prompts()[:2]])
+
+
+SPANS = ["codes", "vectors", "flow", "queries", "speech"]
+
+
+def written(layout: dict[str, int], **changes) -> None:
+    """Text, a span and text again, with guidance by a second prompt, from the seeds of each sample."""
+    expected, weights = {}, {}
+
+    def asked(kind: str) -> tuple[list[dict], dict]:
+        made = [{"input_ids": [*prompt["input_ids"], writing.BEGIN]} for prompt in writing.prompts()]
+        options: dict = {"flow": {"steps": 2, "guidance": 2.0}, "codes": {"guidance": 2.0}}.get(kind, {})
+        if options:
+            made[1]["unconditional"] = {"input_ids": [0, writing.BEGIN]}
+        wanted = {"images": Writing(rows=writing.ROWS, options=options)}
+        return made, dict(max_new_tokens=8, modalities=wanted, seed=[3, 4, 5], temperature=0.8, rescore=True)
+
+    for kind in SPANS:
+        model = writing.model_of(kind)
+        weights[kind] = whole_weights(model)
+        made, options = asked(kind)
+        expected[kind] = model.generate(made, **options)
+    run = relayout(**layout)
+    for kind in SPANS:
+        model = on_this_layout(writing.config_of, run, weights[kind], kind=kind, **changes)
+        made, options = asked(kind)
+        for mine, theirs in zip(model.generate(made, **options), expected[kind], strict=True):
+            assert mine.ids == theirs.ids, kind
+            for one, other in zip(mine.parts, theirs.parts, strict=True):
+                if one.kind == "text":
+                    torch.testing.assert_close(one.rescored_logprobs, one.logprobs, atol=LOGPROBS, rtol=0)
+                    torch.testing.assert_close(one.logprobs, other.logprobs, atol=LOGPROBS, rtol=0)
+                else:
+                    torch.testing.assert_close(one.value, other.value, atol=1e-4, rtol=1e-4)
+
+
+@case(ranks=2, timeout_s=240)
+def tensor_parallel_ranks_write_what_one_rank_writes(run: Run) -> None:
+    written({"tensor_model_parallel_size": 2})
+
+
+@case(ranks=2, timeout_s=240)
+def sequence_parallel_weights_write_what_one_rank_writes(run: Run) -> None:
+    written({"tensor_model_parallel_size": 2}, sequence_parallel=True)
+
+
+@case(ranks=2, timeout_s=240)
+def pipeline_stages_write_what_one_rank_writes(run: Run) -> None:
+    written({"pipeline_model_parallel_size": 2})
 
 
 def refused(run: Run, message: str) -> None:
