@@ -39,6 +39,20 @@ def decoder(kind: str, name: str) -> str:
 
 
 FAULTS = [
+    Fault(
+        "gradients of replicated encoders summed for their names",
+        "modality/marks.py",
+        "if summed == partial or",
+        "if not partial or",
+        "marks.replicated_encoders_keep_their_gradients_whatever_their_parameters_are_called[2-tp2]",
+    ),
+    Fault(
+        "gradients of norms of cut heads averaged, not summed",
+        "modality/marks.py",
+        "return gradient * factor",
+        "return gradient",
+        "marks.norms_of_an_encoder_s_cut_heads_equal_one_rank_whatever_the_language_model_has[2]",
+    ),
     Fault("rows of other ranks are kept", "route.py", "if groups:", "if False:", layout("tp2_sp")),
     Fault("rows stay on their rank", "route.py", "for group in groups:", "for group in ():", layout("tp2_sp")),
     Fault(
