@@ -57,7 +57,7 @@ with warnings.catch_warnings():
 
 STEPS_A_TURN = 5
 ON_GPU = ["compiled", "graphed", "both"]
-VARIANTS = ["ours", *ON_GPU]
+VARIANTS = ["ours", "everywhere", *ON_GPU]
 
 
 @dataclass(frozen=True)
@@ -321,17 +321,20 @@ def main() -> None:
 
     encoder = ours.modality_submodules["images"].encoders["clip"]
     device_batch = to_device(batch, run.device, dtype)
-    # The reader of batches makes the placement on the CPU (megatron_mimo.data.step).
-    placed = device_batch | {"placement": ours.place(batch["input_ids"]).to(run.device)}
+    # The reader of batches makes the placement on the CPU and tells it which labels count (training/reading.py).
+    placement = ours.place(batch["input_ids"])
+    placed = device_batch | {"placement": placement.counting(batch["loss_mask"]).to(run.device)}
+    everywhere = device_batch | {"placement": placement.to(run.device)}
     forwards = {
         "ours": lambda: encoder.forward,
+        "everywhere": lambda: encoder.forward,  # the language loss at every position, as upstream's
         "compiled": lambda: CompiledForward(encoder, dynamic=False),  # one compilation serves both
         "graphed": lambda: GraphedForward(encoder),
         "both": lambda: GraphedForward(encoder, compiled=True),
     }
     variants = [Variant("upstream", partial(loss_of_theirs, theirs, device_batch), forwards["ours"])]
     variants += [
-        Variant(name, partial(loss_of_ours, ours, placed), forwards[name])
+        Variant(name, partial(loss_of_ours, ours, everywhere if name == "everywhere" else placed), forwards[name])
         for name in options.variants
         if on_gpu or name not in ON_GPU
     ]

@@ -60,6 +60,7 @@ def tiny_model() -> megatron_mimo.MimoModel:
             modality_submodules={"images": images},
             special_token_ids={"images": READ},
             generation_token_ids={"images": WRITE},
+            loss_where_counted=False,  # else the language loss, which was Megatron's alone before, reads states here
         )
     )
 

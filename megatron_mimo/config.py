@@ -39,6 +39,8 @@ class MimoModelConfig:
         end_token_ids: output modality -> the text token behind a written span; what ends one of variable length.
         modality_loss_weights: modality name, or `text`, -> weight of its loss terms in the total,
             default 1.
+        loss_where_counted: whether output layer and language loss run on the positions whose label counts alone, where
+            the host knows them; off, on every position.
         origin: what the pretrained parts came from, of `from_pretrained`; `save_pretrained` reads it.
 
     Raises:
@@ -63,6 +65,7 @@ class MimoModelConfig:
     origin: object | None = None
     begin_token_ids: Mapping[str, int] = field(default_factory=dict)
     end_token_ids: Mapping[str, int] = field(default_factory=dict)
+    loss_where_counted: bool = True
 
     def __post_init__(self) -> None:
         _check_spec("language_model", self.language_model)

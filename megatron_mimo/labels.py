@@ -1,4 +1,4 @@
-"""Which labels the language model learns where the batch brings no loss mask."""
+"""Which labels the language model learns."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import torch
 from megatron.core.inference.utils import InferenceMode
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -19,8 +20,11 @@ from torch import Tensor, nn
 from megatron_mimo.attention_mask import joined_with_causal
 from megatron_mimo.build import build, constructor_parameters, maker, name_of, takes_any
 from megatron_mimo.check.positions import PositionKind
+from megatron_mimo.compat.hybrid import with_output_processor
 from megatron_mimo.multi_token import LaterRows, embedding_handed_to
-from megatron_mimo.plan import Plan
+from megatron_mimo.plan import Learned, Plan
+from megatron_mimo.sharding import SequenceShard
+from megatron_mimo.token_loss import TokenLoss, only_counted
 
 if TYPE_CHECKING:
     from megatron.core.inference.contexts import BaseInferenceContext
@@ -154,10 +158,12 @@ class LanguageCall:
     Args:
         model: this stage's part of the language model.
         parallel_output: whether it leaves logits cut over tensor-parallel ranks by itself.
+        loss_where_counted: whether the loss is 0, and as far as possible not computed, where a label does not count.
     """
 
-    def __init__(self, model: MegatronModule, parallel_output: bool = True) -> None:
+    def __init__(self, model: MegatronModule, parallel_output: bool = True, loss_where_counted: bool = True) -> None:
         self._model, self._parallel_output = model, parallel_output
+        self._loss_where_counted = loss_where_counted
         self._takes = inspect.signature(model.forward).parameters.keys()
         self._experts = model.config.num_moe_experts is not None
         self._predicts_more = bool(model.config.mtp_num_layers) and model.post_process
@@ -173,8 +179,7 @@ class LanguageCall:
         decoder_input: Tensor | None,
         rows: Mapping[str, Tensor],
         attention_mask: Tensor | None,
-        labels: Tensor | None,
-        loss_mask: Tensor | None,
+        learned: Learned,
         plan: Plan,
         packed_seq_params: PackedSeqParams | None,
         inference_context: BaseInferenceContext | None,
@@ -187,7 +192,7 @@ class LanguageCall:
             decoder_input: `[S_local, B, H]`, rank-local; None behind the first pipeline stage.
             rows: reading table -> `[N, H]`, placed in `decoder_input`.
             attention_mask: as `joined_with_causal` takes it, or None.
-            labels, loss_mask: `[B, S / CP]`, rank-local, or None.
+            learned: labels and loss mask, and which labels count.
             plan: of the batch.
             packed_seq_params, inference_context: Megatron's, or None.
             runtime_gather_output: whether logits are gathered over tensor-parallel ranks; None gathers them in
@@ -199,11 +204,11 @@ class LanguageCall:
         """
         if attention_mask is not None:
             attention_mask = joined_with_causal(attention_mask, self._model.decoder)
-        self._check_gathered(labels, runtime_gather_output)
+        self._check_gathered(learned.labels, runtime_gather_output)
         if runtime_gather_output is None and (inference_context is not None or InferenceMode.is_active()):
             runtime_gather_output = True
         offered = {
-            "loss_mask": loss_mask,
+            "loss_mask": learned.loss_mask,
             "runtime_gather_output": runtime_gather_output,
             "padding_mask": self._padding_mask(plan),
         }
@@ -214,19 +219,38 @@ class LanguageCall:
             ids, positions = plan.shard.cut(cast(Tensor, input_ids)), plan.shard.cut(positions)
             later = self._later_rows(rows, plan, packed_seq_params)
             more = embedding_handed_to(self._model.mtp, later)
-            known["loss_mask"] = later.text if loss_mask is None else loss_mask
+            known["loss_mask"] = later.text if learned.loss_mask is None else learned.loss_mask
         with HiddenStates(self._model.decoder) as states, more:
-            output = self._model(
+            output = self._run(
+                learned,
+                plan.shard,
                 input_ids=ids,
                 position_ids=positions,
                 attention_mask=attention_mask,
                 decoder_input=decoder_input,
-                labels=labels,
                 packed_seq_params=_with_int32(packed_seq_params),
                 inference_context=inference_context,
                 **known,
             )
         return output, cast(Tensor, states.last)
+
+    def _run(self, learned: Learned, shard: SequenceShard, **call: Any) -> Tensor:
+        """The language model's output; a loss is 0 where a label does not count, and not computed where the host knows.
+
+        On a model without a hook for its output the loss runs everywhere, and where Megatron puts off the output
+        layer's weight gradients (`defer_embedding_wgrad_compute`), of which it keeps one a microbatch.
+        """
+        model, labels = self._model, learned.labels
+        if labels is None or not model.post_process or not self._loss_where_counted:
+            return model(labels=labels, **call)
+        hybrid = isinstance(model, HybridModel)
+        hooked = (hybrid or "output_processor" in self._takes) and not model.config.defer_embedding_wgrad_compute
+        if learned.counted is None or not hooked:
+            return only_counted(model(labels=labels, **call), cast(Tensor, learned.loss_mask))
+        loss = TokenLoss(learned.counted, shard, model.pg_collection.tp if model.config.sequence_parallel else None)
+        if hybrid:
+            return with_output_processor(model, loss, labels, **call)
+        return model(labels=labels, output_processor=loss, **call)
 
     def _check_gathered(self, labels: Tensor | None, gathered: bool | None) -> None:
         """Refuses labels beside gathered logits, of which Megatron's loss over vocabulary shards makes another loss."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -20,7 +20,6 @@ from megatron_mimo.deferred import Checks
 from megatron_mimo.encode import encode
 from megatron_mimo.exchange import exchange
 from megatron_mimo.generation.engine import generate
-from megatron_mimo.labels import default_loss_mask
 from megatron_mimo.language import LanguageCall, build_language_model, position_kind
 from megatron_mimo.megatron_model import MegatronModel
 from megatron_mimo.modality.build import build_submodules
@@ -93,7 +92,9 @@ class MimoModel(MegatronModel):
         self.language_model = language_model
         self._generates = post_process and bool(config.generation_token_ids)
         self._run_language_model = LanguageCall(
-            language_model, parallel_output=config.language_model.params.get("parallel_output", True)
+            language_model,
+            parallel_output=config.language_model.params.get("parallel_output", True),
+            loss_where_counted=config.loss_where_counted,
         )
         self._checks = Checks()
         stage = (config, self._submodules, pre_process, post_process)
@@ -126,8 +127,8 @@ class MimoModel(MegatronModel):
             attention_mask: bool, True where a position is hidden; None for the language model's own causal mask.
                 `[B or 1, 1, 1, S]` (padding) joins the causal mask, `[B or 1, heads or 1, S, S]` or `[S, S]`
                 replaces it. Causal layers of TransformerEngine, which would ignore it, refuse it.
-            labels: `[B, S]` next-token ids. With them the language model returns per-token loss. Those
-                that count must lie in the vocabulary.
+            labels: `[B, S]` next-token ids. With them the language model returns per-token loss, 0 where a label
+                does not count. Those that count must lie in the vocabulary.
             loss_mask: `[B, S]`, returned cut to this context-parallel rank; None with labels counts every label
                 that is text or opens a written span (`labels.default_loss_mask`).
             modality_inputs: modality -> encoder -> its keyword inputs.
@@ -177,14 +178,13 @@ class MimoModel(MegatronModel):
         rows = self.encode(media, targets, plan) if self.pre_process else {}
         rows = exchange(rows)
         decoder_input = self.align(input_ids, rows, plan) if self.pre_process else None
-        labels, loss_mask = self.learned(input_ids, labels, loss_mask, brought.reads, plan)
+        learned = self._planner.learned(input_ids, labels, loss_mask, brought.reads, plan)
         language, states = self._run_language_model(
             input_ids if self._run_language_model.reads_ids else None,
             decoder_input,
             rows,
             attention_mask,
-            labels,
-            loss_mask,
+            learned,
             plan,
             packed_seq_params,
             inference_context,
@@ -194,7 +194,7 @@ class MimoModel(MegatronModel):
         outputs = self.decode_losses(language, hidden, targets, plan) if self._generates else language
         if not self.training:
             self._checks.report()  # no next step will
-        return outputs, loss_mask
+        return outputs, learned.loss_mask
 
     def generate(self, prompts: Sequence, max_new_tokens: int | Sequence[int] = 128, **options) -> Any:
         """What the model answers to each prompt, parts in order: `generation.engine.generate` says how it is asked."""
@@ -242,26 +242,6 @@ class MimoModel(MegatronModel):
         """Text and modality rows at their positions, `[S_local, B, H]`, this rank's only."""
         words, tables, group = self.language_model.embedding, in_order(rows, plan.placed), self.pg_collection.tp
         return align_checked(words, input_ids, plan.positions, tables, plan.placed, plan.shard, group)
-
-    def learned(
-        self,
-        input_ids: Tensor,
-        labels: Tensor | None,
-        loss_mask: Tensor | None,
-        reads: Collection[str],
-        plan: Plan,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Labels and loss mask `[B, S / CP]` of this rank; without a mask every label that can be learned counts.
-
-        Raises:
-            ValueError: labels outside the vocabulary that count.
-        """
-        if labels is not None:
-            if loss_mask is None:
-                known = (self.mimo_config, self._submodules, reads)
-                loss_mask = default_loss_mask(input_ids, labels, plan.padding, *known)
-            self._check.labels(labels, loss_mask)
-        return plan.shard.cut_if_given(labels), plan.shard.cut_if_given(loss_mask)
 
     def route(self, hidden: Tensor, plan: Plan) -> dict[str, Tensor]:
         """Hidden states `[N, H]` at every modality's generation tokens; none `[0, H]` where their count is unknown."""

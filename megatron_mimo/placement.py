@@ -109,6 +109,10 @@ class Placement:
         """The same placement without `ids`: it travels with them, so that nobody compares them again."""
         return replace(self, ids=None)
 
+    def counting(self, loss_mask: Tensor) -> Placement:
+        """The same placement, whose host knows which labels count: those with a mask [B, S], on the CPU, unlike 0."""
+        return replace(self, host=self.host and replace(self.host, counted=loss_mask != 0))
+
     @property
     def awaited(self) -> Arrival:
         """`arrival`, where `host` is None."""

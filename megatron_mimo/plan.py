@@ -7,17 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self, cast
+from typing import TYPE_CHECKING, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor
 
 from megatron_mimo.check import BatchCheck
+from megatron_mimo.check.tokens import check_counted
 from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.decoders.targets import Prepared
 from megatron_mimo.deferred import Checks
+from megatron_mimo.labels import default_loss_mask
 from megatron_mimo.placement import Placement, build_placement
 from megatron_mimo.sharding import SequenceShard, sequence_shard
+from megatron_mimo.tally import HostFacts
+from megatron_mimo.token_loss import CountedLabels, counted_labels
 
 if TYPE_CHECKING:
     from megatron.core.packed_seq_params import PackedSeqParams
@@ -39,6 +43,7 @@ class Plan:
         padding: bool `[1 or B, S]`, positions that hold nothing; None where there are none.
         counts: modality -> its generation tokens in the batch; None where only the device knows. Empty on a stage
             that neither reads nor writes.
+        host: what the batch's collator told the host, None where it made no placement.
     """
 
     batch_size: int
@@ -47,11 +52,25 @@ class Plan:
     positions: Tensor
     padding: Tensor | None
     counts: Mapping[str, int | None]
+    host: HostFacts | None = None
 
     @property
     def placed(self) -> Placement:
         """The placement, on a stage that reads or writes."""
         return cast(Placement, self.placement)
+
+
+class Learned(NamedTuple):
+    """What a rank learns as text.
+
+    Attributes:
+        labels, loss_mask: `[B, S / CP]`, rank-local, or None.
+        counted: which labels count, None where the loss runs on every position.
+    """
+
+    labels: Tensor | None
+    loss_mask: Tensor | None
+    counted: CountedLabels | None
 
 
 @dataclass(frozen=True)
@@ -110,7 +129,7 @@ class Planner:
         check: BatchCheck,
         checks: Checks,
     ) -> None:
-        self._config, self._submodules = config, submodules
+        self._config, self._submodules, self._last = config, submodules, last
         self._uses_placement = first or (last and bool(config.generation_token_ids))
         self._groups = groups
         self._check, self._checks = check, checks
@@ -154,14 +173,52 @@ class Planner:
         padding = padding_of(packed_seq_params, shape[1], device, padding_mask)
         default = default_positions(input_ids, boundaries) + start
         position_ids = self._check.positions(position_ids, default, brought.modalities)
+        host = placement.host if isinstance(placement, Placement) else None
         if not self._uses_placement:
-            return Plan(shape[0], None, shard, position_ids, padding, {})
+            return Plan(shape[0], None, shard, position_ids, padding, {}, host)
         placement = self._adopted(placement, input_ids, packed_seq_params)
         if padding is not None:
             self._check.padding(placement, padding.expand(shape))
         counts = count_generation(placement, brought, self._config, self._submodules, training)
         self._check.unfed(brought.reads, placement, counts)
-        return Plan(shape[0], placement, shard, position_ids, padding, counts)
+        return Plan(shape[0], placement, shard, position_ids, padding, counts, host)
+
+    def learned(
+        self, input_ids: Tensor, labels: Tensor | None, loss_mask: Tensor | None, reads: frozenset[str], plan: Plan
+    ) -> Learned:
+        """What this rank learns as text; without a mask every label that can be learned counts.
+
+        Args:
+            input_ids, labels, loss_mask: as `MimoModel.forward` takes them.
+            reads: modalities with inputs.
+            plan: of the batch.
+
+        Raises:
+            ValueError: labels outside the vocabulary that count, or a placement that counts others than the mask; on
+                a device at the latest one step later.
+        """
+        if labels is None:
+            return Learned(None, plan.shard.cut_if_given(loss_mask), None)
+        if loss_mask is None:
+            loss_mask = default_loss_mask(input_ids, labels, plan.padding, self._config, self._submodules, reads)
+        self._check.labels(labels, loss_mask)
+        mine = plan.shard.cut(loss_mask)
+        return Learned(plan.shard.cut(labels), mine, self._counted(loss_mask, mine, plan))
+
+    def _counted(self, loss_mask: Tensor, mine: Tensor, plan: Plan) -> CountedLabels | None:
+        """Which labels count here, where this stage has a language loss and the host knows; None otherwise."""
+        if not (self._last and self._config.loss_where_counted):
+            return None
+        device = loss_mask.device
+        if device.type == "cpu":
+            return counted_labels(loss_mask != 0, plan.shard, device)
+        if plan.host is None or plan.host.counted is None:
+            return None
+        boundaries = None if plan.host.boundaries is None else torch.tensor(plan.host.boundaries)
+        shard = self._shard(loss_mask.shape[1], boundaries, torch.device("cpu"))
+        counted = counted_labels(plan.host.counted, shard, device)
+        check_counted(mine, counted.places, self._checks)
+        return counted
 
     def _shard(self, length: int, boundaries: Tensor | None, device: torch.device) -> SequenceShard:
         """Which positions of the sequence are this rank's."""

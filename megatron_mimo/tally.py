@@ -22,11 +22,13 @@ class HostFacts:
         counts: tokens per sample, for each line of `Placement.counts_table`.
         positions: `Placement.positions`, on the CPU wherever the placement itself goes.
         boundaries: `Placement.cu_seqlens`, or None.
+        counted: bool [B, S] on the CPU, global: which labels count in the language loss; None where nobody told.
     """
 
     counts: list[list[int]]
     positions: Tensor = field(metadata={"on_host": True})
     boundaries: list[int] | None = None
+    counted: Tensor | None = field(default=None, metadata={"on_host": True})
 
     @cached_property
     def totals(self) -> list[int]:

@@ -172,3 +172,27 @@ def check_packed(packed_seq_params: PackedSeqParams, length: int, checks: Checks
                 )
 
     checks.check(Arrival(torch.stack([own.long(), padded.to(own.device).long()])), verify, "own and padded")
+
+
+def check_counted(loss_mask: Tensor, places: Tensor, checks: Checks) -> None:
+    """Refuses a placement that counts other labels than the loss mask, whose loss would be left out without a word.
+
+    Args:
+        loss_mask: `[B, S / CP]`, rank-local, on the device.
+        places: int64 `[K]`, where the labels that the placement counts lie in the flattened mask.
+        checks: who owns the check.
+
+    Raises:
+        ValueError: with both counts; on a device at the latest one step later.
+    """
+    counts, told = (loss_mask != 0).flatten(), len(places)
+
+    def verify(found: Tensor) -> None:
+        masked, both = found.tolist()
+        if not masked == both == told:
+            raise ValueError(
+                f"loss_mask counts {masked} labels and the placement {told}, of which {both} are the same. Give "
+                "placement.counting(loss_mask) of this very mask."
+            )
+
+    checks.check(Arrival(torch.stack([counts.sum(), counts[places].sum()])), verify, "counted labels")

@@ -5,6 +5,7 @@ Checked by `tests/unit/test_compat.py` on the installed version; last read in Me
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -21,6 +22,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
 )
+from torch import Tensor, nn
 
 #: Letter of a pattern -> the layer that a stack spec holds for it.
 LAYERS = {"*": "attention_layer", "-": "mlp_layer", "E": "moe_layer"}
@@ -128,3 +130,45 @@ def _mlp_half(layer: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
 def _keys(layer: TransformerLayerSubmodules, *parts: str) -> dict[str, str]:
     """What a checkpoint calls the parameters of these parts of a layer."""
     return {name: key for name, key in layer.sharded_state_dict_keys_map.items() if name.split(".")[0] in parts}
+
+
+def with_output_processor(model: Any, processor: Callable[..., Tensor], labels: Tensor, **call: Any) -> Tensor:
+    """`model(labels=labels, output_processor=processor, **call)`, for a `HybridModel`, whose forward has no such hook.
+
+    Undocumented: that `HybridModel.forward` without labels ends with `output_layer` called on the hidden states
+    `[S_local, B, H]`; and its `_scale_logits`.
+    Reason: output layer and loss run where a label counts alone, as `GPTModel` lets them.
+    When it goes: Megatron gives `HybridModel.forward` an `output_processor`; pass it there.
+
+    Args:
+        model: on the last pipeline stage.
+        processor: as `GPTModel.forward` calls it.
+        labels: `[B, S / CP]`, rank-local.
+        call: other arguments of `forward`.
+    """
+    kept: list[Tensor] = []
+
+    def withhold(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if kept:
+            return inputs  # the processor's own call
+        hidden, *others = inputs
+        kept.append(hidden)
+        return hidden[:0], *others
+
+    hook = model.output_layer.register_forward_pre_hook(withhold)
+    parallel = model.output_layer.sequence_parallel
+    model.output_layer.sequence_parallel = False  # no rows, none to gather
+    try:
+        model(labels=None, **call)
+    finally:
+        hook.remove()
+        model.output_layer.sequence_parallel = parallel
+    tied = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
+    return processor(
+        hidden_states=kept[0],
+        labels=labels,
+        output_layer=model.output_layer,
+        output_weight=tied,
+        scale_logits=model._scale_logits,
+        compute_language_model_loss=model.compute_language_model_loss,
+    )

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from megatron_mimo.batch import Batch
 from megatron_mimo.data.step import part_for_stage
 from megatron_mimo.model import MimoModel
-from megatron_mimo.training.speed.counts import placement_of, submodules_of
+from megatron_mimo.training.speed.counts import mask_of, placement_of, submodules_of
 
 
 def placed_batches(batches: Iterator[Batch] | None, model: MimoModel) -> Iterator[Batch] | None:
-    """Batches with their placement, where the stage places or counts rows; None for None.
+    """Batches with their placement, where the stage places or counts rows, and with their loss mask; None for None.
 
-    The placement is made once, on the CPU, where the batch's collator did not: its counts are then known
-    on the host, which a first stage without decoders learns from nothing else.
+    Both are made once, on the CPU, where the batch's collator did not: the host then knows the counts, which a first
+    stage without decoders learns from nothing else, and which labels a last stage has to compute the loss of.
 
     Args:
         batches: tensors on the CPU.
@@ -24,7 +24,14 @@ def placed_batches(batches: Iterator[Batch] | None, model: MimoModel) -> Iterato
         return batches
     # Megatron's iterators over data have a next batch and are no iterables.
     each: Iterator[Batch | None] = iter(lambda: next(batches, None), None)
-    return ({**batch, "placement": placement_of(batch, model)} for batch in each if batch is not None)
+    return (_placed(batch, model) for batch in each if batch is not None)
+
+
+def _placed(batch: Batch, model: MimoModel) -> Batch:
+    placement, mask = placement_of(batch, model), mask_of(batch, model) if model.post_process else None
+    if mask is None:
+        return {**batch, "placement": placement}
+    return {**batch, "loss_mask": mask, "placement": placement.counting(mask)}
 
 
 def part_for(batch: Batch, model: MimoModel) -> Batch:

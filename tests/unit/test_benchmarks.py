@@ -23,9 +23,13 @@ def test_the_output_half(tmp_path):
 
 def test_a_training_step_gives_upstreams_loss(tmp_path):
     run("benchmarks.step", "--small", "--rounds", "1", "--warmup", "1", "--out", str(tmp_path / "step.json"))
-    upstream, ours = json.loads((tmp_path / "step.json").read_text())["results"]
+    upstream, ours, everywhere = json.loads((tmp_path / "step.json").read_text())["results"]
     assert (upstream["name"], ours["name"]) == ("upstream", "ours")
-    assert ours["loss"] == pytest.approx(upstream["loss"], rel=1e-6)
+    assert ours["loss"] == everywhere["loss"] == pytest.approx(upstream["loss"], rel=1e-6)
+
+
+def test_the_loss_where_labels_count():
+    run("benchmarks.token_loss", "--small", "--rounds", "1")
 
 
 def test_reading_data(tmp_path):

@@ -74,6 +74,21 @@ def placement_of(batch: Batch, model: MimoModel) -> Placement:
     return placement or model.place(batch["input_ids"], batch.get("packed_seq_params")).bound()
 
 
+def mask_of(batch: Batch, model: MimoModel) -> Tensor | None:
+    """The loss mask `[B, S]` that a batch brings, or else the default one of its labels; None without labels.
+
+    Args:
+        batch: tensors on the CPU, the whole sequence.
+        model: of the last pipeline stage, which knows how spans are written.
+    """
+    ids, labels, mask = batch["input_ids"], batch.get("labels"), batch.get("loss_mask")
+    if labels is None or mask is not None:
+        return mask
+    padding = padding_of(batch.get("packed_seq_params"), ids.shape[1], padding_mask=batch.get("padding_mask"))
+    reads = with_data(batch.get("modality_inputs"))
+    return default_loss_mask(ids, labels, padding, model.mimo_config, submodules_of(model), reads)
+
+
 def count_batch(batch: Batch, model: MimoModel) -> Counts:
     """What one batch counts; the same keys in the same order for every batch.
 
@@ -84,17 +99,14 @@ def count_batch(batch: Batch, model: MimoModel) -> Counts:
     Raises:
         ValueError: a batch without labels, which gives no language loss.
     """
-    ids, labels, mask = batch["input_ids"], batch.get("labels"), batch.get("loss_mask")
-    if labels is None:
+    ids, mask = batch["input_ids"], mask_of(batch, model)
+    if batch.get("labels") is None or mask is None:
         given = sorted(batch.keys() - {"placement"})  # which the reader of batches added
         raise ValueError(
             f"a training batch has no labels, found {given}. Give labels [B, S], the id that "
             "each position shall predict, and a loss_mask of zeros where nothing is to be learned."
         )
     padding = padding_of(batch.get("packed_seq_params"), ids.shape[1], padding_mask=batch.get("padding_mask"))
-    if mask is None:
-        reads = with_data(batch.get("modality_inputs"))
-        mask = default_loss_mask(ids, labels, padding, model.mimo_config, submodules_of(model), reads)
     counts: Counts = {
         term("text"): float(mask.sum()),
         TOKENS: float(mask.count_nonzero()),

@@ -1,0 +1,148 @@
+"""The language loss where labels count beside the loss everywhere: step time and peak memory of one language model.
+
+    python -m benchmarks.token_loss                     # 0.5 B, V 151,936, S 4096, B 4, a fifth of the labels counts
+    python -m benchmarks.token_loss --small             # toy sizes; on the CPU if there is no GPU
+
+Forward, loss and backward of the same weights and the same batch: the loss everywhere with Megatron's plain and fused
+cross-entropy, and where labels count with both. No optimizer. The losses are compared before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from dataclasses import replace
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+import megatron_mimo
+from megatron_mimo import MimoModel, MimoModelConfig, specs
+
+FULL = dict(layers=24, hidden=896, heads=14, groups=2, ffn=4864, vocabulary=151_936, length=4096, batch=4)
+SMALL = dict(layers=2, hidden=32, heads=4, groups=2, ffn=64, vocabulary=1000, length=64, batch=2)
+
+
+def config_of(size: dict[str, int], backend: str, dtype: torch.dtype, fused: bool) -> MimoModelConfig:
+    config = TransformerConfig(
+        num_layers=size["layers"],
+        hidden_size=size["hidden"],
+        num_attention_heads=size["heads"],
+        num_query_groups=size["groups"],
+        ffn_hidden_size=size["ffn"],
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        cross_entropy_loss_fusion=fused,
+        masked_softmax_fusion=False,
+    )
+    language = ModuleSpec(
+        module=GPTModel,
+        params=dict(
+            config=config,
+            transformer_layer_spec=specs.language_layer_spec(config, backend),
+            vocab_size=size["vocabulary"],
+            max_sequence_length=size["length"],
+            position_embedding_type="rope",
+            share_embeddings_and_output_weights=True,
+        ),
+    )
+    return MimoModelConfig(language_model=language)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--small", action="store_true", help="toy sizes")
+    parser.add_argument("--share", type=float, default=0.2, help="labels that count, of all")
+    parser.add_argument("--backend", default="auto", choices=["auto", "torch", "transformer_engine"])
+    parser.add_argument("--rounds", type=int, default=10)
+    options = parser.parse_args()
+
+    run = megatron_mimo.initialize(seed=1)
+    on_gpu = run.device.type == "cuda"
+    size, dtype = SMALL if options.small else FULL, torch.bfloat16 if on_gpu else torch.float32
+    draw = torch.Generator().manual_seed(0)
+    shape = (size["batch"], size["length"])
+    ids = torch.randint(0, size["vocabulary"], shape, generator=draw)
+    mask = (torch.rand(shape, generator=draw) < options.share).float()
+    backend = specs.choose_backend(options.backend)
+    models: dict[str, MimoModel] = {}
+    for name, fused, counted in (
+        ("everywhere", False, False),
+        ("everywhere, fused", True, False),
+        ("where labels count", False, True),
+        ("where labels count, fused", True, True),
+    ):
+        config = replace(config_of(size, backend, dtype, fused), loss_where_counted=counted)
+        model = MimoModel(config).to(run.device, dtype)
+        if models:
+            share_weights(model, next(iter(models.values())))
+        models[name] = model
+    first = next(iter(models.values()))
+    placement = first.place(ids).counting(mask).to(run.device)
+    batch = dict(
+        input_ids=ids.to(run.device),
+        labels=ids.roll(-1, 1).to(run.device),
+        loss_mask=mask.to(run.device),
+        placement=placement,
+    )
+
+    losses = {name: float(loss_of(model, batch).detach()) for name, model in models.items()}
+    expected = losses["everywhere"]
+    for name, loss in losses.items():
+        if abs(loss - expected) > 2e-3 * abs(expected):
+            raise RuntimeError(f"{name}: expected a loss of {expected}, found {loss}")
+    figures = {name: measure(model, batch, options.rounds, on_gpu) for name, model in models.items()}
+    device = torch.cuda.get_device_name() if on_gpu else "CPU"
+    print(f"{device}, torch {torch.__version__}, layers by {backend}, {dtype}, {size}, {int(mask.sum())} labels count")
+    print("| loss | step ms | x everywhere | peak GiB | loss |\n|---|---:|---:|---:|---:|")
+    for name, (milliseconds, peak) in figures.items():
+        ratio = figures["everywhere"][0] / milliseconds
+        print(f"| {name} | {milliseconds:.2f} | {ratio:.3f} | {peak:.2f} | {losses[name]:.5f} |")
+
+
+def share_weights(model: MimoModel, source: MimoModel) -> None:
+    """Lets `model` compute with the very parameters of `source`."""
+    for name, module in model.named_modules():
+        of_source = source.get_submodule(name)
+        for parameter in dict(module.named_parameters(recurse=False)):
+            setattr(module, parameter, getattr(of_source, parameter))
+
+
+def loss_of(model: MimoModel, batch: dict) -> Tensor:
+    losses, mask = model(**batch)
+    assert isinstance(losses, Tensor) and mask is not None
+    return (losses.float() * mask).sum() / mask.sum()
+
+
+def measure(model: MimoModel, batch: dict, rounds: int, on_gpu: bool) -> tuple[float, float]:
+    """Median milliseconds of a step, and the peak of allocated GiB beyond what lay there before."""
+    taken = []
+    for index in range(rounds + 2):
+        model.zero_grad(set_to_none=True)
+        if on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        began = time.perf_counter()
+        loss_of(model, batch).backward()
+        if on_gpu:
+            torch.cuda.synchronize()
+        if index >= 2:
+            taken.append(time.perf_counter() - began)
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**30 if on_gpu else float("nan")
+    model.zero_grad(set_to_none=True)
+    return statistics.median(taken) * 1e3, peak
+
+
+if __name__ == "__main__":
+    main()
