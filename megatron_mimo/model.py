@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from megatron_mimo.align import align_by_token_positions, align_checked, in_order
 from megatron_mimo.build import check_parallel_state
 from megatron_mimo.check import BatchCheck, Media, Nested, Shown
-from megatron_mimo.config import MimoModelConfig
-from megatron_mimo.decoders.targets import Prepared
+from megatron_mimo.config import MimoModelConfig, generation_table
+from megatron_mimo.decoders.targets import Prepared, Targets
 from megatron_mimo.deferred import Checks
-from megatron_mimo.encode import encode
+from megatron_mimo.encode import encoded
 from megatron_mimo.exchange import exchange
 from megatron_mimo.generation.engine import generate
+from megatron_mimo.idle import with_idle
 from megatron_mimo.language import LanguageCall, build_language_model, position_kind
 from megatron_mimo.megatron_model import MegatronModel
 from megatron_mimo.modality.build import build_submodules
@@ -235,8 +236,31 @@ class MimoModel(MegatronModel):
         return self._planner.place(input_ids, packed_seq_params)
 
     def encode(self, media: Media, targets: Nested, plan: Plan) -> dict[str, Tensor]:
-        """Rows `[N, H]` by table: encoded inputs, and what decoders feed their generation tokens."""
-        return encode(media, targets, plan, self.mimo_config, self._submodules, self._rows_like)
+        """Rows `[N, H]` by table: encoded inputs, and what decoders feed their generation tokens.
+
+        Modalities come in one order on every rank, with or without inputs: what stands in for an
+        absent one joins the same collectives.
+        """
+        rows = {}
+        for modality, submodule in self._submodules.items():
+            if modality in self.mimo_config.special_token_ids:
+                rows[modality] = encoded(modality, submodule, media.inputs.get(modality), plan, self._rows_like)
+            if submodule.generation_input is None:
+                continue
+            shares_token = generation_table(modality) not in plan.placed.names
+            reads = shares_token and modality in media.inputs  # its positions read
+            count = 0 if reads else plan.counts.get(modality) or 0
+            shown: Targets | None = media.shown.get(modality)
+            if modality in targets:
+                shown = submodule.generation_input.pick(targets[modality])
+            fed = submodule.generation_rows(shown, count, self._rows_like)
+            if not shares_token:
+                rows[generation_table(modality)] = fed
+            elif count:
+                rows[modality] = with_idle(fed, [rows[modality]])
+            else:
+                rows[modality] = with_idle(rows[modality], [fed])
+        return rows
 
     def align(self, input_ids: Tensor, rows: Mapping[str, Tensor], plan: Plan) -> Tensor:
         """Text and modality rows at their positions, `[S_local, B, H]`, this rank's only."""
