@@ -15,6 +15,7 @@ from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.hf import own
 from megatron_mimo.hf.assembly import Assembly, assembled, restored, saved_parts
 from megatron_mimo.hf.blueprint import Building, Origin, model_config, read_language_model, read_source, read_tower
+from megatron_mimo.hf.comparing import unlike
 from megatron_mimo.hf.filling import fill_own, fill_parts, place_of
 from megatron_mimo.hf.saving import processor_of, save
 from megatron_mimo.hf.source import OWN, resolve
@@ -147,7 +148,9 @@ def load_pretrained(models: MimoModel | Sequence[MimoModel], source: Source) -> 
             one of these, such as ``{"language_model": ..., "images/encoders/tower": ...}``.
 
     Raises:
-        FileNotFoundError, ConnectionError, ValueError: as `from_pretrained`, and for parts that the model lacks.
+        FileNotFoundError, ConnectionError: as `from_pretrained`.
+        ValueError: as `from_pretrained`; for parts that the model lacks, and settings of the model that compute
+            something else than the checkpoint's, such as another base of rotary positions.
 
     Example:
         >>> load_pretrained(model, {"language_model": "Qwen/Qwen2.5-0.5B"})                     # doctest: +SKIP
@@ -155,7 +158,7 @@ def load_pretrained(models: MimoModel | Sequence[MimoModel], source: Source) -> 
     chunks = [models] if isinstance(models, nn.Module) else list(models)
     origin, saved = _parts_of(chunks[0], source)
     place = place_of(chunks[0].pg_collection)
-    fill_parts(chunks, origin, place)
+    fill_parts(chunks, origin, place, {part.path: unlike(chunks[0].mimo_config, part) for part in origin.parts})
     if saved is not None:
         fill_own(chunks, origin, saved, place)
 

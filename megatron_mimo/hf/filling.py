@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,20 +73,26 @@ def parameters_of(part: nn.Module, place: Place) -> dict[str, nn.Parameter]:
     return parameters_by_name(part, first_expert=first_expert, layer_kinds=kinds)
 
 
-def fill_parts(models: Sequence[Chunk], origin: Origin, place: Place) -> None:
+def fill_parts(
+    models: Sequence[Chunk], origin: Origin, place: Place, problems: Mapping[str, Sequence[str]] | None = None
+) -> None:
     """Fills the parts of this rank's model chunks; nothing changes where one does not fit.
 
     Args:
         models: this rank's chunks.
         origin: the parts with their tensors.
         place: of this rank.
+        problems: path of a part -> what was found before.
 
     Raises:
-        ValueError: naming every parameter that a part's tensors do not fill.
+        ValueError: naming those, and every parameter that a part's tensors do not fill.
     """
     found = [(part, parameters_of(module, place)) for part, module in _parts(models, origin.parts)]
-    for part, parameters in found:
-        refuse(f"{part.directory}: {part.path}", unfilled(parameters, part.table, place))
+    for part in origin.parts:
+        told = list((problems or {}).get(part.path, ()))
+        for one, parameters in found:
+            told += unfilled(parameters, part.table, place) if one is part else []
+        refuse(f"{part.directory}: {part.path}", told)
     for part, parameters in found:
         fill(parameters, part.stored, part.table, place)
         if part.path == "language_model" and origin.fresh_rows:
@@ -111,12 +117,33 @@ def fill_own(models: Sequence[Chunk], origin: Origin, file: Path, place: Place) 
         place: of this rank.
 
     Raises:
-        ValueError: naming every tensor that is missing or of another shape.
+        ValueError: naming every tensor that is missing, surplus or of another shape.
     """
     tensors = own.tensors_of(models, origin)
     table, stored = own.table_of(models, tensors, place), read_header(file)
-    refuse(str(file), [line for line in differences(stored, table) if not line.startswith("surplus")])
+    told = [line for line in differences(stored, table) if not line.startswith("surplus")]
+    refuse(str(file), [*told, *(f"surplus: {name}" for name in stored if _nowhere(models, name, tensors))])
     fill(own.as_parameters(tensors), stored, table, place)
+
+
+def _nowhere(models: Sequence[Chunk], name: str, here: Container[str]) -> bool:
+    """Whether no stage of the model has a tensor of that name, as far as this rank can tell: other stages' parts it
+    has not built are theirs to compare.
+    """
+    if name in here:
+        return False
+    prefix, *path = name.split(".")
+    if prefix != "modality_submodules" or len(path) < 3:
+        return True
+    modality, kind, part = path[:3]
+    if kind == "generation_input":
+        config = models[0].mimo_config
+        feeds = modality in config.modality_submodules and config.submodule_specs(modality).get(kind) is not None
+        return not feeds or any(model.modality_submodules[modality].generation_input is not None for model in models)
+    try:
+        return any(module_at(model, f"{modality}/{kind}/{part}") is not None for model in models)
+    except ValueError:
+        return True
 
 
 @torch.no_grad()

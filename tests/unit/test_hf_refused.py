@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -201,7 +202,7 @@ def test_parts_and_a_source_exclude_each_other(source) -> None:
 def test_a_part_that_the_model_lacks_or_that_is_of_another_size_changes_nothing(source) -> None:
     model = megatron_mimo.MimoModel(tiny.mimo_config())
     before = {name: one.clone() for name, one in model.state_dict().items() if isinstance(one, torch.Tensor)}
-    with pytest.raises(ValueError, match="linear_fc1.*do not fill"):
+    with pytest.raises(ValueError, match="(?s)setting: normalization.*linear_fc1.*do not fill"):
         megatron_mimo.load_pretrained(model, source)
     after = model.state_dict()
     assert all(torch.equal(one, after[name]) for name, one in before.items())
@@ -315,3 +316,78 @@ def test_hybrid_model_s_parameters_have_gpt_model_s_names(single_process) -> Non
     found = parameters_by_name(hybrid, layer_kinds="*-*-")
     expected = parameters_by_name(gpt)
     assert {name: one.shape for name, one in found.items()} == {name: one.shape for name, one in expected.items()}
+
+
+def own_config(source: Path, **changes) -> megatron_mimo.MimoModelConfig:
+    """The configuration that a checkpoint has, with `changes` to its layers or its model."""
+    config = megatron_mimo.pretrained_config(source)
+    params = dict(config.language_model.params)
+    of_model = {name: changes.pop(name) for name in list(changes) if name in params or name.startswith(("rope", "seq"))}
+    params |= of_model | {"config": replace(params["config"], **changes)}
+    return replace(config, language_model=replace(config.language_model, params=params), origin=None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layernorm_epsilon": 1e-3},
+        {"window_size": (7, 0)},
+        {"activation_func": torch.nn.functional.gelu},
+        {"num_attention_heads": 8, "kv_channels": 4, "num_query_groups": 4},
+        {"rotary_base": 500.0},
+        {"rope_scaling": True},
+        {"seq_len_interpolation_factor": 2.0},
+        {"num_layers": 1},
+    ],
+)
+def test_a_model_that_computes_something_else_than_the_checkpoint_is_refused(source, change) -> None:
+    model = megatron_mimo.MimoModel(own_config(source))
+    megatron_mimo.load_pretrained(model, source)  # which fits
+    other = megatron_mimo.MimoModel(own_config(source, **change))
+    before = other.language_model.decoder.final_layernorm.weight.clone()
+    with pytest.raises(ValueError, match=f"setting: {next(iter(change))} is .* in the model, expected"):
+        megatron_mimo.load_pretrained(other, source)
+    assert torch.equal(other.language_model.decoder.final_layernorm.weight, before)
+
+
+@pytest.mark.parametrize(
+    "surplus",
+    ["modality_submodules.images.decoders.features.more", "modality_submodules.sounds.decoders.x.y", "other"],
+)
+def test_a_tensor_of_our_own_file_that_no_part_of_the_model_has_is_told(single_process, tmp_path, surplus) -> None:
+    megatron_mimo.save_pretrained(megatron_mimo.from_pretrained(**drawing(tmp_path)), tmp_path / "saved")
+    file = tmp_path / "saved" / "megatron_mimo.safetensors"
+    save_file(load_file(file) | {surplus: torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match=f"surplus: {surplus}"):
+        megatron_mimo.from_pretrained(tmp_path / "saved")
+
+
+def test_pretrain_begins_from_the_directory_that_its_command_line_names(source, monkeypatch) -> None:
+    from argparse import ArgumentParser
+
+    from megatron_mimo.training.pretraining import provider
+    from megatron_mimo.training.pretraining.arguments import add_mimo_args
+    from megatron_mimo.training.pretraining.session import end_session
+
+    sizes = dict.fromkeys(["tensor_model", "pipeline_model", "context", "expert_model"], 1)
+    given = {f"{axis}_parallel_size": size for axis, size in sizes.items()}
+    given |= dict(virtual_pipeline_model_parallel_size=None, expert_tensor_parallel_size=None, world_size=1)
+    given |= dict(
+        mtp_num_layers=None,
+        seq_length=16,
+        load=None,
+        pretrained_checkpoint=None,
+        finetune=False,
+        seed=1,
+        optimizer="adam",
+    )
+    expected = load_file(source / WEIGHTS)["model.norm.weight"]
+    for options in ([], ["--pretrained", str(source)]):
+        args = add_mimo_args(ArgumentParser()).parse_args(options)
+        vars(args).update(given)
+        monkeypatch.setattr("megatron.training.get_args", lambda args=args: args)
+        try:
+            model = provider.model_provider(lambda args: own_config(source))
+        finally:
+            end_session()
+        assert torch.equal(model.language_model.decoder.final_layernorm.weight, expected) == bool(options)

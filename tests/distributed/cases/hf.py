@@ -17,6 +17,7 @@ from megatron_mimo.hf.filling import parameters_of, place_of
 from megatron_mimo.hf.reading import fill, unfilled
 from megatron_mimo.hf.table import Table, columns, grouped, stacked, table, vocabulary, whole
 from megatron_mimo.hf.writing import outgoing
+from megatron_mimo.language import HiddenStates
 from megatron_mimo.launch import Run
 from tests import checkpoints, tiny
 from tests.checkpoints import LANGUAGE_MODELS, TOLERANCE, difference
@@ -41,6 +42,11 @@ def written_once(name: str, theirs) -> str:
 
 def logits_of(models, batch: dict) -> torch.Tensor | None:
     """Logits `[B, S, V]` of all ranks' model, on every last stage; None on the others."""
+    return computed(models, batch)[0]
+
+
+def computed(models, batch: dict) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Logits `[B, S, V]` and last hidden states `[B, S, H]` of all ranks' model, on every last stage."""
     chunks = models if isinstance(models, list) else [models]
 
     def step(iterator, model):
@@ -50,7 +56,7 @@ def logits_of(models, batch: dict) -> torch.Tensor | None:
 
     count = len(chunks)  # as many as an interleaved schedule wants
     batches = [iter([batch] * count) for _ in chunks]
-    with torch.no_grad():
+    with torch.no_grad(), HiddenStates(chunks[-1].language_model.decoder) as states:
         found = get_forward_backward_func()(
             forward_step_func=step,
             data_iterator=batches if len(chunks) > 1 else batches[0],
@@ -62,20 +68,25 @@ def logits_of(models, batch: dict) -> torch.Tensor | None:
             collect_non_loss_data=True,
         )
     if not found:
-        return None
+        return None, None
     logits, group = found[0]["logits"], chunks[-1].pg_collection.tp
     parts = [torch.empty_like(logits) for _ in range(group.size())]
     dist.all_gather(parts, logits.contiguous(), group=group)
-    return torch.cat(parts, dim=-1)
+    return torch.cat(parts, dim=-1), states.last.transpose(0, 1)
 
 
-def agrees_and_goes_out_as_it_came(name: str, theirs, batch: dict, expected: torch.Tensor, layouts) -> None:
+def agrees_and_goes_out_as_it_came(name: str, theirs, batch: dict, layouts) -> None:
+    with torch.no_grad():
+        images = batch.get("modality_inputs", {}).get("images", {"tower": {}})
+        output = theirs(input_ids=batch["input_ids"], output_hidden_states=True, **images["tower"])
+    expected, hidden = output.logits, output.hidden_states[-1]
     source = written_once(name, theirs)
     for index, layout in enumerate(layouts):
         relayout(**layout)
         models = megatron_mimo.from_pretrained(source)
-        logits = logits_of(models, batch)
-        if logits is not None:
+        logits, states = computed(models, batch)
+        if logits is not None and states is not None:
+            assert difference(states, hidden) < TOLERANCE, (name, layout)
             vocabulary = expected.shape[-1]
             assert difference(logits[..., :vocabulary], expected) < TOLERANCE, (name, layout)
             assert (logits[..., vocabulary:] == torch.finfo(logits.dtype).min).all()  # padding, which nothing samples
@@ -91,10 +102,7 @@ def agrees_and_goes_out_as_it_came(name: str, theirs, batch: dict, expected: tor
 def language_models_of_every_family_are_transformers_at_tp_2_and_pp_2(run: Run) -> None:
     for name in LANGUAGE_MODELS:
         theirs = checkpoints.language_model(name)
-        with torch.no_grad():
-            expected = theirs(checkpoints.ids()).logits
-        batch = {"input_ids": checkpoints.ids()}
-        agrees_and_goes_out_as_it_came(name, theirs, batch, expected, (TENSOR, PIPELINE))
+        agrees_and_goes_out_as_it_came(name, theirs, {"input_ids": checkpoints.ids()}, (TENSOR, PIPELINE))
 
 
 @case(ranks=2, timeout_s=120)
@@ -102,19 +110,14 @@ def llava_is_transformers_from_pixels_to_logits_at_tp_2_and_pp_2(run: Run) -> No
     pixels, ids = checkpoints.images_and_ids()
     for tower, language in (("clip", "llama"), ("siglip", "qwen2")):
         theirs = checkpoints.llava(tower, language)
-        with torch.no_grad():
-            expected = theirs(input_ids=ids, pixel_values=pixels).logits
         batch = {"input_ids": ids, "modality_inputs": {"images": {"tower": {"pixel_values": pixels}}}}
-        agrees_and_goes_out_as_it_came(f"llava-{tower}", theirs, batch, expected, (TENSOR, PIPELINE))
+        agrees_and_goes_out_as_it_came(f"llava-{tower}", theirs, batch, (TENSOR, PIPELINE))
 
 
 @case(ranks=2)
 def an_interleaved_pipeline_s_chunks_are_filled_by_layer_and_dense_layers_need_no_expert_ranks(run: Run) -> None:
     theirs = checkpoints.randomized(_four_layers())
-    with torch.no_grad():
-        expected = theirs(checkpoints.ids()).logits
-    batch = {"input_ids": checkpoints.ids()}
-    agrees_and_goes_out_as_it_came("interleaved", theirs, batch, expected, (INTERLEAVED, EXPERTS))
+    agrees_and_goes_out_as_it_came("interleaved", theirs, {"input_ids": checkpoints.ids()}, (INTERLEAVED, EXPERTS))
 
 
 def _four_layers():
