@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from megatron_mimo.training.pretraining.provider import forward_step, model_provider
     from megatron_mimo.training.scale import StepScale, loss_func
     from megatron_mimo.training.settings import StepReport, TrainerSettings
+    from megatron_mimo.training.showing import Samples
     from megatron_mimo.training.sources import DataSource, PackSource
     from megatron_mimo.training.trainer import Trainer
 
@@ -33,6 +34,7 @@ _HOMES = {
     "LoadReport": "training.checkpoints.parts",
     "PackSource": "training.sources",
     "Recipe": "training.pretraining.dataset",
+    "Samples": "training.showing",
     "StepReport": "training.settings",
     "StepScale": "training.scale",
     "Trainer": "training.trainer",

@@ -90,3 +90,8 @@ class History:
     steps: list[StepReport] = field(default_factory=list)
     evaluations: dict[int, Mapping[str, float]] = field(default_factory=dict)
     stopped: bool = False
+
+
+def due(steps: int, every: int | None) -> bool:
+    """Whether something that is done every so many steps, or never, is done after `steps` of them."""
+    return every is not None and steps % every == 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -45,7 +45,8 @@ from megatron_mimo.training.forward import ForwardStep
 from megatron_mimo.training.masters import Masters
 from megatron_mimo.training.parts.control import TrainingControl
 from megatron_mimo.training.progress import Progress
-from megatron_mimo.training.settings import History, StepReport, TrainerSettings
+from megatron_mimo.training.settings import History, StepReport, TrainerSettings, due
+from megatron_mimo.training.showing import Samples
 from megatron_mimo.training.sources import DataSource, Reader
 from megatron_mimo.training.speed.counts import term
 from megatron_mimo.training.stop import StopRequest
@@ -71,6 +72,7 @@ class Trainer:
         checkpoints: whether they are written in the background, and which are kept.
         pretrained: what the weights begin from, as `megatron_mimo.load_pretrained` takes it: a directory or a name on
             the hub, or part -> one of these. Parts that it has not begin fresh.
+        samples: prompts that the model answers at every evaluation.
 
     Raises:
         FileNotFoundError, ConnectionError: as `load_pretrained`.
@@ -93,7 +95,9 @@ class Trainer:
         control: TrainingControl | None = None,
         checkpoints: CheckpointSettings | None = None,
         pretrained: Source | None = None,
+        samples: Samples | None = None,
     ) -> None:
+        self.samples = samples
         self.run, self.settings, self.control = run, settings, control or TrainingControl()
         check_layout(run.layout, config)
         self.control.check(config)
@@ -155,12 +159,14 @@ class Trainer:
                 history.steps.append(report)
                 bar.show(self.steps_done, report.losses, report.seconds)
                 ended = self.steps_done == settings.steps
-                if evaluation is not None and (ended or _due(self.steps_done, settings.evaluate_every)):
+                if evaluation is not None and (ended or due(self.steps_done, settings.evaluate_every)):
                     history.evaluations[self.steps_done] = self.evaluate(evaluation)
+                    if self.samples is not None:
+                        self.samples.take(self.generate, self.steps_done, self.run)
                 history.stopped = stop.received()
                 if ended or history.stopped:
                     self.save(losses=history.evaluations.get(self.steps_done))
-                elif _due(self.steps_done, settings.save_every):
+                elif due(self.steps_done, settings.save_every):
                     background = self._saver.settings.background
                     self.save(background=background, losses=history.evaluations.get(self.steps_done))
                 else:
@@ -210,6 +216,19 @@ class Trainer:
         weights = self.models[-1].loss_weights
         weighted = {name: weights.get(name.partition("/")[0], 1.0) * mean for name, mean in losses.items()}
         return losses | {"loss": sum(weighted.values())}
+
+    def generate(self, prompts: Sequence, max_new_tokens: int | Sequence[int] = 128, **options: Any) -> Any:
+        """What the model answers to each prompt between two steps: `MimoModel.generate` with whole weights.
+
+        Collective over all ranks; data-parallel ranks bring prompts of their own, or none.
+
+        Raises:
+            ValueError: as `MimoModel.generate`, and `stream`: weights would be scattered before it ends.
+        """
+        if options.get("stream"):
+            raise ValueError("Trainer.generate: expected stream=False, found True: answers come whole")
+        with parameters_gathered(self.chunks, self.optimizer):
+            return self.models[0].generate(prompts, max_new_tokens, **options) if len(prompts) else []
 
     def save(self, *, background: bool = False, losses: Mapping[str, float] | None = None) -> Path | None:
         """Writes a checkpoint of this moment to `settings.directory` and gives its path; None without one. Collective.
@@ -376,10 +395,6 @@ class Trainer:
             norm = max((one for one, _ in stages if one is not None), default=None)
             succeeded = all(one for _, one in stages)
         return losses, norm, bool(succeeded)
-
-
-def _due(steps: int, every: int | None) -> bool:
-    return every is not None and steps % every == 0
 
 
 __getattr__ = names_of(__name__)

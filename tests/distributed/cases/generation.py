@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
 
 import megatron_mimo
 from megatron_mimo.generation import Writing
 from megatron_mimo.launch import Run
+from megatron_mimo.training import Trainer, TrainerSettings
 from tests import tiny, writing
 from tests.distributed.harness import case, relayout
 from tests.distributed.shards import load_whole_weights, whole_weights
@@ -153,6 +155,29 @@ def sequence_parallel_weights_write_what_one_rank_writes(run: Run) -> None:
 @case(ranks=2, timeout_s=240)
 def pipeline_stages_write_what_one_rank_writes(run: Run) -> None:
     written({"pipeline_model_parallel_size": 2})
+
+
+@case(ranks=2, timeout_s=120)
+def a_trainer_generates_with_weights_whose_gather_is_overlapped_and_trains_on(run: Run) -> None:
+    losses = []
+    for generates in (False, True):
+        run = relayout()
+        torch.manual_seed(3)
+        trainer = Trainer(
+            tiny.mimo_config(),
+            run,
+            TrainerSettings(steps=3, decay="constant", progress=False),
+            optimizer=OptimizerConfig(lr=1e-2, use_distributed_optimizer=True),
+            ddp=DistributedDataParallelConfig(
+                overlap_grad_reduce=True, use_distributed_optimizer=True, overlap_param_gather=True
+            ),
+        )
+        for _ in range(2):
+            losses.append(trainer.train_step(lambda step, rank, size: [tiny.batch(rank)]).losses)
+            if generates:
+                mine = prompts()[: 1 - dist.get_rank()]  # the other rank has none
+                assert len(trainer.generate(mine, 4, modalities=())) == len(mine)
+    assert losses[:2] == losses[2:]
 
 
 def refused(run: Run, message: str) -> None:
