@@ -1,6 +1,7 @@
 """Language models against `transformers`: hidden states, logits, a gradient step, and every field that matters."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import transformers
 
 import megatron_mimo
 from megatron_mimo.language import HiddenStates
-from tests import checkpoints
+from tests import checkpoints, tiny
 from tests.checkpoints import LANGUAGE_MODELS, TOLERANCE, difference
 
 
@@ -146,3 +147,17 @@ def test_an_older_configuration_s_spelling_is_the_same_model(single_process, tmp
     with torch.no_grad():
         assert difference(ours(directory)[0], again.eval()(checkpoints.ids()).logits) < TOLERANCE
         assert difference(ours(directory)[0], theirs(checkpoints.ids()).logits) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["llama-2", "qwen3"])
+def test_a_hybrid_model_is_filled_from_the_same_table_and_computes_the_same(single_process, tmp_path, name) -> None:
+    theirs = checkpoints.language_model(name)
+    directory = checkpoints.written(theirs, tmp_path / "model")
+    params = megatron_mimo.pretrained_config(directory).language_model.params
+    own = {key: params[key] for key in ("vocab_size", "rotary_base", "share_embeddings_and_output_weights")}
+    config = replace(params["config"], num_layers=4)  # attention and MLP are a layer each
+    spec = tiny.hybrid_spec(config, "*-*-", max_sequence_length=512, **own)
+    model = megatron_mimo.MimoModel(megatron_mimo.MimoModelConfig(spec)).eval()
+    megatron_mimo.load_pretrained(model, directory)
+    with torch.no_grad():
+        assert difference(model(checkpoints.ids())[0], theirs(checkpoints.ids()).logits) < TOLERANCE

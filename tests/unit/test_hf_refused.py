@@ -260,6 +260,21 @@ def test_a_model_with_decoders_is_what_it_was_after_saving_and_loading(single_pr
     assert again.mimo_config.generation_token_ids == model.mimo_config.generation_token_ids
 
 
+def test_a_class_that_no_file_can_name_is_loaded_by_a_configuration_and_names(single_process, tmp_path, caplog) -> None:
+    parts = drawing(tmp_path) | {"decoders": {"images": {"pixels": ModuleSpec(tiny.LinearDecoder)}}}
+    model = megatron_mimo.from_pretrained(**parts)
+    megatron_mimo.save_pretrained(model, tmp_path / "saved")
+    assert "LinearDecoder" in caplog.text and "config=..." in caplog.text
+    with pytest.raises(ValueError, match="parts of classes that no file can name"):
+        megatron_mimo.from_pretrained(tmp_path / "saved")
+    torch.manual_seed(99)
+    again = megatron_mimo.from_pretrained(tmp_path / "saved", config=model.mimo_config)
+    assert not again.training
+    before, after = model.state_dict(), again.state_dict()
+    assert before.keys() == after.keys() and any("decoders.pixels" in name for name in before)
+    assert all(torch.equal(one, after[name]) for name, one in before.items() if isinstance(one, torch.Tensor))
+
+
 def test_no_class_outside_the_list_is_taken_from_a_file(single_process, tmp_path) -> None:
     megatron_mimo.save_pretrained(megatron_mimo.from_pretrained(**drawing(tmp_path)), tmp_path / "saved")
     path = tmp_path / "saved" / "megatron_mimo.json"
