@@ -50,7 +50,8 @@ def unlike(config: MimoModelConfig, part: Part) -> list[str]:
     modality, kind, name = part.path.split("/")
     if part.model_type not in TOWERS or modality not in config.modality_submodules:
         return []
-    spec: Any = dict(config.submodule_specs(modality).get(kind) or {}).get(name)
+    encoders: Any = config.submodule_specs(modality).get(kind) or {}
+    spec = encoders.get(name)
     own_config = (spec.params or {}).get("transformer_config") if isinstance(spec, ModuleSpec) else None
     if own_config is None:
         return []

@@ -75,8 +75,8 @@ def find(config: Any, modality: Modality | None = None) -> Found:
 
     with torch.device("meta"):
         whole = AutoModel.from_config(config)
-    inner = {one: whole.get_encoder(one) for one in ("image", "audio")}
-    inner = {one: encoder for one, encoder in inner.items() if encoder is not whole}
+    kinds: tuple[Modality, ...] = ("image", "audio")
+    inner = {one: encoder for one in kinds if (encoder := whole.get_encoder(one)) is not whole}
     if modality is None and len(inner) > 1:
         raise ValueError(f"{type(whole).__name__} encodes image and audio. Say which: modality='image' or 'audio'.")
     wanted = modality or next(iter(inner), None)
