@@ -128,7 +128,7 @@ class CachedAttention(nn.Module):
                 q, k, v, is_causal=True, scale=self._scale, enable_gqa=heads != groups
             )
             return mixed.permute(2, 0, 1, 3).flatten(2)
-        kept = [x if step.rows is None else x.index_select(0, step.rows) for x in (self.key, self.value)]  # type: ignore[union-attr]
+        kept = [x if step.rows is None else x.index_select(0, step.rows) for x in self.held()]
         k, v = (x[:, :, : step.reach] for x in kept)
         # A group's heads become rows: neither flash nor memory-efficient attention takes a mask and unequal heads.
         each = heads // groups
@@ -139,13 +139,19 @@ class CachedAttention(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self._scale)
         return mixed.reshape(batch, heads, length, width).permute(2, 0, 1, 3).flatten(2)
 
+    def held(self) -> tuple[Tensor, Tensor]:
+        """Keys and values `[rows, groups, slots, D]` of a cache that was written to."""
+        assert self.key is not None and self.value is not None, "nothing is kept yet"
+        return self.key, self.value
+
     def _keep(self, key: Tensor, value: Tensor, step: Step) -> None:
-        if self.key is None or self.value is None:
+        if self.key is None:
             shape = (self._rows, key.shape[2], self._slots, key.shape[3])
             self.key, self.value = key.new_zeros(shape), value.new_zeros(*shape[:3], value.shape[3])
+        keys, values = self.held()
         rows = torch.arange(self._rows, device=key.device) if step.rows is None else step.rows
-        self.key[rows[:, None], :, step.slots] = key.transpose(0, 1)
-        self.value[rows[:, None], :, step.slots] = value.transpose(0, 1)
+        keys[rows[:, None], :, step.slots] = key.transpose(0, 1)
+        values[rows[:, None], :, step.slots] = value.transpose(0, 1)
 
 
 def window_of(attention: Attention) -> int | None:

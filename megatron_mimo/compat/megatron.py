@@ -254,7 +254,7 @@ def forget_scale_of_expert_losses() -> None:
 # Generation ---------------------------------------------------------------------------------------------------------
 
 
-def scaled_logits(model: nn.Module, logits: torch.Tensor) -> torch.Tensor:
+def scaled_logits(model: Any, logits: torch.Tensor) -> torch.Tensor:
     """What a language model returns for what its output layer gave.
 
     Private: `LanguageModule._scale_logits`, which multiplies by the factor of maximal update parametrisation (muP).

@@ -4,6 +4,7 @@ from megatron_mimo.generation.events import Finished, Medium, Token
 from megatron_mimo.generation.results import GenerationOutput, MediaPart, TextPart, save
 from megatron_mimo.generation.rollout import Gap, Rollout, gap_of, rollout
 from megatron_mimo.generation.sampling import Sampling
+from megatron_mimo.generation.session import Session
 from megatron_mimo.generation.spans import Reread, Writing
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Reread",
     "Rollout",
     "Sampling",
+    "Session",
     "TextPart",
     "Token",
     "Writing",

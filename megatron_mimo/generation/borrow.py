@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from megatron.core.transformer.attention import Attention
@@ -31,7 +32,7 @@ def attentions_of(stack: nn.Module) -> list[Attention]:
     return [module for module in stack.modules() if isinstance(module, Attention)]
 
 
-def check_cacheable(model: nn.Module) -> None:
+def check_cacheable(model: Any) -> None:
     """Refuses a model whose layers the cache does not serve, or a layout on which generation would hang or be wrong.
 
     Args:
@@ -98,7 +99,7 @@ def _mlp_layer() -> type:
 
 
 @contextmanager
-def borrowed(model: nn.Module, turn: Turn, rows: int, slots: int) -> Iterator[Sequence[CachedAttention]]:
+def borrowed(model: Any, turn: Turn, rows: int, slots: int) -> Iterator[Sequence[CachedAttention]]:
     """Within it, `model` generates; after it, also after an exception, every value is what it was.
 
     Args:
@@ -139,7 +140,7 @@ def _set(stack: ExitStack, owner: object, name: str, value: object) -> None:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """Within it, `model` is in evaluation mode; after it each module is in its own, where `train()` would set all."""
     with ExitStack() as stack:
         for module in model.modules():
@@ -161,7 +162,8 @@ class RotaryAt(nn.Module):
         super().__init__()
         made = rotary(positions)
         self._tuple = isinstance(made, tuple)  # yarn's, with its factor beside
-        angles, *self._beside = made if self._tuple else (made,)
+        angles, *beside = made if self._tuple else (made,)
+        self._beside: list[Any] = beside
         self._angles = angles.flatten(0, -2)  # [positions, d]
         self._turn = turn
 
@@ -184,6 +186,6 @@ def free_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + reserved
-    import psutil
+    import psutil  # type: ignore[import-untyped]
 
     return psutil.virtual_memory().available

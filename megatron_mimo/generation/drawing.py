@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_mimo.decoders.discrete import DiscreteDecoder
 from megatron_mimo.decoders.guidance import guided
@@ -29,7 +29,7 @@ class Drawing:
         stage: its part on this rank.
     """
 
-    def __init__(self, model: nn.Module, stage: Stage) -> None:
+    def __init__(self, model: Any, stage: Stage) -> None:
         self._model, self._stage = model, stage
         self._samplers: dict[tuple[str, int], Sampler] = {}
 
@@ -94,7 +94,7 @@ class Drawing:
             yield self._sampled(rule, decoder, rows, null, sample, 0)
 
     def _sampled(
-        self, rule: SpanRule, decoder: nn.Module, rows: Tensor, null: Tensor | None, sample: Sample, place: int
+        self, rule: SpanRule, decoder: Any, rows: Tensor, null: Tensor | None, sample: Sample, place: int
     ) -> Tensor:
         options: dict[str, Any] = dict(rule.writing.options)
         takes = inspect.signature(decoder.sample).parameters

@@ -11,25 +11,25 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
-from megatron_mimo.cached_attention import Turn, bucketed, cache_bytes
-from megatron_mimo.generation.borrow import attentions_of, borrowed, check_cacheable, free_bytes
+from megatron_mimo.cached_attention import bucketed
 from megatron_mimo.generation.events import Event, Finished
 from megatron_mimo.generation.loop import Loop
 from megatron_mimo.generation.messages import prompt_of
-from megatron_mimo.generation.prompts import Known, Request, per_sample, request_of
+from megatron_mimo.generation.prompts import Request, per_sample, request_of
 from megatron_mimo.generation.rescore import rescored
 from megatron_mimo.generation.results import GenerationOutput
 from megatron_mimo.generation.sampling import Sampling
+from megatron_mimo.generation.session import Session
 from megatron_mimo.generation.spans import span_rules
-from megatron_mimo.generation.stage import Stage
 
+#: Tokens from which on recording a graph takes less time than it saves: a capture is three steps.
+WORTH_RECORDING = 16
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 
 def generate(
-    model: nn.Module,
+    model: Any,
     prompts: Sequence[Any],
     max_new_tokens: int | Sequence[int] = 128,
     *,
@@ -48,6 +48,7 @@ def generate(
     rescore: bool = False,
     stream: bool = False,
     memory: int | None = None,
+    session: Session | None = None,
 ) -> list[GenerationOutput] | Iterator[Event]:
     """What the model answers to each prompt.
 
@@ -74,7 +75,9 @@ def generate(
         on_error: "raise" refuses the whole call for one bad prompt; "return" gives that sample its error.
         rescore: also ask one training forward over each whole sequence for the log-probabilities of its text.
         stream: give an iterator of `Token`, `Medium` and `Finished`; the model is in use until it ends or is closed.
-        memory: bytes that the cache may take on this rank; None for what is free.
+        memory: bytes that the cache may take on this rank; None for what is free, or for the session's own limit.
+        session: whose cache, compiled layers and graphs serve this call; None for one of its own. Rescoring ends what
+            it holds.
 
     Raises:
         ValueError: before any work: a prompt that cannot be used, naming the sample; a layout or model that the engine
@@ -86,8 +89,14 @@ def generate(
         raise ValueError(
             f"prompts: expected a list of at least one prompt, found {type(prompts).__name__} {prompts!r:.80}"
         )
-    check_cacheable(model)
-    known = Known.of(model)
+    ends = session is None
+    if session is None:
+        session = Session(model, memory=memory, graphs=None if _worth(max_new_tokens) else False)
+    elif memory is not None:
+        raise ValueError("memory: expected None beside a session, which has its own; give Session(memory=...)")
+    if session.model is not model:
+        raise ValueError("session: expected one of this model, found another's")
+    known = session.known
     tokenizer = tokenizer or getattr(processor, "chat", None) or getattr(processor, "tokenizer", None)
     if stop_strings and tokenizer is None:
         raise ValueError("stop_strings: expected a tokenizer beside them, found none; give tokenizer=...")
@@ -108,7 +117,7 @@ def generate(
             errors[index] = ValueError(f"sample {index}: {error}")
             if on_error == "raise":
                 raise errors[index] from error
-    events = _served(model, known, requests, errors, len(prompts), tokenizer, on_error == "return", rescore, memory)
+    events = _served(session, requests, errors, tokenizer, on_error == "return", rescore, ends)
     if stream:
         return events
     outputs = [GenerationOutput() for _ in prompts]
@@ -118,53 +127,42 @@ def generate(
     return outputs
 
 
+def _worth(limit: int | Sequence[int]) -> bool:
+    longest = limit if isinstance(limit, int) else max((one for one in limit if isinstance(one, int)), default=0)
+    return longest >= WORTH_RECORDING
+
+
+@torch.no_grad()
 def _served(
-    model: nn.Module,
-    known: Known,
+    session: Session,
     requests: dict[int, Request],
     errors: dict[int, ValueError],
-    count: int,
     tokenizer: Any,
     returns: bool,
     rescore: bool,
-    memory: int | None,
+    ends: bool,
 ) -> Iterator[Event]:
-    """Events of one call whose prompts are known to be good."""
+    """Events of one call whose prompts are known to be good. (The decorator lets go of the mode at each of them.)"""
     for index in sorted(errors):
         yield Finished(index, GenerationOutput(reason="error", error=errors[index]))
     if not requests:
         return
     seconds = [request for request in (r.unconditional for r in requests.values()) if request is not None]
-    rows = len(requests) + len(seconds)
     # One slot more, which idle rows write to.
     slots = bucketed(max(len(r.ids) + r.limit for r in (*requests.values(), *seconds)) + 1)
-    turn = Turn()
-    stage = Stage(model, turn, known.sections)
-    check_memory(model, stage, rows, slots, memory)
     done: list[Finished] = []
-    with torch.no_grad():
-        with borrowed(model, turn, rows, slots):
-            loop = Loop(model, stage, known, requests, slots, tokenizer, returns)
-            for event in loop.events():
-                if isinstance(event, Finished) and rescore:
-                    done.append(event)
-                else:
-                    yield event
+    try:
+        state, slots = session.prepare(len(requests) + len(seconds), slots)
+        stage, known = session.stage, session.known
+        loop = Loop(session.model, stage, known, requests, state, slots, tokenizer, returns, session.recorder)
+        for event in loop.events():
+            if isinstance(event, Finished) and rescore:
+                done.append(event)
+            else:
+                yield event
         if rescore:
-            yield from rescored(model, stage, known, done, loop.samples)
-
-
-def check_memory(model: nn.Module, stage: Stage, rows: int, slots: int, memory: int | None) -> None:
-    """Refuses a cache that does not fit, on all ranks alike. Collective over TP and PP.
-
-    Raises:
-        ValueError: naming what it takes and what there is.
-    """
-    needed = cache_bytes(attentions_of(model.language_model.decoder), rows, slots)
-    there = free_bytes(stage.device) if memory is None else min(memory, free_bytes(stage.device))
-    if not stage.least(int(needed <= there)):
-        raise ValueError(
-            f"the cache of {rows} rows of {slots} positions takes {needed / 2**20:.1f} MiB on this rank, where "
-            f"{there / 2**20:.1f} MiB are to be had (here or on another rank too little). Give fewer prompts at a "
-            "time, or a smaller max_new_tokens."
-        )
+            session.close()
+            yield from rescored(session.model, stage, known, done, loop.samples)
+    finally:
+        if ends:
+            session.close()

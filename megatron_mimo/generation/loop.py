@@ -11,11 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_mimo.cached_attention import Step, bucketed
 from megatron_mimo.generation.events import Draw, Event, Finished, Sample, Span, Token
-from megatron_mimo.generation.prompts import Known, Request, batched
+from megatron_mimo.generation.graphs import Recorder, Rows
+from megatron_mimo.generation.prefill import Embedder
+from megatron_mimo.generation.prompts import Known, Request
 from megatron_mimo.generation.results import Ended, GenerationOutput, TextPart
 from megatron_mimo.generation.sampling import Sampler
 from megatron_mimo.generation.spans import SpanRule
@@ -31,22 +33,27 @@ class Loop:
         stage: its part on this rank.
         known: of the model.
         requests: prompt index -> request.
+        state: the rows' buffers.
         slots: of each row of the cache.
         tokenizer: anything with `decode(ids)`, or None.
         returns: whether a prompt that fails when it is embedded ends alone.
+        recorder: of steps that only say text; None runs them as they are.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         stage: Stage,
         known: Known,
         requests: Mapping[int, Request],
+        state: Rows,
         slots: int,
         tokenizer: Any,
         returns: bool,
+        recorder: Recorder | None = None,
     ) -> None:
         self.model, self.stage, self.known, self.slots = model, stage, known, slots
+        self.state, self._recorder = state, recorder
         self._tokenizer, self._returns, self._began = tokenizer, returns, time.perf_counter()
         self.samples: list[Sample] = []
         self._prompts: list[Request] = []
@@ -60,17 +67,14 @@ class Loop:
         self.lengths = [len(request.ids) for request in self._prompts]
         self.deltas = [request.delta for request in self._prompts]
         owners = {row: sample for sample in self.samples for row in sample.rows}
-        self._sampler = Sampler([owners[row].request.sampling for row in range(self.rows)], stage.device)
-        self._main = self.to_device([owners[row].row for row in range(self.rows)])
+        sampler = Sampler([owners[row].request.sampling for row in range(self.rows)], stage.device)
+        self._sampler = state.begin(sampler, [owners[row].row for row in range(self.rows)])
         self._allowed: Tensor | None = None
         self._seen: Tensor | None = None
         self._restricted: dict[int, list[int]] = {}
         self._drawn: list[Draw] = []
         self._opened: list[Sample] = []
         self._switches = any(request.writes for request in requests.values())
-        self.ids = torch.zeros(self.rows, dtype=torch.int64, device=stage.device)
-        self.last: Tensor | None = None  # [rows, H], the state that each row's next token comes from
-        self.before: Tensor | None = None  # the one before that, for spans that begin with their own first token
         self.writer = Writer(self)
 
     def seconds(self) -> float:
@@ -99,8 +103,9 @@ class Loop:
 
     def _prefill(self) -> Iterator[Finished]:
         length = max(self.lengths)
-        embedded = self._embedded(length)
-        for row, error in self.stage.told(None if embedded is None else embedded[1]).items():
+        embedder = Embedder(self.model, self.stage, self.known, self._prompts)
+        rows, errors = embedder.rows()
+        for row, error in errors.items():
             sample = next(s for s in self.samples if row in s.rows)
             if not self._returns:
                 raise ValueError(f"sample {sample.index}: {error}")
@@ -109,58 +114,16 @@ class Loop:
                 yield self.end(sample, "error")
         places = torch.arange(length, device=self.stage.device).expand(self.rows, -1)
         step = Step(places, places, places, bucketed(length), fresh=True)
-        positions = self._positions(length) if self.known.sections > 1 else None
-        rows = None if embedded is None else embedded[0]
-        hidden = self.stage.run(rows, step, self.rows, length, positions)
+        hidden = self.stage.run(rows, step, self.rows, length, embedder.positions())
         if self.stage.last:
             final = self.to_device([own - 1 for own in self.lengths])
-            self.last = self.before = hidden[final, torch.arange(self.rows, device=hidden.device)]
+            self.state.last.copy_(hidden[final, torch.arange(self.rows, device=hidden.device)])
+            self.state.before.copy_(self.state.last)
         alive = [sample for sample in self.samples if not sample.done]
         self.draw([sample for sample in alive if sample.request.opens is None])
         for sample in alive:
             if sample.request.opens is not None:
                 self._open(sample, sample.request.writes[sample.request.opens])
-
-    def _embedded(self, length: int) -> tuple[Tensor, dict[int, str]] | None:
-        """Rows `[S, rows, H]` of all prompts, and what is wrong with some; None behind the first stage.
-
-        Media of one shape go through their encoders together, others one prompt after the other.
-        """
-        if not self.stage.first:
-            return None
-        together = list(range(self.rows))
-        try:
-            return self._embed(together, length), {}
-        except ValueError as error:
-            if self.rows == 1:
-                return self._blank(length), {0: str(error)}
-        rows, errors = self._blank(length), {}
-        for row in together:
-            try:
-                rows[:, row] = self._embed([row], length)[:, 0]
-            except ValueError as error:
-                errors[row] = str(error)
-        return rows, errors
-
-    def _blank(self, length: int) -> Tensor:
-        return torch.zeros(length, self.rows, self.stage.hidden_size, dtype=self.stage.dtype, device=self.stage.device)
-
-    def _embed(self, rows: Sequence[int], length: int) -> Tensor:
-        batch = batched([self._prompts[row] for row in rows], self.known, self.stage.device)
-        if batch is None:
-            raise ValueError("media of several shapes")
-        embedded = self.model.embed(batch.ids, batch.positions, batch.inputs, batch.shown)
-        self.model.finish_checks()
-        return nn.functional.pad(embedded, (0, 0, 0, 0, 0, length - len(embedded)))
-
-    def _positions(self, length: int) -> Tensor:
-        """Int64 `[k, rows, S]` of prompts with several sections."""
-        counted = torch.arange(length).expand(self.known.sections, length)
-        own = [
-            counted if r.positions is None else nn.functional.pad(r.positions, (0, length))[:, :length]
-            for r in self._prompts
-        ]
-        return torch.stack(own, dim=1).to(self.stage.device)
 
     def _advance(self) -> None:
         """One new position of each sample that has one to run: its last token, or the next row of its span."""
@@ -174,28 +137,65 @@ class Loop:
         slots = [self.lengths[row] if row in runs else idle for row in range(self.rows)]
         sees = [self.lengths[row] if row in runs else 0 for row in range(self.rows)]
         places = [self.lengths[row] + self.deltas[row] if row in runs else 0 for row in range(self.rows)]
-        packed = self.to_device([slots, sees, places])
-        step = Step(packed[0][:, None], packed[1][:, None], packed[2][:, None], bucketed(max(sees) + 1))
-        fed = self.writer.next_rows(writing) if writing else None
-        rows = self.stage.embed_tokens(self.ids[:, None], step.positions) if self.stage.first else None
+        self.state.packed.copy_(self.to_device([slots, sees, places]))
+        reach = self._reach(max(sees) + 1)
+        self._remember(speaking)
+        if not writing:
+            self._number(speaking)
+            self._say(reach)
+        else:
+            self._switch(writing, reach)
+        for row in runs:
+            self.lengths[row] += 1
+        if writing:
+            self.draw(speaking + self.writer.stepped(writing))
+        else:
+            self._send(speaking)
+
+    def _reach(self, length: int) -> int:
+        """Slots that attention reads. Each number that comes up is a graph, so that there are few."""
+        if self._recorder is None:
+            return bucketed(length)
+        return min(max(256, 1 << (length - 1).bit_length()), self.slots)
+
+    def _say(self, reach: int) -> None:
+        """A step in which every row that runs reads its token and draws the next."""
+
+        def step() -> None:
+            rows = None
+            if self.stage.first:
+                rows = self.stage.embed_tokens(self.state.ids[:, None], self.state.packed[2][:, None])
+            ran = self._run(rows, reach)
+            self._draw(ran)
+
+        if self._recorder is None or self._sampler.penalises:
+            step()
+            return
+        key = (reach, self._sampler.greedy, self._switches)
+        self._recorder.run(key, step, self.state.changing)
+
+    def _switch(self, writing: Sequence[Sample], reach: int) -> None:
+        """A step in which some rows read what a decoder has drawn for them."""
+        fed = self.writer.next_rows(writing)
+        rows = None
+        if self.stage.first:
+            rows = self.stage.embed_tokens(self.state.ids[:, None], self.state.packed[2][:, None])
         if fed is not None and rows is not None:
             index, values = fed
             rows = rows.index_copy(1, index, values[None].to(rows.dtype))
-        self._remember(speaking)
-        hidden = self.stage.run(rows, step, self.rows, 1)
-        for row in runs:
-            self.lengths[row] += 1
-        if self.stage.last:
-            self._advance_states(hidden[0], runs)
-        self.draw(speaking + self.writer.stepped(writing))
+        self._run(rows, reach)
 
-    def _advance_states(self, hidden: Tensor, runs: set[int]) -> None:
-        if not self._switches:
-            self.last = hidden
-            return
-        ran = self.to_device([row in runs for row in range(self.rows)], torch.bool)[:, None]
-        self.before = torch.where(ran, self.last, self.before)  # type: ignore[arg-type]
-        self.last = torch.where(ran, hidden, self.last)  # type: ignore[arg-type]
+    def _run(self, rows: Tensor | None, reach: int) -> Tensor:
+        """Runs the model on one position of each row; gives bool `[rows]`, which had one."""
+        state = self.state
+        slots, sees, places = (column[:, None] for column in state.packed)
+        hidden = self.stage.run(rows, Step(slots, sees, places, reach), self.rows, 1)
+        ran = slots[:, 0] != self.slots - 1
+        if self.stage.last:
+            if self._switches:
+                state.before.copy_(torch.where(ran[:, None], state.last, state.before))
+            state.last.copy_(torch.where(ran[:, None], hidden[0], state.last))
+        return ran
 
     # Drawing ------------------------------------------------------------------------------------
 
@@ -203,37 +203,52 @@ class Loop:
         """Draws the next token of each of these from `last`; it is read after the next step has begun."""
         if not samples:
             return
-        mine = {sample.row: sample for sample in samples}
+        self._number(samples)
+        mine = {sample.row for sample in samples}
+        self._draw(self.to_device([row in mine for row in range(self.rows)], torch.bool))
+        self._send(samples)
+
+    def _number(self, samples: Sequence[Sample]) -> None:
+        """Puts the number that each of these samples' draws reads into its place."""
+        if self._sampler.greedy:
+            return
         counts = [0] * self.rows
-        for row, sample in mine.items():
-            counts[row] = sample.tokens + sample.flying
-        drawn = torch.zeros(3, self.rows, dtype=torch.float64, device=self.stage.device)
+        for sample in samples:
+            counts[sample.row] = sample.tokens + sample.flying
+        self.state.uniforms.copy_(self.to_device(self._sampler.uniforms(counts).tolist(), torch.float64))
+
+    def _draw(self, new: Tensor) -> None:
+        """Draws for all rows; those of `new`, bool `[rows]`, and their second prompts' read it next."""
+        state, drawn = self.state, torch.zeros_like(self.state.drawn)
         if self.stage.last:
-            assert self.last is not None
-            logits = self.stage.logits(self.last)
-            allowed = self._allowed_in(logits.shape[-1])
-            uniforms = None
-            if not self._sampler.greedy:
-                uniforms = self.to_device(self._sampler.uniforms(counts).tolist(), torch.float64)
-            found = self._sampler.draw(logits, allowed, uniforms, self._seen_in(logits.shape[-1]))
+            logits = self.stage.logits(state.last)
+            size = logits.shape[-1]
+            uniforms = None if self._sampler.greedy else state.uniforms
+            found = self._sampler.draw(logits, self._allowed_in(size), uniforms, self._seen_in(size))
             drawn = torch.stack([column.double() for column in found])
-        drawn = torch.stack(self.stage.agreed(*drawn.unbind()))
-        new = self.to_device([row in mine for row in range(self.rows)], torch.bool)[self._main]
-        self.ids = torch.where(new, drawn[0].long()[self._main], self.ids)
+        state.drawn.copy_(torch.stack(self.stage.agreed(*drawn.unbind())))
+        said = state.drawn[0].long()[state.main]
+        state.ids.copy_(torch.where(new[state.main], said, state.ids))
+
+    def _send(self, samples: Sequence[Sample]) -> None:
+        """Sends what was drawn for these samples on its way to the host."""
         for sample in samples:
             sample.flying, sample.ready = sample.flying + 1, True
-        values, event = drawn, None
-        if drawn.device.type == "cuda":
-            values = torch.empty(drawn.shape, dtype=drawn.dtype, pin_memory=True)
-            values.copy_(drawn, non_blocking=True)
+        values, event = self.state.drawn, None
+        if values.device.type == "cuda":
+            held = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            held.copy_(values, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self._drawn.append(Draw([(sample, sample.epoch) for sample in samples], values, event))
+        else:
+            held = values.clone()
+        self._drawn.append(Draw([(sample, sample.epoch) for sample in samples], held, event))
 
     def _allowed_in(self, size: int) -> Tensor:
         """Bool `[rows, V]`: what each row may say."""
         if self._allowed is None:
-            self._allowed = torch.stack([self._sayable(request.writes, size) for request in self._prompts])
+            sayable = torch.stack([self._sayable(request.writes, size) for request in self._prompts])
+            self._allowed = self.state.allow(sayable)
             for row, tokens in self._restricted.items():
                 self._allowed[row] = self._only(tokens, size)
         return self._allowed
@@ -277,11 +292,11 @@ class Loop:
             return
         said = self.to_device([row in {s.row for s in speaking} for row in range(self.rows)], torch.bool)
         index = torch.arange(self.rows, device=self.stage.device)
-        self._seen[index, self.ids] |= said
+        self._seen[index, self.state.ids] |= said
 
     # Reading ------------------------------------------------------------------------------------
 
-    def _read(self, drawn: Draw) -> Iterator[Token | Finished]:
+    def _read(self, drawn: Draw) -> Iterator[Event]:
         """Accepts tokens that have arrived, unless they were dropped meanwhile."""
         if drawn.event is not None:
             drawn.event.synchronize()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_mimo.data.messages import SampleError, conversation_of
 from megatron_mimo.data.packs import joined
@@ -14,7 +14,7 @@ from megatron_mimo.data.readers import TEXT_OUTPUTS
 from megatron_mimo.data.samples import SampleProcessor
 
 
-def prompt_of(prompt: object, processor: Any, model: nn.Module) -> object:
+def prompt_of(prompt: object, processor: Any, model: Any) -> object:
     """A prompt with `input_ids`: messages are laid out, anything else comes back as it is.
 
     Args:
@@ -52,7 +52,7 @@ def _laid_out(messages: Sequence[object], processor: SampleProcessor) -> dict[st
     return prompt
 
 
-def _of_transformers(messages: Sequence[object], processor: Any, model: nn.Module) -> dict[str, Any]:
+def _of_transformers(messages: Sequence[object], processor: Any, model: Any) -> dict[str, Any]:
     made = processor.apply_chat_template(
         list(messages), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )

@@ -39,7 +39,7 @@ class Known(NamedTuple):
     end: Mapping[str, int]
 
     @classmethod
-    def of(cls, model: nn.Module) -> Known:
+    def of(cls, model: Any) -> Known:
         """Of a `MimoModel`."""
         config, language = model.mimo_config, model.language_model
         size = config.language_model.params.get("vocab_size") or language.vocab_size

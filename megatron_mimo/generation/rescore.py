@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_mimo.generation.borrow import evaluating
 from megatron_mimo.generation.drawing import Drawing
@@ -19,7 +19,7 @@ from megatron_mimo.generation.stage import Stage
 
 
 def rescored(
-    model: nn.Module, stage: Stage, known: Known, finished: Sequence[Finished], samples: Sequence[Sample]
+    model: Any, stage: Stage, known: Known, finished: Sequence[Finished], samples: Sequence[Sample]
 ) -> Iterator[Finished]:
     """The finished samples with `rescored_logprobs`, from the loss that training would have of their text.
 
@@ -64,7 +64,7 @@ def _whole(sample: Sample, drawing: Drawing | None) -> Request:
     return replace(request, ids=list(sample.sequence), inputs=inputs, shown=shown, positions=positions)
 
 
-def _rescore(model: nn.Module, stage: Stage, batch: Batch, samples: Sequence[Sample]) -> None:
+def _rescore(model: Any, stage: Stage, batch: Batch, samples: Sequence[Sample]) -> None:
     counts = torch.zeros(batch.ids.shape)
     for row, sample in enumerate(samples):
         counts[row, [place - 1 for place in sample.learned]] = 1
@@ -79,7 +79,7 @@ def _rescore(model: nn.Module, stage: Stage, batch: Batch, samples: Sequence[Sam
                 at += len(part.ids)
 
 
-def _losses(model: nn.Module, stage: Stage, batch: Batch, labels: Tensor, counts: Tensor) -> Tensor:
+def _losses(model: Any, stage: Stage, batch: Batch, labels: Tensor, counts: Tensor) -> Tensor:
     """Loss of every token, float32 `[B, S]` on the CPU, by the model's own forward pass."""
     group, rank = model.pg_collection.pp, model.pg_collection.pp.rank()
     size = model.pg_collection.tp.size() if model.config.sequence_parallel else 1

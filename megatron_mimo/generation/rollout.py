@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_mimo.generation.engine import generate
 from megatron_mimo.generation.results import GenerationOutput
@@ -56,7 +56,7 @@ class Rollout:
 
 
 def rollout(
-    model: nn.Module,
+    model: Any,
     prompts: Sequence[Any],
     answers: int = 1,
     max_new_tokens: int | Sequence[int] = 128,
@@ -106,7 +106,8 @@ def rollout(
             column[row, : len(tokens)] = getattr(output, name)
     which = torch.arange(len(prompts)).repeat_interleave(answers)
     gap = gap_of(columns["logprobs"][mask], columns["rescored_logprobs"][mask])
-    return Rollout(outputs, which, ids, mask, *columns.values(), gap)
+    own, drawn, trained = (columns[name] for name in names)
+    return Rollout(outputs, which, ids, mask, own, drawn, trained, gap)
 
 
 def gap_of(sampling: Tensor, training: Tensor) -> Gap:

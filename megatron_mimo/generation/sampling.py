@@ -124,6 +124,12 @@ class Sampler:
         self._top_p = column([rule.top_p for rule in rules], torch.float64)
         self._min_p = column([rule.min_p for rule in rules], torch.float64)
 
+    def take(self, other: Sampler) -> None:
+        """Takes the rules of another sampler of as many rows into the buffers of this one."""
+        self.rules, self.greedy, self.penalises = other.rules, other.greedy, other.penalises
+        for name in ("_is_greedy", "_temperature", "_penalty", "_top_k", "_top_p", "_min_p"):
+            getattr(self, name).copy_(getattr(other, name))
+
     def uniforms(self, counts: Sequence[int]) -> Tensor:
         """Float64 `[B]` on the CPU, the number that each row's draw reads.
 

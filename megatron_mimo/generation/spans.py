@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_mimo.decoders.arguments import check_sample_options
 from megatron_mimo.decoders.base import Decoder
@@ -101,7 +101,7 @@ class SpanRule:
         return float(self.writing.options.get("guidance", 1.0))
 
 
-def span_rules(model: nn.Module, wanted: object, known: Known) -> dict[str, SpanRule]:
+def span_rules(model: Any, wanted: object, known: Known) -> dict[str, SpanRule]:
     """The rules of the modalities that may be written, alike on every rank. Collective over PP.
 
     Args:
@@ -153,7 +153,7 @@ def span_rules(model: nn.Module, wanted: object, known: Known) -> dict[str, Span
     return rules
 
 
-def _facts(model: nn.Module, chosen: Mapping[str, Writing]) -> dict[str, dict[str, Any]]:
+def _facts(model: Any, chosen: Mapping[str, Writing]) -> dict[str, dict[str, Any]]:
     """What this rank's stage knows of each modality."""
     facts: dict[str, dict[str, Any]] = {}
     for name, writing in chosen.items():
@@ -177,7 +177,7 @@ def _style(feed: object) -> Style:
     return "one_by_one" if feed is not None and getattr(feed, "shows_target", False) else "pass"
 
 
-def _of_decoder(submodule: nn.Module, writing: Writing, feed: object) -> dict[str, Any]:
+def _of_decoder(submodule: Any, writing: Writing, feed: object) -> dict[str, Any]:
     """Raises a ValueError or TypeError that says why it cannot be sampled."""
     name = submodule.decoder_name(writing.decoder)
     decoder = submodule.decoders[name]

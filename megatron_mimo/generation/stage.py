@@ -5,11 +5,12 @@ Shapes: `B` rows of the cache, `n` new positions of each, `H` hidden width, `V` 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_mimo.cached_attention import Step, Turn
 from megatron_mimo.compat.megatron import scaled_logits
@@ -27,9 +28,10 @@ class Stage:
         first, last: whether rows are embedded, whether hidden states come out on this rank.
         device, dtype: of the model's weights.
         wire: dtype of what goes from stage to stage.
+        fused: what takes the place of the layers for one new position a row, or None.
     """
 
-    def __init__(self, model: nn.Module, turn: Turn, sections: int = 1) -> None:
+    def __init__(self, model: Any, turn: Turn, sections: int = 1) -> None:
         self.model, self._language, self._turn = model, model.language_model, turn
         self._groups, self._sections = model.pg_collection, sections
         self.first, self.last = model.pre_process, model.post_process
@@ -37,6 +39,7 @@ class Stage:
         parameter = next(self._language.decoder.parameters(), None)
         parameter = next(model.parameters()) if parameter is None else parameter
         self.device, self.dtype = parameter.device, parameter.dtype
+        self.fused: Callable[[Tensor, Step, Tensor], Tensor] | None = None
         self.wire = self._language.config.pipeline_dtype or self.dtype
 
     def run(self, rows: Tensor | None, step: Step, batch: int, length: int, positions: Tensor | None = None) -> Any:
@@ -52,16 +55,22 @@ class Stage:
         """
         self._turn.step = step
         try:
+            entering = rows
             if not self.first:
-                received = torch.empty(length, batch, self.hidden_size, dtype=self.wire, device=self.device)
-                dist.recv(received, group_src=self._stage - 1, group=self._groups.pp)
-                self._language.set_input_tensor(received)
+                entering = torch.empty(length, batch, self.hidden_size, dtype=self.wire, device=self.device)
+                dist.recv(entering, group_src=self._stage - 1, group=self._groups.pp)
+                entering = entering.to(self.dtype)
+                self._language.set_input_tensor(entering)
+            assert entering is not None, "the first stage is given rows"
             given = step.positions if self._sections == 1 else positions
             if given is None:
                 given = step.positions.expand(self._sections, *step.positions.shape)
-            hidden = self._language(
-                input_ids=None, position_ids=given, attention_mask=None, decoder_input=rows if self.first else None
-            )
+            if self.fused is not None and length == 1 and step.rows is None:
+                hidden = self.fused(entering, step, given)
+            else:
+                hidden = self._language(
+                    input_ids=None, position_ids=given, attention_mask=None, decoder_input=rows if self.first else None
+                )
         finally:
             self._turn.step = None
         if self.last:

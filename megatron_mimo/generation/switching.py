@@ -76,9 +76,8 @@ class Writer:
         loop = self._loop
         for row in sample.rows:
             loop.lengths[row] -= 1
-        if loop.last is not None and loop.before is not None:
-            rows = loop.to_device(list(sample.rows))
-            loop.last = loop.last.index_copy(0, rows, loop.before[rows])
+        rows = loop.to_device(list(sample.rows))
+        loop.state.last.index_copy_(0, rows, loop.state.before[rows])
 
     def _close(self, sample: Sample, drawn: Tensor) -> Iterator[Medium]:
         """Makes a medium of what was drawn for a span's rows, and ends the span."""
@@ -177,7 +176,7 @@ class Writer:
                 self._loop.draw([sample])
             return
         rows = self._loop.to_device(list(sample.rows))
-        self._loop.ids = self._loop.ids.index_fill(0, rows, token)
+        self._loop.state.ids.index_fill_(0, rows, token)
         sample.ready = True
 
     # In one pass, and at every solver step -------------------------------------------------------
@@ -215,7 +214,7 @@ class Writer:
         def velocity(x: Tensor, time: Tensor) -> Tensor:
             hidden = run(x, time)
             found = None
-            if self._stage.last:
+            if hidden is not None:
                 found = self._drawing.velocity(rule, samples, self._read_states(rule, samples, hidden), x, time)
             return self._stage.shared(found)
 
@@ -238,8 +237,7 @@ class Writer:
     def _read_states(self, rule: SpanRule, samples: Sequence[Sample], hidden: Tensor) -> Tensor:
         """States `[rows, R, H]` that decoders read, mains first: at the positions, or at those before."""
         if not rule.own:
-            assert self._loop.last is not None
-            before = self._loop.last[self._loop.to_device(rows_of(samples))]
+            before = self._loop.state.last[self._loop.to_device(rows_of(samples))]
             hidden = torch.cat([before[None], hidden[:-1]])
         return hidden.transpose(0, 1)
 
@@ -248,17 +246,17 @@ class Writer:
         loop, rows = self._loop, rows_of(samples)
         for row in rows:
             loop.lengths[row] += samples[0].writing.rule.rows if length is None else length
-        if hidden is not None and loop.last is not None:
+        if hidden is not None:
             index = loop.to_device(rows)
-            loop.before = loop.last = loop.last.index_copy(0, index, hidden[-1])
+            loop.state.last.index_copy_(0, index, hidden[-1])
+            loop.state.before.index_copy_(0, index, hidden[-1])
 
     def _states(self, group: Sequence[Sample], twins: bool = False) -> Tensor | None:
         """States `[b, H]` that these samples' next rows are drawn from; None where they have no second prompts."""
-        assert self._loop.last is not None
         if twins and group[0].twin is None:
             return None
         rows = [sample.twin if twins else sample.row for sample in group]
-        return self._loop.last[self._loop.to_device(rows)]
+        return self._loop.state.last[self._loop.to_device(rows)]
 
     # What is read again -------------------------------------------------------------------------
 

@@ -41,3 +41,21 @@ def test_reading_data(tmp_path):
     results = json.loads((tmp_path / "data.json").read_text())["results"]
     assert list(results) == contenders
     assert results["ours"]["waste"] < results["padding"]["waste"]
+
+
+def test_generation_says_what_transformers_says_on_the_same_weights(tmp_path):
+    out = run(
+        "benchmarks.generate", "--shape", "small", "--new", "4", "--repeats", "1", "--batches", "2", "--text", "8",
+        "--json", str(tmp_path / "generate.json"),
+    )  # fmt: skip
+    peer, ours = json.loads((tmp_path / "generate.json").read_text())
+    assert (peer["name"], ours["name"]) == ("transformers", "ours, eager")
+    assert "tokens of transformers that are those of ours, eager: 8 of 8" in out
+
+
+def test_pictures_by_whole_passes_and_over_the_cache(tmp_path):
+    run(
+        "benchmarks.generate", "--shape", "small", "--pictures", "--steps", "2", "--repeats", "1", "--batches", "1",
+        "--json", str(tmp_path / "pictures.json"),
+    )  # fmt: skip
+    assert [one["kind"] for one in json.loads((tmp_path / "pictures.json").read_text())] == ["flow", "codes"]
