@@ -41,7 +41,16 @@ class FusedAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """`[S, B, heads, D]` each -> `[S, B, heads * D]`; there is no mask but the causal one."""
+        """`[S, B, heads, D]` each -> `[S, B, heads * D]`; there is no mask but the causal one.
+
+        Raises:
+            ValueError: packed sequences, which would see each other.
+        """
+        if packed_seq_params is not None:
+            raise ValueError(
+                "FusedAttention keeps no packed sequences apart, expected packed_seq_params=None. Take the layers of "
+                "language_layer_spec as they are, or do not pack."
+            )
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         return mixed.permute(2, 0, 1, 3).flatten(2)

@@ -29,6 +29,7 @@ from megatron_mimo.output import MimoOutput, ModalityOutput
 from megatron_mimo.placement import Placement
 from megatron_mimo.plan import Brought, Plan, Planner
 from megatron_mimo.route import route, row_groups
+from megatron_mimo.segments import blind_to_spans
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,8 @@ class MimoModel(MegatronModel):
         self._checks = Checks()
         stage = (config, self._submodules, pre_process, post_process)
         positions = position_kind(config.language_model)
-        self._check = BatchCheck(*stage, self.pg_collection.cp.size(), self._checks, positions)
+        blind = blind_to_spans(language_model.decoder)
+        self._check = BatchCheck(*stage, self.pg_collection.cp.size(), self._checks, positions, blind)
         self._planner = Planner(*stage, self.pg_collection, self._check, self._checks)
         logger.info("MimoModel: %s", self.extra_repr())
 

@@ -15,9 +15,10 @@ from itertools import pairwise
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
@@ -179,6 +180,20 @@ def span_mask(spans: Tensor) -> Tensor:
     length = len(spans)
     before = torch.ones(length, length, dtype=torch.bool, device=spans.device).tril()
     return before | ((spans[:, None] == spans) & (spans >= 0))
+
+
+def blind_to_spans(stack: nn.Module) -> str | None:
+    """The name of a core attention in `stack` that would see a media span as text, None where all of them see it.
+
+    Args:
+        stack: the transformer layers of a pipeline stage.
+
+    Example:
+        >>> blind_to_spans(nn.Identity()) is None
+        True
+    """
+    cores = (module.core_attention for module in stack.modules() if isinstance(module, Attention))
+    return next((type(core).__name__ for core in cores if not isinstance(core, SegmentAttention)), None)
 
 
 def _host_facts(params: PackedSeqParams) -> tuple[Sequence[int], Tensor | None, Sequence[bool]]:

@@ -17,7 +17,13 @@ from torch import Tensor
 
 from megatron_mimo.batch import Nested, Shown
 from megatron_mimo.check.positions import PositionKind
-from megatron_mimo.check.tokens import check_loss_mask, check_packed, check_padding_mask, check_token_tensors
+from megatron_mimo.check.tokens import (
+    check_loss_mask,
+    check_packed,
+    check_padding_mask,
+    check_spans,
+    check_token_tensors,
+)
 from megatron_mimo.config import MimoModelConfig, generation_table
 from megatron_mimo.decoders.targets import Prepared
 from megatron_mimo.deferred import Arrival, Checks
@@ -56,6 +62,7 @@ class BatchCheck:
         context_parallel: size of the context-parallel group.
         checks: who owns the checks that wait for the device.
         positions: what the language model makes of position ids.
+        blind: the name of an attention that would ignore that a media span sees the whole of itself, or None.
     """
 
     def __init__(
@@ -67,11 +74,12 @@ class BatchCheck:
         context_parallel: int,
         checks: Checks,
         positions: PositionKind = PositionKind(),
+        blind: str | None = None,
     ) -> None:
         self._config, self._submodules = config, submodules
         self._first, self._last = first, last
         self._context_parallel, self._checks = context_parallel, checks
-        self._positions = positions
+        self._positions, self._blind = positions, blind
         self._vocabulary_size = config.language_model.params.get("vocab_size")
 
     def tokens(
@@ -92,8 +100,8 @@ class BatchCheck:
             packed_seq_params, padding_mask, inference_context: as `MimoModel.forward` takes them, or None.
 
         Raises:
-            TypeError, ValueError: as `check_token_tensors`, `check_loss_mask`, `check_packed`; a mask, an inference
-                context or packed sequences with mrope under context parallelism.
+            TypeError, ValueError: as `check_token_tensors`, `check_loss_mask`, `check_packed`, `check_spans`; a mask,
+                an inference context or packed sequences with mrope under context parallelism.
         """
         check_token_tensors(input_ids, position_ids, attention_mask, labels, loss_mask)
         if loss_mask is not None and self._last:
@@ -102,6 +110,7 @@ class BatchCheck:
             check_padding_mask(padding_mask, input_ids)
         if packed_seq_params is not None:
             check_packed(packed_seq_params, input_ids.shape[1], self._checks)
+            check_spans(packed_seq_params, self._blind, self._context_parallel)
         if self._context_parallel == 1:
             return
         if packed_seq_params is not None and self._positions.kind == "mrope":

@@ -174,6 +174,32 @@ def check_packed(packed_seq_params: PackedSeqParams, length: int, checks: Checks
     checks.check(Arrival(torch.stack([own.long(), padded.to(own.device).long()])), verify, "own and padded")
 
 
+def check_spans(packed_seq_params: PackedSeqParams, blind: str | None, context_parallel: int) -> None:
+    """Refuses media spans that see the whole of themselves where attention would see them as text.
+
+    Args:
+        packed_seq_params: of the batch; those of `segments.segmented` may have spans.
+        blind: the name of an attention that ignores them, or None.
+        context_parallel: size of the context-parallel group.
+
+    Raises:
+        ValueError: naming the attention or the layout.
+    """
+    if getattr(packed_seq_params, "spans", None) is None:
+        return
+    without = "or leave out whole=True of the Handling, and attention is causal everywhere."
+    if context_parallel > 1:
+        raise ValueError(
+            "packed_seq_params has media spans that see the whole of themselves, expected none under context "
+            f"parallelism: a span may lie on several ranks. Use context_parallel_size=1, {without}"
+        )
+    if blind is not None:
+        raise ValueError(
+            "packed_seq_params has media spans that see the whole of themselves, expected none in front of "
+            f"{blind}, which ignores them. Build the layers with backend='torch' (--transformer-impl local), {without}"
+        )
+
+
 def check_counted(loss_mask: Tensor, places: Tensor, checks: Checks) -> None:
     """Refuses a placement that counts other labels than the loss mask, whose loss would be left out without a word.
 

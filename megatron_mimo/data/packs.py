@@ -34,6 +34,8 @@ class Pack:
         modality_targets: modality -> decoder -> keyword -> tensor of all items.
         cu_seqlens: int32 `[samples + 1]`, boundaries of the samples themselves; None where they are not packed.
         cu_seqlens_padded: int32 `[samples + 1]`, where each begins in `input_ids`; the last one holds the rest.
+        padding_mask: bool `[B, S]`, True behind the samples of a batch; None where they are packed, since the
+            boundaries tell.
         spans: int32 `[S]`, the number of the item at positions that see the whole of it, else -1; None without any.
         names: where the samples come from.
         positions: the samples' numbers in the run's order.
@@ -50,6 +52,7 @@ class Pack:
     modality_targets: Mapping[str, Inputs]
     cu_seqlens: Tensor | None
     cu_seqlens_padded: Tensor | None
+    padding_mask: Tensor | None
     spans: Tensor | None
     names: tuple[str, ...]
     positions: tuple[int, ...]
@@ -70,6 +73,8 @@ class Pack:
             "loss_mask": self.loss_mask,
             "position_ids": self.position_ids,
         }
+        if self.padding_mask is not None:
+            given["padding_mask"] = self.padding_mask
         if self.modality_inputs:
             given["modality_inputs"] = self.modality_inputs
         if self.modality_targets:
@@ -173,6 +178,7 @@ def _pack(
         modality_targets=joined(item for item in items if item.written),
         cu_seqlens=boundaries[0],
         cu_seqlens_padded=boundaries[1],
+        padding_mask=_behind(samples, ids.shape[1]) if boundaries[0] is None else None,
         spans=boundaries[2],
         names=tuple(sample.name for sample in samples),
         positions=tuple(positions),
@@ -180,6 +186,11 @@ def _pack(
         tokens=sum(len(sample) for sample in samples),
         cost=sum(sample.cost for sample in samples),
     )
+
+
+def _behind(samples: Sequence[Sample], length: int) -> Tensor:
+    """Positions behind each sample, bool `[samples, length]`."""
+    return torch.arange(length) >= torch.tensor([len(sample) for sample in samples])[:, None]
 
 
 def joined(items: Iterable[Item]) -> dict[str, dict[str, dict[str, Tensor]]]:

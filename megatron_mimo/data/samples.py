@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
 from torch import Tensor
 
+from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.data.chat import ChatText, ChatTokens
 from megatron_mimo.data.media import Sound, Video, open_image, open_sound, open_video
 from megatron_mimo.data.messages import MEDIA_KINDS, Conversation, Kind, Medium, Part, SampleError
@@ -64,6 +65,47 @@ class Handling:
             raise ValueError(f"{self.modality}: a writer and a generation token go together; give both or neither")
         if self.reread and (self.reader is None or self.writer is None):
             raise ValueError(f"{self.modality}: reread needs a reader and a writer")
+
+    @classmethod
+    def of(
+        cls,
+        config: MimoModelConfig,
+        modality: str,
+        *,
+        reader: Reader | None = None,
+        writer: Writer | None = None,
+        **more: Any,
+    ) -> Self:
+        """Laid out as a model has it: special, generation, begin and end tokens are its configuration's.
+
+        Args:
+            config: of the model.
+            modality: one of it.
+            reader: needs the modality's special token.
+            writer: needs its generation token; begin and end tokens are laid out where the model has them.
+            more: `read_begin`, `read_end`, `reread`, `rule`, `whole`, `max_items`.
+
+        Raises:
+            ValueError: the model lacks the modality, or the token of a reader or a writer.
+        """
+        if modality not in config.modality_submodules:
+            raise ValueError(f"expected a modality of {sorted(config.modality_submodules)}, found {modality!r}")
+        for what, given, name in (("reader", reader, "special_token_ids"), ("writer", writer, "generation_token_ids")):
+            if given is not None and modality not in getattr(config, name):
+                raise ValueError(
+                    f"{modality}: a {what} needs the model's {name}[{modality!r}], found {dict(getattr(config, name))}"
+                )
+        begin, end = (ids.get(modality) for ids in (config.begin_token_ids, config.end_token_ids))
+        return cls(
+            modality,
+            special=None if reader is None else config.special_token_ids[modality],
+            generation=None if writer is None else config.generation_token_ids[modality],
+            begin=() if writer is None or begin is None else (begin,),
+            end=() if writer is None or end is None else (end,),
+            reader=reader,
+            writer=writer,
+            **more,
+        )
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from megatron_mimo.data.readers import ImageReader, ProcessorReader, SoundReader
 from megatron_mimo.data.samples import Handling, SampleProcessor
 from megatron_mimo.data.writers import ImageWriter, SoundWriter
 from tests import data_samples as made
+from tests import tiny
 from tests.unit.test_data_sources import video
 
 SIZES = [(64, 64), (90, 40), (30, 120)]
@@ -177,6 +178,32 @@ def test_a_written_medium_has_its_begin_token_its_span_and_its_end_token(tmp_pat
     # Begin and end are text that the language model learns; the span is the decoder's.
     assert sample.learn[item.start - 1] and sample.learn[item.start + 4]
     assert not sample.learn[item.start : item.start + 4].any()
+
+
+def test_begin_and_end_tokens_are_those_of_the_model(tmp_path):
+    tokenizer = made.tokenizer()
+    known = made.ids(tokenizer)
+    config = tiny.mimo_config(
+        tiny.language_spec(vocab_size=512),
+        special_token_ids={"images": known["<|image_pad|>"], "audio": tiny.HEAR},
+        generation_token_ids={"images": known["<draw>"]},
+        begin_token_ids={"images": known["<boi>"]},
+        end_token_ids={"images": known["<eoi>"]},
+    )
+    writer = ImageWriter("pixels", size=(4, 4), rows=4)
+    handling = Handling.of(config, "images", reader=made.Patches(), writer=writer, whole=True)
+    process = SampleProcessor(ChatText(tokenizer, template=PLAIN_TEMPLATE), {"image": handling})
+    (tmp_path / "0.png").write_bytes(made.png())
+    record = {"messages": [made.user(made.image("0.png")), made.assistant(made.text("Here"), made.image("0.png"))]}
+    sample = process(conversation_of(record), tmp_path)
+    assert around(sample, known["<draw>"]) == [(known["<boi>"], known["<eoi>"])]
+    assert (sample.input_ids == known["<|image_pad|>"]).sum() == 4 and all(item.whole for item in sample.items)
+    # A modality that is read alone begins and ends nothing.
+    assert Handling.of(config, "images", reader=made.Patches()).begin == ()
+    with pytest.raises(ValueError, match="a writer needs the model's generation_token_ids\\['audio'\\]"):
+        Handling.of(config, "audio", writer=writer)
+    with pytest.raises(ValueError, match="expected a modality of .*'audio', 'images'.*, found 'video'"):
+        Handling.of(config, "video", reader=made.Patches())
 
 
 def test_without_a_begin_token_the_first_generation_token_is_learned(tmp_path):

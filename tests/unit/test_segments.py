@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch.nn import functional as F
 
-from megatron_mimo import MimoModel
+from megatron_mimo import MimoModel, MimoModelConfig, specs
+from megatron_mimo.attention import FusedAttention
 from megatron_mimo.segments import SegmentAttention, segmented, span_mask
 from tests import packed, tiny
 
@@ -197,3 +199,24 @@ def test_spans_equal_the_attention_of_transformers_gemma3(single_process):
     params = segmented(torch.tensor([0, length], dtype=torch.int32), spans=spans[0].int())
     found = attention()(*inputs, None, packed_seq_params=params)
     torch.testing.assert_close(found, expected[0].flatten(1), rtol=0, atol=2e-6)
+
+
+def test_attention_that_would_see_a_span_as_text_is_named_before_anything_runs(single_process, monkeypatch):
+    class EngineAttention(DotProductAttention):
+        def forward(self, *given, **named):
+            raise AssertionError("the batch reached the layers")
+
+    monkeypatch.setattr(specs, "core_attention", lambda backend: EngineAttention)
+    model = MimoModel(MimoModelConfig(tiny.language_spec(tiny.language_config())))
+    ids = torch.randint(0, 60, (1, 16), generator=torch.Generator().manual_seed(1))
+    bounds = torch.tensor(BOUNDS, dtype=torch.int32)
+    with pytest.raises(ValueError, match="expected none in front of EngineAttention, which ignores them.*'torch'"):
+        model(ids, packed_seq_params=segmented(bounds, spans=SPANS))
+    with pytest.raises(AssertionError, match="reached the layers"):  # without spans it is none of its business
+        model(ids, packed_seq_params=segmented(bounds))
+
+
+def test_fused_attention_of_encoders_refuses_packed_sequences(single_process):
+    core = FusedAttention(tiny.language_config(), 1, AttnMaskType.causal, "self")
+    with pytest.raises(ValueError, match="FusedAttention keeps no packed sequences apart"):
+        core(*(x[:, None] for x in drawn()), None, packed_seq_params=segmented(torch.tensor(BOUNDS)))

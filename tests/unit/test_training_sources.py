@@ -80,6 +80,33 @@ def test_a_pack_gives_the_loss_of_its_samples_as_rows_of_a_batch(single_process,
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("kind", [packed, padded])
+def test_padding_of_packs_and_batches_counts_in_no_balance_of_experts(single_process, tmp_path, kind):
+    made.tiny_records(tmp_path, 1)
+    source = JsonLines(tmp_path / "train.jsonl")
+    sample = made.tiny_processor()(conversation_of(source.record(0)), tmp_path)
+    torch.manual_seed(0)
+    experts = tiny.language_config(
+        num_moe_experts=4,
+        moe_router_load_balancing_type="aux_loss",
+        moe_aux_loss_coeff=1.0,
+        moe_router_topk=2,
+        moe_ffn_hidden_size=16,
+        add_bias_linear=False,
+    )
+    model = MimoModel(replace(config(), language_model=tiny.language_spec(experts)))
+    gradients = []
+    for length in (len(sample), len(sample) + 9):
+        model.zero_grad()
+        pack = kind([sample], PackShape(length=length) if kind is packed else length, pad_id=7)
+        batch = batch_of(pack) | {"loss_mask": torch.zeros_like(pack.loss_mask)}
+        (tiny.total(model, batch) * 0).backward()
+        gradients.append([p.grad.clone() for name, p in model.named_parameters() if "router" in name])
+    assert gradients[0] and all(gradient.any() for gradient in gradients[0])
+    for alone, with_padding in zip(*gradients, strict=True):
+        torch.testing.assert_close(with_padding, alone, rtol=1e-5, atol=1e-7)
+
+
 def test_media_of_a_modality_that_asks_for_it_see_the_whole_of_themselves(tmp_path):
     path = made.tiny_records(tmp_path)
     pack = next(made.tiny_data(path, whole=True))

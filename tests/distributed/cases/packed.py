@@ -15,6 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron_mimo import MimoModel, MimoModelConfig
 from megatron_mimo.launch import Run
 from megatron_mimo.route import route
+from megatron_mimo.segments import segmented
 from megatron_mimo.sharding import sequence_shard
 from tests import packed
 from tests.distributed.cases.align import LargestResult
@@ -120,3 +121,12 @@ def packed_sequences_with_mrope_are_refused_before_any_angle_is_wrong(run: Run) 
     assert model(ids, position_ids=sections)[0].shape[1] == 4  # one sequence is cut as Megatron's angles are
     with pytest.raises(ValueError, match="packed_seq_params with mrope under context parallelism"):
         model(ids, position_ids=sections, packed_seq_params=packed.packed_params([4, 4]))
+
+
+@case(ranks=2, **CONTEXT)
+def media_spans_that_see_the_whole_of_themselves_are_refused_under_context_parallelism(run: Run) -> None:
+    model = MimoModel(MimoModelConfig(Setting(token_local=True).spec(run)))
+    ids, spans = torch.arange(1, 9)[None], torch.tensor([-1, 0, 0, -1, -1, 1, 1, -1], dtype=torch.int32)
+    assert model(ids, packed_seq_params=segmented(packed.boundaries([4, 4])))[0].shape[1] == 4
+    with pytest.raises(ValueError, match="media spans .*expected none under context parallelism"):
+        model(ids, packed_seq_params=segmented(packed.boundaries([4, 4]), spans=spans))
