@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_mimo.compat.megatron import tracker_without_forks
 from megatron_mimo.generation.sampling import Sampler
 
 logger = logging.getLogger(__name__)
@@ -114,7 +115,8 @@ class Recorder:
         kept = [buffer.clone() for buffer in changing]
         before = torch.cuda.memory_allocated()
         for _ in range(WARM_UP):
-            step()
+            with tracker_without_forks():
+                step()
             _restore(changing, kept)
         torch.cuda.synchronize()
         if self._group.size() > 1:
@@ -123,7 +125,7 @@ class Recorder:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Other threads, such as NCCL's watchdog, may call CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with tracker_without_forks(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             step()
         _restore(changing, kept)
         self.bytes += torch.cuda.memory_allocated() - before

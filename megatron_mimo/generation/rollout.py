@@ -106,8 +106,8 @@ def rollout(
             column[row, : len(tokens)] = getattr(output, name)
     which = torch.arange(len(prompts)).repeat_interleave(answers)
     gap = gap_of(columns["logprobs"][mask], columns["rescored_logprobs"][mask])
-    own, drawn, trained = (columns[name] for name in names)
-    return Rollout(outputs, which, ids, mask, own, drawn, trained, gap)
+    spoken, drawn, trained = (columns[name] for name in names)
+    return Rollout(outputs, which, ids, mask, spoken, drawn, trained, gap)
 
 
 def gap_of(sampling: Tensor, training: Tensor) -> Gap:

@@ -7,6 +7,7 @@ from megatron.core.transformer import transformer_block, transformer_layer
 from megatron_mimo.generation import Session
 from megatron_mimo.generation import session as sessions
 from megatron_mimo.generation.fused import why_not
+from megatron_mimo.generation.loop import Loop
 from tests import recorded_graphs
 from tests.generating import LOGPROBS, model_of, prompts
 
@@ -151,6 +152,15 @@ def test_a_session_serves_calls_of_any_size_and_gives_the_model_back(single_proc
 def test_graphs_where_none_can_be_recorded_are_refused(single_process):
     with pytest.raises(ValueError, match="graphs: expected a decode step that can be recorded, found device 'cpu'"):
         Session(model_of("rope"), graphs=True)
+
+
+def test_the_next_step_is_on_its_way_before_a_token_is_read(single_process, monkeypatch):
+    order: list[str] = []
+    run, read = Loop._run, Loop._read
+    monkeypatch.setattr(Loop, "_run", lambda self, *args: order.append("run") or run(self, *args))
+    monkeypatch.setattr(Loop, "_read", lambda self, drawn: order.append("read") or read(self, drawn))
+    model_of("rope").generate(prompts(), 4, modalities=())
+    assert order == ["run", "read", "run", "read", "run", "read", "read"]
 
 
 def test_gradients_are_on_between_the_events_of_a_stream(single_process):
