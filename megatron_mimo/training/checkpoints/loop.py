@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
@@ -24,23 +24,36 @@ from megatron_mimo.compat.checkpoints import (
     planned,
 )
 from megatron_mimo.config import MimoModelConfig
+from megatron_mimo.data.progress import State
 from megatron_mimo.training.checkpoints import manifest
 from megatron_mimo.training.checkpoints.directories import is_complete, newest_first, recover
 from megatron_mimo.training.checkpoints.inert import check_inert
 from megatron_mimo.training.checkpoints.reading import agree, check, problems_of, read
 from megatron_mimo.training.checkpoints.writing import Saver
+from megatron_mimo.training.sources import write_state
+
+
+class Reads(Protocol):
+    """Knows where a run's data is."""
+
+    def loaded(self, checkpoint: Path) -> None:
+        """Takes note of a checkpoint that is loaded."""
+
+    def beside(self) -> State | None:
+        """Where the data of all ranks is, to be written into a checkpoint; None for nothing. Every rank calls it."""
 
 
 @contextmanager
-def adapted(model: Callable[[], MimoModelConfig]) -> Iterator[None]:
+def adapted(model: Callable[[], MimoModelConfig], data: Callable[[], Reads] | None = None) -> Iterator[None]:
     """Within it, Megatron's loop loads and saves by `functions`.
 
     Args:
         model: gives the configuration of the run's model, once Megatron has its arguments.
+        data: gives what knows where the run's data is; None where nothing does.
     """
     saver = Saver()
     with ExitStack() as until_trained:
-        until_trained.enter_context(checkpoints_by(**functions(model, saver)))
+        until_trained.enter_context(checkpoints_by(**functions(model, saver, data)))
         until_trained.enter_context(background_saves_by(Background(saver)))
         yield
 
@@ -53,12 +66,14 @@ class Deferred:
         plan: gives what this rank writes to a directory.
         target: where it goes.
         config: of the model.
+        beside: writes other files to its directory, on rank 0.
         finalize_fns: what Megatron calls once it is whole.
     """
 
     plan: Callable[[Path], Planned]
     target: Path
     config: MimoModelConfig
+    beside: Callable[[Path], None]
     finalize_fns: list[Callable[[], None]] = field(default_factory=list)
 
     def add_finalize_fn(self, finalize: Callable[[], None]) -> None:
@@ -84,7 +99,9 @@ class Background:
 
     def schedule_async_request(self, request: Deferred) -> None:
         """Copies the state to the host and goes on writing."""
-        self.saver.save(request.plan, request.target, request.config, background=True, after=request.finish)
+        self.saver.save(
+            request.plan, request.target, request.config, background=True, beside=request.beside, after=request.finish
+        )
 
     def maybe_finalize_async_calls(self, blocking: bool = False, no_dist: bool = False) -> list[int]:
         """Finishes what every rank has written, or waits for it."""
@@ -102,12 +119,15 @@ class Background:
         self.saver.buffer.free()
 
 
-def functions(model: Callable[[], MimoModelConfig], saver: Saver) -> dict[str, Callable[..., Any]]:
+def functions(
+    model: Callable[[], MimoModelConfig], saver: Saver, data: Callable[[], Reads] | None = None
+) -> dict[str, Callable[..., Any]]:
     """What Megatron's loop shall load and save by, by the name of its own function.
 
     Args:
         model: gives the configuration of the run's model, once Megatron has its arguments.
         saver: of the run.
+        data: as `adapted` takes it.
     """
     load, load_common, save = (
         dist_checkpointing.load,
@@ -126,6 +146,8 @@ def functions(model: Callable[[], MimoModelConfig], saver: Saver) -> dict[str, C
     ) -> Any:
         path = Path(directory)
         check(path, model())
+        if data is not None:
+            data().loaded(path)
         # Our own hashes are compared already.
         options |= {"verify_integrity": verify_integrity and manifest.read(path) is None, "strict": strict}
         return read(wanted, path, load, sharded_strategy=sharded_strategy, **options)
@@ -149,9 +171,15 @@ def functions(model: Callable[[], MimoModelConfig], saver: Saver) -> dict[str, C
         def plan(written: Path):
             return planned(save, state, written, sharded_strategy, **options)
 
+        state_of_data = None if data is None else data().beside()
+
+        def beside(written: Path) -> None:
+            if state_of_data is not None:
+                write_state(written, state_of_data)
+
         if async_sharded_save:
-            return Deferred(plan, Path(directory), model())
-        saver.save(plan, Path(directory), model(), background=False)
+            return Deferred(plan, Path(directory), model(), beside)
+        saver.save(plan, Path(directory), model(), background=False, beside=beside)
         return None
 
     return {"load": read_checked, "load_common_state_dict": read_common, "save": write}

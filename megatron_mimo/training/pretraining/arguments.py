@@ -64,6 +64,18 @@ def add_mimo_args(parser: ArgumentParser) -> ArgumentParser:
         "fresh. A checkpoint of --load replaces them",
     )  # fmt: skip
     group.add_argument(
+        "--data", nargs="+", default=None, metavar="PATH",
+        help="conversations to train on, in place of the recipe's datasets: .jsonl, .json, .parquet or a directory; "
+        "several are one after another",
+    )  # fmt: skip
+    group.add_argument(
+        "--processor", default=None, metavar="NAME",
+        help="a processor or tokenizer of transformers, by name or directory, that reads --data",
+    )  # fmt: skip
+    group.add_argument(
+        "--pack", action="store_true", help="lay samples of --data end to end in packs of --seq-length tokens"
+    )
+    group.add_argument(
         "--device-peak-tflops", type=float, default=None,
         help="dense peak of one device in its training precision, for the MFU; known for common GPUs",
     )  # fmt: skip

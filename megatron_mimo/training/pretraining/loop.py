@@ -30,6 +30,7 @@ from megatron_mimo.training.checkpoints import loop as checkpoints
 from megatron_mimo.training.pretraining.arguments import ModelConfig, PartOverrides, add_mimo_args
 from megatron_mimo.training.pretraining.checks import check_data_arguments
 from megatron_mimo.training.pretraining.dataset import Recipe, check_recipe, dataset_provider
+from megatron_mimo.training.pretraining.packs import LoopData
 from megatron_mimo.training.pretraining.provider import forward_step, model_provider
 from megatron_mimo.training.pretraining.session import Session, end_session, session_of
 
@@ -48,7 +49,7 @@ def pretrain(recipe: Recipe, defaults: dict[str, object] | None = None) -> None:
             does not have, no recipe, or a checkpoint to go on from in whose run other parts trained; before any
             process group is built.
     """
-    check_recipe(recipe)
+    check_recipe(recipe, data=False)
     with adapt_megatron(recipe.model_config):
         # Importing these configures logging; importing megatron_mimo does not.
         from megatron.training import pretrain as megatron_pretrain
@@ -64,10 +65,12 @@ def pretrain(recipe: Recipe, defaults: dict[str, object] | None = None) -> None:
         session = session_of(args)
         session.logs_throughput = True
         session.ask(recipe.model_config)  # what it refuses, it refuses before any process group is built
+        check_recipe(recipe, data=args.data is None)
+        provide = dataset_provider(recipe, args)
         with train_step_by(partial(_timed, session=session)):
             megatron_pretrain(
                 pretrain_cfg_container_from_args(args),
-                dataset_provider(recipe, args),
+                provide,
                 ModelType.encoder_or_decoder,
                 forward_step,
                 partial(model_provider, recipe.model_config),
@@ -102,8 +105,13 @@ def adapt_megatron(model_config: ModelConfig) -> Iterator[None]:
             until_trained.enter_context(initialized_on_the_cpu(_initialize_cpu))
         until_trained.enter_context(optimizer_config_by(lambda ask: PartOverrides(ask, asked_for)))
         until_trained.enter_context(compiled_dataset_helpers())
-        until_trained.enter_context(checkpoints.adapted(lambda: asked_for(_running_args())))
+        until_trained.enter_context(checkpoints.adapted(lambda: asked_for(_running_args()), _data))
         yield
+
+
+def _data() -> LoopData:
+    """Where the data of the run in progress is."""
+    return session_of(_running_args()).data
 
 
 def _running_args() -> Namespace:
