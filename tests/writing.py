@@ -32,6 +32,7 @@ KINDS: dict[str, tuple[type, dict[str, Any], ModuleSpec | None]] = {
     "flow": (FlowDecoder, FLOW, feed(NoisedTargetInput)),
     "flow-before": (FlowDecoder, FLOW | {"position_rule": "predecessor"}, feed(NoisedTargetInput)),
     "queries": (RegressionDecoder, dict(width=WIDTH, target_width=4), feed(QueryInput, rows_per_item=ROWS)),
+    "flow-queries": (FlowDecoder, FLOW, feed(QueryInput, rows_per_item=ROWS)),
     "token": (RegressionDecoder, dict(width=WIDTH, target_width=4), None),
     "speech": (
         DiscreteDecoder,

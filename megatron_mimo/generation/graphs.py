@@ -117,7 +117,6 @@ class Recorder:
         for _ in range(WARM_UP):
             with tracker_without_forks():
                 step()
-            _restore(changing, kept)
         torch.cuda.synchronize()
         if self._group.size() > 1:
             dist.barrier(self._group)
@@ -127,11 +126,8 @@ class Recorder:
         # Other threads, such as NCCL's watchdog, may call CUDA meanwhile.
         with tracker_without_forks(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             step()
-        _restore(changing, kept)
+        # What trial runs left in the cache, the replay overwrites.
+        for buffer, content in zip(changing, kept):
+            buffer.copy_(content)
         self.bytes += torch.cuda.memory_allocated() - before
         return graph
-
-
-def _restore(buffers: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
-    for buffer, before in zip(buffers, kept):
-        buffer.copy_(before)

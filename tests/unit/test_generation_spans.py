@@ -93,6 +93,26 @@ def test_rows_in_one_pass_are_decoded_as_a_whole_pass_decodes_them(single_proces
         check_text_after(model, prompt, output, None)
 
 
+@pytest.mark.parametrize("second", [False, True], ids=["null condition", "second prompt"])
+def test_guidance_of_rows_in_one_pass_contrasts_with_the_second_prompt_where_there_is_one(single_process, second):
+    model = model_of("flow-queries")
+    (prompt,), short = begun(model, 7), {"input_ids": [1, BEGIN]}
+    options = {"steps": 2, "guidance": 3.0}
+    asked = prompt | ({"unconditional": short} if second else {})
+    output = model.generate([asked], ROWS, seed=[5], modalities={"images": Writing(options=options)})[0]
+    images = model.modality_submodules["images"]
+
+    def rows(ids):
+        with torch.no_grad():
+            outputs, _ = model(torch.tensor([[*ids, *[tiny.WRITE] * ROWS]]))
+            return images.rows_for("out", outputs.modalities["images"].hidden)
+
+    own = torch.Generator().manual_seed(generator_seed(5, 1, 0, 0))
+    contrast = {"unconditional_rows": rows(short["input_ids"])} if second else {}
+    expected = images.decoders["out"].sample(rows(prompt["input_ids"]), generator=own, **options, **contrast)
+    torch.testing.assert_close(output.parts[0].samples, expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("labelled", [False, True], ids=["begin token", "first generation token"])
 @pytest.mark.parametrize("kind", ["codes", "queries", "flow"])
 def test_samples_switch_when_they_say_so_each_at_its_own_time(single_process, kind, labelled):
