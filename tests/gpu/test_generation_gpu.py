@@ -1,0 +1,88 @@
+"""On a GPU recorded and compiled decode steps say what eager ones say, and a step waits for nothing."""
+
+import pytest
+import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
+
+import megatron_mimo
+from megatron_mimo import specs
+from megatron_mimo.generation import Session
+from megatron_mimo.generation.loop import Loop
+from tests import generating, tiny
+from tests.generating import prompts
+
+pytestmark = pytest.mark.gpu
+NEW = 24
+SWIGLU = dict(gated_linear_unit=True, activation_func=torch.nn.functional.silu, add_bias_linear=False,
+              normalization="RMSNorm", bias_activation_fusion=False)  # fmt: skip
+WAYS = {"graphs": dict(graphs=True), "compiled": dict(compiled=True, graphs=False), "both": dict(compiled=True)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_gpu():
+    yield megatron_mimo.initialize(seed=3)
+    megatron_mimo.shutdown()
+
+
+def model_of(kind: str, backend: str = "torch", **changes) -> megatron_mimo.MimoModel:
+    spec = generating.language(kind, **changes)
+    spec.params["transformer_layer_spec"] = specs.language_layer_spec(spec.params["config"], backend)
+    model = megatron_mimo.MimoModel(tiny.mimo_config(spec)).cuda()
+    generating.spread(model)
+    return model
+
+
+def said(outputs) -> list[list[int]]:
+    return [output.ids for output in outputs]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", ["groups", "learned", "mrope", "window", "qk-norm"])
+@pytest.mark.parametrize("options", [{}, dict(temperature=0.8, top_k=20, seed=[1, 2, 3, 4])], ids=["greedy", "drawn"])
+def test_fast_ways_say_what_the_eager_one_says(way, kind, options):
+    model, sections = model_of(kind, **SWIGLU), 3 if kind == "mrope" else 1
+    asked = prompts(sections)
+    with Session(model, graphs=False) as session:
+        expected = model.generate(asked, NEW, modalities=(), session=session, **options)
+    with Session(model, **WAYS[way]) as session:
+        for _ in range(2):  # captured, and then replayed alone
+            found = model.generate(asked, NEW, modalities=(), session=session, **options)
+            assert said(found) == said(expected)
+            for mine, theirs in zip(found, expected):
+                torch.testing.assert_close(mine.logprobs, theirs.logprobs, atol=1e-3, rtol=0)  # TF32 is off
+        assert (session.stage.fused is not None) == bool(WAYS[way].get("compiled"))
+        assert session.recorder is None or len(session.recorder) == 1
+
+
+@pytest.mark.skipif(not HAVE_TE, reason="TransformerEngine is not installed")
+@pytest.mark.parametrize("compiled", [False, True], ids=["modules", "compiled"])
+def test_layers_of_transformer_engine_say_over_the_cache_what_their_whole_passes_say(compiled):
+    model = model_of("groups", "transformer_engine", **SWIGLU).eval()
+    asked = prompts(media=False)
+    with Session(model, compiled=compiled) as session:
+        outputs = model.generate(asked, NEW, modalities=(), session=session, stop_ids=[])
+    for prompt, output in zip(asked, outputs):
+        ids = prompt["input_ids"].cuda()
+        for token in output.ids:
+            with torch.no_grad():
+                logits = model(ids[None])[0].language[0, -1].float()
+            logits[tiny.WRITE] = -torch.inf
+            assert logits[token] > logits.max() - 1e-3  # ties within rounding
+            ids = torch.cat([ids, torch.tensor([token], device="cuda")])
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_step_waits_for_nothing(monkeypatch, graphs):
+    model, advance = model_of("groups"), Loop._advance
+    with Session(model, graphs=graphs) as session:
+        model.generate(prompts(), NEW, modalities=(), session=session)
+
+        def watched(self) -> None:
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                advance(self)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        monkeypatch.setattr(Loop, "_advance", watched)
+        model.generate(prompts(), NEW, modalities=(), session=session)
