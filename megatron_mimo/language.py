@@ -23,6 +23,7 @@ from megatron_mimo.check.positions import PositionKind
 from megatron_mimo.compat.hybrid import with_output_processor
 from megatron_mimo.multi_token import LaterRows, embedding_handed_to
 from megatron_mimo.plan import Learned, Plan
+from megatron_mimo.rotary import GridGPT
 from megatron_mimo.sharding import SequenceShard
 from megatron_mimo.token_loss import TokenLoss, only_counted
 
@@ -124,7 +125,8 @@ def position_kind(spec: ModuleSpec) -> PositionKind:
 
     kind = setting("position_embedding_type")
     table = (setting("max_sequence_length") or DEFAULT_MAX_SEQUENCE_LENGTH) if kind == "learned_absolute" else None
-    return PositionKind(kind, table)
+    model = maker(spec)
+    return PositionKind(kind, table, own_angles=isinstance(model, type) and issubclass(model, GridGPT))
 
 
 def _with_own_layers(spec: ModuleSpec, vp_stage: int | None) -> ModuleSpec:

@@ -111,13 +111,10 @@ class BatchCheck:
         if packed_seq_params is not None:
             check_packed(packed_seq_params, input_ids.shape[1], self._checks)
             check_spans(packed_seq_params, self._blind, self._context_parallel)
+        if packed_seq_params is not None and self._positions.kind == "mrope" and not self._positions.own_angles:
+            self._check_packed_mrope()
         if self._context_parallel == 1:
             return
-        if packed_seq_params is not None and self._positions.kind == "mrope":
-            raise ValueError(
-                "packed_seq_params with mrope under context parallelism: Megatron 0.19 restarts each packed sequence "
-                "at angle 0 of angles that are cut already. Use context_parallel_size=1, or do not pack."
-            )
         if attention_mask is not None:
             raise ValueError(
                 "attention_mask must be None under context parallelism: attention there works on "
@@ -125,6 +122,18 @@ class BatchCheck:
             )
         if inference_context is not None:
             raise ValueError("inference_context must be None under context parallelism")
+
+    def _check_packed_mrope(self) -> None:
+        if self._config.language_config.apply_rope_fusion:
+            raise ValueError(
+                "packed_seq_params with mrope and apply_rope_fusion=True: the fused kernel gives every packed sequence "
+                "the positions of the first. Set apply_rope_fusion=False (--no-rope-fusion), or do not pack."
+            )
+        if self._context_parallel > 1:
+            raise ValueError(
+                "packed_seq_params with mrope under context parallelism: Megatron 0.19 restarts each packed sequence "
+                "at angle 0 of angles that are cut already. Use rotary.GridGPT, or context_parallel_size=1."
+            )
 
     def media(self, inputs: Nested | None, targets: Nested | None, shown: Shown | None) -> Media:
         """Inputs, targets and shown inputs of the modalities that have any.

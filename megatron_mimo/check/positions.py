@@ -20,10 +20,12 @@ class PositionKind:
     Attributes:
         kind: its `position_embedding_type`; None where its class names none, which takes any.
         table: how many learned positions it has, None where it has none.
+        own_angles: whether its mrope is `rotary.GridGPT`'s, which is right for packed sequences on shards too.
     """
 
     kind: str | None = None
     table: int | None = None
+    own_angles: bool = False
 
     def chosen(self, given: Tensor | None, default: Tensor, media: Sequence[str], checks: Checks) -> Tensor:
         """Position ids as the model takes them: `given`, or `default` where it is None.

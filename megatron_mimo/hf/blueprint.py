@@ -14,7 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_mimo import specs
 from megatron_mimo.config import MimoModelConfig
-from megatron_mimo.hf import clip, llama, llava, mistral, qwen2, qwen3, siglip
+from megatron_mimo.hf import clip, llama, llava, mistral, qwen2, qwen3, qwen_vl, siglip
 from megatron_mimo.hf.family import settings_of
 from megatron_mimo.hf.files import Checkpoint, Stored, open_checkpoint, read_config
 from megatron_mimo.hf.language import language_spec
@@ -26,6 +26,7 @@ from megatron_mimo.modality.kinds import AudioModalitySubmodules, VisionModality
 logger = logging.getLogger(__name__)
 
 LANGUAGE_MODELS = {module.FAMILY.model_type: module.FAMILY for module in (llama, mistral, qwen2, qwen3)}
+LANGUAGE_MODELS |= qwen_vl.FAMILIES
 TOWERS = {module.FAMILY.model_type: module.FAMILY for module in (clip, siglip)}
 # Two-tower models whose vision tower is one of those.
 _TWO_TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
@@ -43,8 +44,8 @@ class Part:
 
     Args:
         path: in the model: `language_model`, or `<modality>/encoders/<name>`, or `<modality>/input_projections/<n>`.
-        model_type: of its family; `PROJECTOR` for LLaVA's projector.
-        config: of transformers; for the projector an `llava.Projection`.
+        model_type: of its family; `PROJECTOR` for LLaVA's projector, `qwen_vl.TOWER_TYPE` for a tower of Qwen-VL's.
+        config: of transformers, of that tower the whole model's; for the projector an `llava.Projection`.
         table: its tensors, without the prefix that a whole model's have.
         directory: where it came from.
         stored: its tensors there, by the table's names; empty for one that begins fresh.
@@ -104,7 +105,7 @@ class Building:
 
 
 def read_source(directory: Path) -> tuple[Part, ...]:
-    """The parts of a directory in transformers' form: of a language model, a vision tower or LLaVA.
+    """The parts of a directory in transformers' form: of a language model, a vision tower, LLaVA or Qwen-VL.
 
     Raises:
         FileNotFoundError, ValueError: as `open_checkpoint`, and naming everything that the tables do not cover.
@@ -112,6 +113,8 @@ def read_source(directory: Path) -> tuple[Part, ...]:
     kind = str(read_config(directory).get("model_type"))
     if kind == llava.MODEL_TYPE:
         return _read_llava(directory)
+    if kind in qwen_vl.ARCHITECTURES:
+        return _read_qwen_vl(directory)
     if kind in LANGUAGE_MODELS:
         return (read_language_model(directory),)
     if kind in TOWERS or kind in _TWO_TOWERS:
@@ -207,6 +210,18 @@ def _read_llava(directory: Path) -> tuple[Part, Part, Part]:
     return parts
 
 
+def _read_qwen_vl(directory: Path) -> tuple[Part, Part]:
+    config, named = _config(directory), qwen_vl.respelled(open_checkpoint(directory).tensors)
+    tower = {name.removeprefix(qwen_vl.TOWER): one for name, one in named.items() if name.startswith(qwen_vl.TOWER)}
+    text = {name: one for name, one in named.items() if not name.startswith(qwen_vl.TOWER)}
+    language = _language_part(qwen_vl.text_config(config), text, directory)
+    path, own = f"{MODALITY}/encoders/{ENCODER}", qwen_vl.tower_table(config)
+    told = [*qwen_vl.problems(config), *settings_of(LANGUAGE_MODELS[language.model_type], language.config)[1]]
+    told += [*differences(text, language.table), *(f"{qwen_vl.TOWER} {line}" for line in differences(tower, own))]
+    refuse(str(directory), told)
+    return language, Part(path, qwen_vl.TOWER_TYPE, config, own, directory, tower)
+
+
 def _language_part(config: Any, tensors: Mapping[str, Stored], directory: Path) -> Part:
     table = LANGUAGE_MODELS[config.model_type].table(config)
     return Part("language_model", config.model_type, config, table, directory, tensors)
@@ -235,7 +250,8 @@ def _config(directory: Path) -> Any:
 
 def unknown(directory: Path, kind: str) -> str:
     """Why a model is refused, with the family that comes nearest."""
-    known = [*LANGUAGE_MODELS, *TOWERS, *_TWO_TOWERS, llava.MODEL_TYPE]
+    languages = [name for name in LANGUAGE_MODELS if name not in qwen_vl.FAMILIES]
+    known = [*languages, *TOWERS, *_TWO_TOWERS, llava.MODEL_TYPE, *qwen_vl.ARCHITECTURES]
     alike = [name for name in known if name.rstrip("0123456789") == kind.split("_")[0].rstrip("0123456789")]
     nearest = alike[0] if alike else "llama"
     gemma = (
@@ -287,7 +303,7 @@ def weights_dtype(part: Part, building: Building) -> torch.dtype:
 
 
 def model_config(parts: tuple[Part, ...], building: Building, directory: Path) -> MimoModelConfig:
-    """The configuration of a whole model: of LLaVA, or of a language model alone."""
+    """The configuration of a whole model: of LLaVA, of Qwen-VL, or of a language model alone."""
     if parts[0].path != "language_model":
         raise ValueError(
             f"{directory}: expected a language model or LLaVA, found {parts[0].model_type!r}. Give it as an encoder "
@@ -296,8 +312,15 @@ def model_config(parts: tuple[Part, ...], building: Building, directory: Path) -
     language = language_model_spec(parts[0], building)
     if len(parts) == 1:
         return MimoModelConfig(language, origin=Origin(parts, directory))
-    _, tower, projector = parts
     own = _config(directory)
+    if len(parts) == 2:
+        return MimoModelConfig(
+            language,
+            modality_submodules={MODALITY: modality_spec({ENCODER: qwen_vl.tower_spec(own)}, [])},
+            special_token_ids={MODALITY: own.image_token_id},
+            origin=Origin(parts, directory, config=own),
+        )
+    _, tower, projector = parts
     dtype = weights_dtype(parts[0], building)
     images = modality_spec({ENCODER: encoder_spec(tower, building, dtype)}, [projector.config.spec()])
     return MimoModelConfig(

@@ -21,6 +21,7 @@ from megatron_mimo.hf.family import settings_of
 _OF_LAYERS = (
     "normalization", "layernorm_epsilon", "layernorm_zero_centered_gamma", "gated_linear_unit", "activation_func",
     "num_attention_heads", "num_query_groups", "kv_channels", "qk_layernorm", "window_size", "window_attn_skip_freq",
+    "mrope_section",
 )  # fmt: skip
 #: And of the language model.
 _OF_MODEL = {

@@ -16,7 +16,7 @@ from megatron_mimo import specs
 #: Settings that are the model's own, not its layers'.
 _OF_MODEL = (
     "vocab_size", "max_sequence_length", "share_embeddings_and_output_weights", "rotary_base", "rope_scaling",
-    "rope_scaling_factor", "seq_len_interpolation_factor",
+    "rope_scaling_factor", "seq_len_interpolation_factor", "position_embedding_type",
 )  # fmt: skip
 
 
@@ -76,7 +76,7 @@ def language_spec(
     own |= {
         "config": config,
         "transformer_layer_spec": partial(specs.language_layer_spec, backend=backend),
-        "position_embedding_type": "rope",
+        "position_embedding_type": own.get("position_embedding_type", "rope"),
         "vocab_size": padded,
     }
     if padded == vocabulary:

@@ -19,7 +19,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import nn
 
 from megatron_mimo.config import SUBMODULE_KEYS, MimoModelConfig
-from megatron_mimo.hf import llava, own
+from megatron_mimo.hf import llava, own, qwen_vl
 from megatron_mimo.hf.blueprint import LANGUAGE_MODELS, PROJECTOR, TOWERS, Chunk, Origin, Part
 from megatron_mimo.hf.codec import HFCodec
 from megatron_mimo.hf.encoder import HFEncoder
@@ -69,7 +69,7 @@ def save(
     _on_first_rank(lambda: _begin(directory, unfinished))
     _on_first_rank(lambda: _check_carried(origin))
     place = place_of(models[0].pg_collection)
-    if as_llava(config, origin) is not None or not config.modality_submodules:
+    if _layout(config, origin) is not None or not config.modality_submodules:
         _save_whole(models, origin, unfinished, place, dtype, max_shard_bytes)
     else:
         _save_parts(models, config, origin, unfinished, place, dtype, max_shard_bytes)
@@ -148,6 +148,35 @@ def as_llava(config: MimoModelConfig, origin: Origin) -> tuple[Part, Part, Part]
     return None
 
 
+def as_qwen_vl(config: MimoModelConfig, origin: Origin) -> tuple[Part, Part] | None:
+    """Language model and tower of a Qwen2-VL or Qwen2.5-VL as it came; None for another model.
+
+    Raises:
+        ValueError: parts were added to it, which no class of transformers holds.
+    """
+    if not any(part.model_type == qwen_vl.TOWER_TYPE for part in origin.parts):
+        return None
+    language, tower = origin.parts
+    modalities = {path: config.submodule_specs(path) for path in config.modality_submodules}
+    added = [f"{path}/{key}" for path, of in modalities.items() for key in of if of[key] and key != "encoders"]
+    added += [path for path in modalities if path != tower.path.split("/")[0]]
+    if added:
+        raise ValueError(
+            f"save_pretrained: expected a {tower.config.model_type} with its own parts alone, found {added} too: "
+            "transformers has no class for it. Save a checkpoint of the run (Trainer.save) instead."
+        )
+    return language, tower
+
+
+def _layout(config: MimoModelConfig, origin: Origin) -> tuple[tuple[Part, ...], tuple[str, ...]] | None:
+    """The parts of a model that a class of transformers holds, and their prefixes; None where it has none."""
+    if (found := as_qwen_vl(config, origin)) is not None:
+        return found, ("", qwen_vl.TOWER)
+    if (parts := as_llava(config, origin)) is not None:
+        return parts, (llava.LANGUAGE, llava.TOWER, llava.PROJECTOR)
+    return None
+
+
 def _tensors(
     models: Sequence[Chunk], part: Part, place: Place, prefix: str, dtype: torch.dtype | None
 ) -> list[Outgoing]:
@@ -183,20 +212,22 @@ def _save_whole(
     max_shard_bytes: int,
 ) -> None:
     config = models[0].mimo_config
-    parts = as_llava(config, origin)
+    found = _layout(config, origin)
     language = _language_part(config, origin)
-    if parts is None:
+    if found is None:
         tensors = _tensors(models, language, place, "", dtype)
         written = _configured(language.config, LANGUAGE_MODELS[language.model_type].architecture, tensors)
     else:
-        prefixes = (llava.LANGUAGE, llava.TOWER, llava.PROJECTOR)
+        parts, prefixes = (language, *found[0][1:]), found[1]
         tensors = [
             one
-            for part, prefix in zip((language, *parts[1:]), prefixes, strict=True)
+            for part, prefix in zip(parts, prefixes, strict=True)
             for one in _tensors(models, part, place, prefix, dtype)
         ]
-        whole = _llava_config(config, origin, (language, *parts[1:]))
-        written = _configured(whole, llava.ARCHITECTURE, tensors)
+        if len(parts) == 2:
+            written = _configured(origin.config, qwen_vl.ARCHITECTURES[origin.config.model_type], tensors)
+        else:
+            written = _configured(_llava_config(config, origin, parts), llava.ARCHITECTURE, tensors)
     write(directory, tensors, max_shard_bytes)
     _on_first_rank(lambda: written.save_pretrained(directory))
     _on_first_rank(lambda: save_beside(origin, directory))
@@ -226,7 +257,7 @@ def _configured(config: Any, architecture: str, tensors: Sequence[Outgoing]) -> 
     return config
 
 
-def _llava_config(config: MimoModelConfig, origin: Origin, parts: tuple[Part, Part, Part]) -> Any:
+def _llava_config(config: MimoModelConfig, origin: Origin, parts: tuple[Part, ...]) -> Any:
     from transformers import LlavaConfig
 
     language, tower, projector = parts

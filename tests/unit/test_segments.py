@@ -220,3 +220,13 @@ def test_fused_attention_of_encoders_refuses_packed_sequences(single_process):
     core = FusedAttention(tiny.language_config(), 1, AttnMaskType.causal, "self")
     with pytest.raises(ValueError, match="FusedAttention keeps no packed sequences apart"):
         core(*(x[:, None] for x in drawn()), None, packed_seq_params=segmented(torch.tensor(BOUNDS)))
+
+
+def test_a_fused_rotary_kernel_that_counts_packed_sequences_anew_is_refused_with_mrope(single_process):
+    config = tiny.language_config(mrope_section=[2, 1, 1])
+    model = MimoModel(MimoModelConfig(tiny.language_spec(config, position_embedding_type="mrope")))
+    ids, bounds = torch.randint(0, 60, (1, 16)), torch.tensor(BOUNDS, dtype=torch.int32)
+    model(ids, packed_seq_params=segmented(bounds))
+    config.apply_rope_fusion = True  # which Megatron itself refuses to build without TransformerEngine
+    with pytest.raises(ValueError, match="apply_rope_fusion=True: the fused kernel .*--no-rope-fusion"):
+        model(ids, packed_seq_params=segmented(bounds))

@@ -10,6 +10,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from safetensors.torch import save_file
 
 import megatron_mimo
+from megatron_mimo.data.positions import GridPositions, Span
+from megatron_mimo.data.positions import positions as positions_of
 from megatron_mimo.decoders import FlowDecoder
 from megatron_mimo.hf import own
 from megatron_mimo.hf.files import read_header
@@ -22,7 +24,7 @@ from megatron_mimo.launch import Run
 from tests import checkpoints, tiny
 from tests.checkpoints import LANGUAGE_MODELS, TOLERANCE, difference
 from tests.distributed.harness import case, relayout, shared_directory
-from tests.parity import test_hf_encoder
+from tests.parity import test_hf_encoder, test_hf_qwen_vl
 from tests.parity.test_hf_language import same_bytes, stored
 from tests.parity.test_hf_llava import text_directory
 
@@ -75,10 +77,11 @@ def computed(models, batch: dict) -> tuple[torch.Tensor | None, torch.Tensor | N
     return torch.cat(parts, dim=-1), states.last.transpose(0, 1)
 
 
-def agrees_and_goes_out_as_it_came(name: str, theirs, batch: dict, layouts) -> None:
+def agrees_and_goes_out_as_it_came(name: str, theirs, batch: dict, layouts, **given) -> None:
+    """`given` are keywords that transformers' model takes alone."""
     with torch.no_grad():
         images = batch.get("modality_inputs", {}).get("images", {"tower": {}})
-        output = theirs(input_ids=batch["input_ids"], output_hidden_states=True, **images["tower"])
+        output = theirs(input_ids=batch["input_ids"], output_hidden_states=True, **images["tower"], **given)
     expected, hidden = output.logits, output.hidden_states[-1]
     source = written_once(name, theirs)
     for index, layout in enumerate(layouts):
@@ -112,6 +115,27 @@ def llava_is_transformers_from_pixels_to_logits_at_tp_2_and_pp_2(run: Run) -> No
         theirs = checkpoints.llava(tower, language)
         batch = {"input_ids": ids, "modality_inputs": {"images": {"tower": {"pixel_values": pixels}}}}
         agrees_and_goes_out_as_it_came(f"llava-{tower}", theirs, batch, (TENSOR, PIPELINE))
+
+
+@case(ranks=2, timeout_s=120)
+def qwen_vl_is_transformers_from_patches_to_logits_at_tp_2_and_pp_2(run: Run) -> None:
+    for kind in test_hf_qwen_vl.KINDS:
+        theirs = test_hf_qwen_vl.model_of(kind)
+        image = theirs.config.image_token_id
+        ids = checkpoints.ids(40)[:1].masked_fill(checkpoints.ids(40)[:1] == image, image + 1)
+        ids[0, 5:11] = image
+        grid = torch.tensor([[1, 4, 6]])
+        rule = GridPositions()
+        positions, _ = positions_of(40, [Span(5, 6, rule, (1, 2, 3))], 3)
+        patches = torch.randn(24, 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(0))
+        tower = {"pixel_values": patches, "image_grid_thw": grid}
+        batch = {
+            "input_ids": ids,
+            "position_ids": positions[:, None],
+            "modality_inputs": {"images": {"tower": tower}},
+        }
+        kinds = (ids == image).int()
+        agrees_and_goes_out_as_it_came(kind, theirs, batch, (TENSOR, PIPELINE), mm_token_type_ids=kinds)
 
 
 @case(ranks=2)

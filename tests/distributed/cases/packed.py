@@ -14,6 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_mimo import MimoModel, MimoModelConfig
 from megatron_mimo.launch import Run
+from megatron_mimo.rotary import GridGPT
 from megatron_mimo.route import route
 from megatron_mimo.segments import segmented
 from megatron_mimo.sharding import sequence_shard
@@ -59,6 +60,7 @@ def equals_sequences_apart(name: str, setting: Setting, sizes: dict[str, int]) -
 
 
 TENSOR, CONTEXT = {"tensor_model_parallel_size": 2}, {"context_parallel_size": 2}
+MROPE = {"position_embedding_type": "mrope"}
 #: name -> ranks, parallel sizes, setting
 LAYOUTS = {
     "tp2": (2, TENSOR, Setting()),
@@ -116,11 +118,13 @@ def packed_sequences_with_mrope_are_refused_before_any_angle_is_wrong(run: Run) 
     """Megatron 0.19.2 would begin each sequence at the first of angles that are cut already."""
     spec = Setting(token_local=True).spec(run)
     spec.params["config"].mrope_section = [1, 1, 2]
-    model = MimoModel(MimoModelConfig(replace(spec, params={**spec.params, "position_embedding_type": "mrope"})))
+    model = MimoModel(MimoModelConfig(replace(spec, params={**spec.params, **MROPE})))
     ids, sections = torch.arange(1, 9)[None], torch.arange(8).expand(3, 1, 8)
     assert model(ids, position_ids=sections)[0].shape[1] == 4  # one sequence is cut as Megatron's angles are
     with pytest.raises(ValueError, match="packed_seq_params with mrope under context parallelism"):
         model(ids, position_ids=sections, packed_seq_params=packed.packed_params([4, 4]))
+    ours = MimoModel(MimoModelConfig(replace(spec, module=GridGPT, params={**spec.params, **MROPE})))
+    assert ours(ids, position_ids=sections, packed_seq_params=packed.packed_params([4, 4]))[0].shape[1] == 4
 
 
 @case(ranks=2, **CONTEXT)
