@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from types import FunctionType
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -140,11 +141,22 @@ class FusedLayers:
         self._layers = [_layer(layer) for layer in stack.layers]
         final = getattr(stack, "final_layernorm", None)
         self._final = None if final is None else _norm(final, language.config)
-        self._attend, self._feed = attend, feed
-        if compiled:
-            backend = "inductor" if compiled is True else compiled
-            self._attend = torch.compile(attend, fullgraph=True, dynamic=False, backend=backend)
-            self._feed = torch.compile(feed, fullgraph=True, dynamic=False, backend=backend)
+        self._compiled = compiled
+        self._attends: dict[int, Callable[..., tuple[Tensor, Tensor]]] = {}
+        self._feed = self._made(feed)
+
+    def _made(self, function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+        """The function compiled, where it is to be, as one of its own.
+
+        The compiler counts what it compiles by code, and stops at 8: other models, batches and lengths in the process
+        would use up what a shared one has.
+        """
+        if not self._compiled:
+            return function
+        plain = cast(FunctionType, function)
+        own = FunctionType(plain.__code__.replace(), plain.__globals__, plain.__name__)
+        options: dict[str, Any] = {} if self._compiled is True else {"backend": self._compiled}
+        return torch.compile(own, fullgraph=True, dynamic=False, **options)
 
     def __call__(self, rows: Tensor, step: Step, positions: Tensor | None = None) -> Tensor:
         """Hidden states `[1, B, H]` as the stack gives them for `rows` `[1, B, H]`.
@@ -161,13 +173,16 @@ class FusedLayers:
         slots, turned = step.slots[:, 0], self._turned(step, positions, x.dtype)
         which = torch.arange(len(x), device=x.device)
         masks: dict[int | None, Tensor] = {}
+        if step.reach not in self._attends:
+            self._attends[step.reach] = self._made(attend)
+        attends = self._attends[step.reach]
         for layer in self._layers:
             window = layer.cache.window
             if window not in masks:
                 seen = step.mask(window, 1)
                 masks[window] = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
             keys, values = layer.cache.held()
-            x, added = self._attend(
+            x, added = attends(
                 x, added, bias, layer.attention, turned, keys, values, which, slots, masks[window]
             )  # fmt: skip
             added = self._summed(added)

@@ -153,8 +153,8 @@ class Loop:
             self._send(speaking)
 
     def _reach(self, length: int) -> int:
-        """Slots that attention reads. Each number that comes up is a graph, so that there are few."""
-        if self._recorder is None:
+        """Slots that attention reads. Each number that comes up is recorded and compiled, so that there are few."""
+        if self._recorder is None and self.stage.fused is None:
             return bucketed(length)
         return min(max(256, 1 << (length - 1).bit_length()), self.slots)
 

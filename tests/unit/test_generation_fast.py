@@ -9,6 +9,7 @@ from megatron_mimo.generation import session as sessions
 from megatron_mimo.generation.fused import why_not
 from megatron_mimo.generation.loop import Loop
 from tests import recorded_graphs
+from tests.compiling import compiling
 from tests.generating import LOGPROBS, model_of, prompts
 
 NEW = 9
@@ -52,9 +53,13 @@ def test_fused_layers_say_what_the_modules_say_and_trace_in_one_piece(single_pro
     kind, changes = FUSED[name]
     model, sections = built(kind, dict(changes)), 3 if kind == "mrope" else 1
     expected = model.generate(prompts(sections), NEW, modalities=())
-    with Session(model, compiled="eager") as session:
+    with compiling() as graphs, Session(model, compiled=True) as session:
         same(model.generate(prompts(sections), NEW, modalities=(), session=session), expected)
         assert session.stage.fused is not None
+        made = len(graphs)
+        assert 2 <= made <= 4  # attention and MLP, each also as it is where the first layer differs from the others
+        model.generate(prompts(sections), NEW, modalities=(), session=session)
+        assert len(graphs) == made
         assert {type(layer).__name__ for layer in model.language_model.decoder.layers} == {"TransformerLayer"}
     assert [len(output.ids) for output in expected] == [NEW] * 4
 
