@@ -1,8 +1,13 @@
 """Training from a data source on several ranks: the same packs whatever the layout, and after a crash."""
 
+import pytest
+import torch
 import torch.distributed as dist
 
+from megatron_mimo.data.packs import Pack, padded
+from megatron_mimo.data.samples import Sample
 from megatron_mimo.launch import Run
+from megatron_mimo.segments import span_mask
 from megatron_mimo.training import DataSource, PackSource
 from megatron_mimo.training.sources import batch_of
 from tests import data_samples as made
@@ -83,3 +88,56 @@ def a_run_on_another_number_of_ranks_sees_each_sample_of_the_epoch_once(run: Run
         assert set(range(40)) <= {*before, *after}
     else:
         assert source.seen == []  # the first stage read for both
+
+
+PACKS = 2  # of a step
+
+
+def alone(sample: Sample) -> dict:
+    """A sample as a batch of its own, whose media see the whole of themselves by a mask that is written out."""
+    pack, spans = padded([sample], 32), torch.full((32,), -1)
+    for number, item in enumerate(sample.items):
+        spans[item.start : item.start + item.length] = number
+    return {**batch_of(pack), "attention_mask": ~span_mask(spans)[None, None]}
+
+
+def packs_of(path, whole: bool) -> list[Pack]:
+    data = made.tiny_data(path, whole=whole)
+    return [next(data) for _ in range(4 * PACKS)]
+
+
+@case(ranks=2, timeout_s=240)
+def packs_with_attention_within_spans_train_as_their_samples_apart_at_tp_2_pp_2_and_dp_2(run: Run) -> None:
+    """Apart is Megatron's own attention with a mask; losses after the first show that gradients are alike."""
+    path = written("spans")
+    data, packs = made.tiny_data(path, whole=True), packs_of(path, whole=True)
+
+    def of_step(each: list[Pack], step: int, rank: int = 0, size: int = 1) -> list[Pack]:
+        share = PACKS // size
+        return each[PACKS * step : PACKS * (step + 1)][rank * share : (rank + 1) * share]
+
+    def apart(step: int, rank: int, size: int) -> list[dict]:
+        positions = [position for pack in of_step(packs, step) for position in pack.positions]
+        return [alone(data.sample_at(position)[1]) for position in positions]
+
+    run = relayout(**TENSOR)  # one data-parallel rank, which may have any number of samples
+    first = trainer(run, path.parent / "out")
+    with torch.no_grad():
+        for name, parameter in first.models[0].named_parameters():
+            if "linear_qkv.weight" in name or "linear_proj.weight" in name:
+                parameter *= 10  # fresh attention is so small that nobody would see which positions it looks at
+    first.sync_weights()
+    start = first.save()
+    history = first.train(apart)
+    norms = [report.gradient_norm for report in history.steps]
+    for layout in ({}, TENSOR, PIPELINE, INTERLEAVED):
+        other = trainer(relayout(**layout), None)
+        other.load(start)
+        found = other.train(lambda step, rank, size: [batch_of(pack) for pack in of_step(packs, step, rank, size)])
+        assert_close(losses(found), losses(history))
+        assert [report.gradient_norm for report in found.steps] == pytest.approx(norms, rel=1e-5)
+    causal = packs_of(path, whole=False)
+    other = trainer(relayout(**TENSOR), None)
+    other.load(start)
+    found = other.train(lambda step, rank, size: [batch_of(pack) for pack in of_step(causal, step, rank, size)])
+    assert losses(found)[0]["text"] != pytest.approx(losses(history)[0]["text"], rel=1e-4)
