@@ -253,6 +253,14 @@ def test_arguments_that_nothing_would_follow_in_a_script_of_ones_own_are_refused
     check_in_effect(args_of("--device-peak-tflops", "1"), logs_throughput=True)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:megatron")
+def test_packs_of_a_loop_whose_checkpoints_would_not_know_them_are_refused():
+    args = args_of("--data", "train.jsonl", "--processor", "words", "--pack")
+    args.dataloader_type = "external"
+    with pytest.raises(ValueError, match="--data: Megatron's checkpoints would not know how far .*adapt_megatron"):
+        training.dataset_provider(Mock(), args)
+
+
 @pytest.mark.parametrize(
     ("name", "home"),
     [
