@@ -83,3 +83,36 @@ def test_an_installation_from_nothing_trains_a_copied_recipe(tmp_path):
     constraints = ["--constraint", ROOT / "constraints.txt"]
     run(python, "-m", "pip", "install", wheel, *constraints, cwd=tmp_path)
     trains(python, tmp_path)
+
+
+READS = """
+import importlib.metadata, sys
+import av, datasets, soundfile, soxr, torchvision, transformers
+import torch
+from torchvision.ops import nms
+from transformers import Qwen2VLVideoProcessor, Qwen2VLImageProcessor
+
+import megatron.core
+import megatron_mimo.data, megatron_mimo.pretrained
+
+print("FROM", megatron_mimo.__file__, importlib.metadata.version("megatron-mimo"))
+nms(torch.rand(3, 4), torch.rand(3), 0.5)  # a torchvision of another torch has no operators
+Qwen2VLVideoProcessor()
+"""
+
+
+@pytest.mark.long
+@pytest.mark.process
+def test_the_extras_hf_and_data_install_together_and_read_data(tmp_path):
+    """Into an environment with nothing but pip; torch stays the one that the library is tested with."""
+    wheel = build(tmp_path)
+    run(sys.executable, "-m", "venv", tmp_path / "env", cwd=tmp_path)
+    python = tmp_path / "env" / "bin" / "python"
+    run(python, "-m", "pip", "install", f"{wheel}[hf,data]", "--constraint", ROOT / "constraints.txt", cwd=tmp_path)
+    run(python, "-m", "pip", "check", cwd=tmp_path)
+    said = run(python, "-c", READS, cwd=tmp_path)
+    assert Path(re.search(r"FROM (\S+)", said)[1]).is_relative_to(tmp_path / "env")
+    code = re.search(r"```python\n(.*?)```", ROOT.joinpath("docs/data.md").read_text(), re.S)[1]
+    printed = re.search(r"```text\n(.*?)```", ROOT.joinpath("docs/data.md").read_text(), re.S)[1]
+    (tmp_path / "page.py").write_text(code)
+    assert run(python, "page.py", cwd=tmp_path) == printed
