@@ -31,6 +31,13 @@ def test_imports_within_functions_are_arrows_and_those_for_type_checkers_are_not
     assert imports.graph(package) == {"high": {"low"}, "low": set(), "types": set()}
 
 
+def test_the_page_of_rooms_draws_them_as_they_are() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "rooms.md").read_text()
+    now = page.partition("## Now\n\n")[2].partition("\n\n##")[0]
+    drawn = imports.drawn(imports.graph(imports.PACKAGE))
+    assert [line.split() for line in now.splitlines()] == [line.split() for line in drawn.splitlines()]
+
+
 def test_a_call_is_counted_where_it_receives_the_very_tensor_and_not_a_copy_of_it() -> None:
     errors = torch.ones(2, 3)
     counted = hops.Hops({"errors": errors})
