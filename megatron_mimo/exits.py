@@ -36,8 +36,14 @@ def exit_on_error() -> Iterator[None]:
         _exit_now(error)
 
 
-def _exit_now(error: BaseException) -> None:
-    sys.excepthook(type(error), error, error.__traceback__)
+def exit_now(message: str) -> None:
+    """Ends this process at once with status 1, whatever its other threads wait for.
+
+    Args:
+        message: to print on standard error.
+    """
+    if message:
+        print(message, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     # Helper processes (data loaders, dist_checkpointing's writers) would outlive this one and hold its output open.
@@ -45,6 +51,11 @@ def _exit_now(error: BaseException) -> None:
         child.kill()
     # _exit rather than exit: destructors of process groups may wait for ranks that will never answer.
     os._exit(1)
+
+
+def _exit_now(error: BaseException) -> None:
+    sys.excepthook(type(error), error, error.__traceback__)
+    exit_now("")
 
 
 def _has_peers() -> bool:

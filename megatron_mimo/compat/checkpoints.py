@@ -83,12 +83,14 @@ def megatron_globals() -> Iterator[None]:
     Undocumented: `megatron.core.safe_globals.SAFE_GLOBALS`, the classes that Megatron registers with torch for its own
     ``torch.load``.
     Reason: the common state of a run of `megatron.training` holds its arguments, enumerations and counters. An empty
-    `io.BytesIO`, which TransformerEngine's layers had without fp8, is written by the name `bytes`.
+    `io.BytesIO`, which TransformerEngine's layers had without fp8, is written by the name `bytes`. A run that stops at
+    a NaN adds the calls that found it: `rerun_state_machine.Call` and `Caller`, named tuples of strings and numbers.
     When it goes: look at what `megatron.training.initialize` registers.
     """
+    from megatron.core.rerun_state_machine import Call, Caller
     from megatron.core.safe_globals import SAFE_GLOBALS
 
-    with torch.serialization.safe_globals([*SAFE_GLOBALS, bytes]):
+    with torch.serialization.safe_globals([*SAFE_GLOBALS, bytes, Call, Caller]):
         yield
 
 

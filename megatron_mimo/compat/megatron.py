@@ -73,6 +73,18 @@ def _fill(hooks: dict[int, Callable[..., Any]], content: Mapping[int, Callable[.
     hooks.update(content)
 
 
+def gradient_buffers(chunk: nn.Module) -> list[torch.Tensor]:
+    """The flat buffers that hold the gradients of a chunk in Megatron's DDP, experts' included; padding is zero.
+
+    Undocumented: `buffers` and `expert_parallel_buffers` of `DistributedDataParallel`, lists of `_ParamAndGradBuffer`
+    with `grad_data`.
+    Reason: one pass over them costs a launch a buffer; over the gradients it would cost one a parameter.
+    When it goes: take `parameter.main_grad` of every parameter that trains.
+    """
+    buffers = [*chunk.buffers, *chunk.expert_parallel_buffers]  # type: ignore[misc]  # DDP's hide nn.Module.buffers
+    return [buffer.grad_data for buffer in buffers]
+
+
 def is_tied_copy(parameter: nn.Parameter) -> bool:
     """Whether an output weight is the last stage's copy of a tied embedding.
 

@@ -84,18 +84,22 @@ def build_chunks(
     ]
 
 
-def wrap_chunks(chunks: list[MimoModel], run: Run, ddp: DistributedDataParallelConfig) -> list[DistributedDataParallel]:
+def wrap_chunks(
+    chunks: list[MimoModel], run: Run, ddp: DistributedDataParallelConfig, control: TrainingControl
+) -> list[DistributedDataParallel]:
     """The chunks in half precision where their configuration says so, in Megatron's DDP.
 
     Args:
         chunks: from `build_chunks`.
         run: the layout and its process groups.
         ddp: options of the gradient reduction.
+        control: which encoders keep their precision.
     """
     wrapped = []
     for index, chunk in enumerate(chunks):
         config = chunk.config
-        inner: nn.Module = Float16Module(config, chunk) if config.fp16 or config.bf16 else chunk
+        with control.keeping_precision(chunk):
+            inner: nn.Module = Float16Module(config, chunk) if config.fp16 or config.bf16 else chunk
         wrapped.append(
             DistributedDataParallel(
                 config,

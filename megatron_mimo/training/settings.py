@@ -25,6 +25,8 @@ class TrainerSettings:
         save_every: steps between checkpoints; the end and a SIGTERM save one in any case.
         directory: of the checkpoints, a path or a string; None saves none.
         progress: show a progress bar on the last rank.
+        stop_grace_s: seconds that a step may go on after a SIGTERM; then the process ends and says where it was. None
+            for ten times the slowest step so far, and at least 10.
     """
 
     steps: int
@@ -36,6 +38,7 @@ class TrainerSettings:
     save_every: int | None = None
     directory: Path | str | None = None
     progress: bool = True
+    stop_grace_s: float | None = None
 
     def __post_init__(self) -> None:
         if self.directory is not None:
@@ -46,6 +49,8 @@ class TrainerSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"TrainerSettings: {name} must be at least 1, got {value}")
+        if self.stop_grace_s is not None and not 0 < self.stop_grace_s < float("inf"):
+            raise ValueError(f"TrainerSettings: stop_grace_s must be finite and above 0, got {self.stop_grace_s}")
         if not 0 <= self.warmup_steps < self.steps:
             raise ValueError(
                 f"TrainerSettings: warmup_steps must lie in [0, steps = {self.steps}), got {self.warmup_steps}"
@@ -64,8 +69,9 @@ class StepReport:
             batch counted nothing of are left out. Of a model with experts also its auxiliary losses by Megatron's
             names, such as `"load_balancing_loss"` and `"z_loss"`, without their coefficients; not part of `"loss"`.
         learning_rate: of parameters without a factor of their own.
-        gradient_norm: before clipping; None where the optimizer does not compute it.
-        skipped: the gradients had an infinity or NaN, and no weight changed (fp16).
+        gradient_norm: before clipping; None where the optimizer does not compute it, or nothing was learned.
+        skipped: no weight and no optimizer state changed: the gradients had an infinity or NaN (fp16), or nothing was
+            learned, because no loss counted anything or every gradient is zero.
         seconds: wall-clock time.
     """
 

@@ -1,12 +1,41 @@
-"""SIGTERM, as the end of the current step."""
+"""SIGTERM, as the end of the current step; or of the process, where that step does not end."""
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
 from types import FrameType, TracebackType
 
 import torch
 import torch.distributed as dist
+
+from megatron_mimo.exits import exit_now
+
+# How many times as long as the slowest step so far a step may take once a SIGTERM has come, and the least.
+GRACE_STEPS, LEAST_GRACE_S = 10.0, 10.0
+# torchrun hands on the SIGTERM that a scheduler also sends to every process: two that come together are one.
+_TOGETHER_S = 1.0
+# How often the watching thread looks, once a signal has come.
+_LOOK_S = 0.05
+
+
+class Pace:
+    """When the last step ended, and how long the slowest took."""
+
+    def __init__(self) -> None:
+        self.slowest = 0.0
+        self.last = time.monotonic()
+
+    def ended(self, seconds: float = 0.0) -> None:
+        """Takes note of the end of a step of training or evaluation, or of a save, and of how long a step took."""
+        self.last = time.monotonic()
+        self.slowest = max(self.slowest, seconds)
 
 
 class StopRequest:
@@ -15,9 +44,16 @@ class StopRequest:
     Schedulers send SIGTERM some seconds before they take a machine away: long enough to finish a step
     and save. All ranks learn of a signal that any of them received.
 
+    A thread watches for it beside, since a rank that waits in a collective runs no handler. If no step ends within a
+    grace after the signal, or a second one comes, the process ends with status 1 and prints in which collective it was.
+    It never does so while `saving` says that a checkpoint is being written.
+
     Args:
         device: where this rank's collectives run.
         number: of the signal.
+        pace: of the run's steps.
+        grace_s: seconds; None for ten times the slowest step so far, and at least 10.
+        saving: whether this rank is writing a checkpoint.
 
     Example:
         >>> with StopRequest(torch.device("cpu")) as stop:
@@ -25,26 +61,120 @@ class StopRequest:
         False
     """
 
-    def __init__(self, device: torch.device, number: signal.Signals = signal.SIGTERM) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        number: signal.Signals = signal.SIGTERM,
+        *,
+        pace: Pace | None = None,
+        grace_s: float | None = None,
+        saving: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._device, self._number = device, number
+        self._pace, self._grace_s, self._saving = pace or Pace(), grace_s, saving
         self._flag = False
+        self._agreed = False
 
     def __enter__(self) -> StopRequest:
+        self._main = threading.get_ident()
+        self._pace.ended()
         self._before = signal.signal(self._number, self._note)
+        self._read, self._write = socket.socketpair()
+        for end in (self._read, self._write):
+            end.setblocking(False)
+        # Python's own handlers wait for the main thread to run; this descriptor does not.
+        self._descriptor_before = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+        self._done = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="SIGTERM", daemon=True)
+        self._watcher.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        signal.set_wakeup_fd(self._descriptor_before)
         signal.signal(self._number, self._before)
+        self._done.set()
+        self._write.close()
+        self._watcher.join()
+        self._read.close()
 
     def received(self) -> bool:
         """Whether any rank got the signal. Collective over all ranks: one all-reduce of one number."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
+            self._agreed = self._flag
             return self._flag
         flag = torch.tensor(int(self._flag), device=self._device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+        self._agreed = bool(flag.item())
+        self._pace.ended()
+        return self._agreed
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._flag = True
+
+    # Below: the watching thread ---------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        arrivals: list[float] = []
+        while not self._done.is_set():
+            for _ in range(self._arrived(blocking=not arrivals)):
+                now = time.monotonic()
+                if not arrivals or now - arrivals[-1] > _TOGETHER_S:
+                    arrivals.append(now)
+            if self._done.is_set() or self._agreed:
+                continue  # the run is about to end by itself
+            if self._saving():  # what it writes shall be whole
+                self._pace.ended()
+                continue
+            if len(arrivals) > 1:
+                return self._end("a second signal came")
+            if arrivals:
+                grace = self._grace_s
+                if grace is None:
+                    grace = max(LEAST_GRACE_S, GRACE_STEPS * self._pace.slowest)
+                if time.monotonic() - max(arrivals[0], self._pace.last) > grace:
+                    return self._end(f"no step ended within {grace:g} s")
+
+    def _arrived(self, blocking: bool) -> int:
+        """How many of the signal have come; waits for one, or a moment."""
+        self._read.settimeout(None if blocking else _LOOK_S)
+        try:
+            numbers = self._read.recv(64)
+        except TimeoutError:
+            return 0
+        if not blocking and not numbers:
+            time.sleep(_LOOK_S)
+        if self._descriptor_before >= 0:
+            os.write(self._descriptor_before, numbers)  # whoever watched before goes on watching
+        return numbers.count(int(self._number))
+
+    def _end(self, why: str) -> None:
+        frame = sys._current_frames()[self._main]
+        stack = traceback.extract_stack(frame)
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        exit_now(
+            f"{''.join(traceback.format_list(stack))}rank {rank}: {self._number.name} came, and {why}. This rank was "
+            f"in {place_of(stack)}. It ends without a checkpoint of this step; those before it are kept. Where a rank "
+            "waits in a collective, look at what the others do."
+        )
+
+
+def place_of(stack: traceback.StackSummary) -> str:
+    """Which collective a stack waits in and who called it, or the innermost line of Python where there is none.
+
+    Args:
+        stack: outermost frame first.
+    """
+    collectives = [
+        index
+        for index, each in enumerate(stack)
+        if each.filename.endswith("torch/distributed/distributed_c10d.py") and not each.name.startswith("_")
+    ]
+    if not collectives:
+        each = stack[-1]
+        return f"{each.name} ({each.filename}, line {each.lineno}: {each.line})"
+    collective = stack[collectives[0]]
+    callers = [each for each in stack[: collectives[0]] if "torch/distributed" not in each.filename]
+    caller = callers[-1] if callers else stack[0]
+    return f"the collective {collective.name}, called by {caller.name} ({caller.filename}, line {caller.lineno})"

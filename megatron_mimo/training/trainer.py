@@ -10,10 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -24,14 +23,14 @@ from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.data.progress import State
 from megatron_mimo.data.step import Counts
 from megatron_mimo.launch import Run, exit_on_error
-from megatron_mimo.layout import check_layout, check_sequence_length
+from megatron_mimo.layout import check_layout
 from megatron_mimo.modality.marks import check_orthogonalized
 from megatron_mimo.moved import names_of
 from megatron_mimo.pretrained import Source
 from megatron_mimo.training import auxiliary
-from megatron_mimo.training.agreement import check_list, means
+from megatron_mimo.training.agreement import agree, agree_on_microbatches, error_of, shared
 from megatron_mimo.training.checkpoints import saving
-from megatron_mimo.training.checkpoints.directories import CheckpointSettings
+from megatron_mimo.training.checkpoints.directories import CheckpointSettings, newest_first
 from megatron_mimo.training.checkpoints.parts import LoadReport, load_parts
 from megatron_mimo.training.checkpoints.writing import Saver
 from megatron_mimo.training.chunks import (
@@ -41,6 +40,7 @@ from megatron_mimo.training.chunks import (
     wrap_chunks,
 )
 from megatron_mimo.training.course import schedule_of, with_precision_of
+from megatron_mimo.training.finite import Found, Gradients, check_weights, look, refuse
 from megatron_mimo.training.forward import ForwardStep
 from megatron_mimo.training.masters import Masters
 from megatron_mimo.training.parts.control import TrainingControl
@@ -48,8 +48,8 @@ from megatron_mimo.training.progress import Progress
 from megatron_mimo.training.settings import History, StepReport, TrainerSettings, due
 from megatron_mimo.training.showing import Samples
 from megatron_mimo.training.sources import DataSource, Reader
-from megatron_mimo.training.speed.counts import term
-from megatron_mimo.training.stop import StopRequest
+from megatron_mimo.training.speed.counts import LOSS
+from megatron_mimo.training.stop import Pace, StopRequest
 
 #: `(step, rank, size) -> microbatches`: what one of `size` data-parallel ranks trains on in a step. A
 #: pure function: every pipeline stage asks for itself, and a resumed run asks again. Each microbatch
@@ -106,7 +106,7 @@ class Trainer:
         optimizer = with_precision_of(self.models[0], optimizer or OptimizerConfig(lr=1e-3), ddp)
         for model in self.models:
             check_orthogonalized(model.modality_submodules, model.config, optimizer.optimizer)
-        self.chunks = wrap_chunks(self.models, run, ddp)
+        self.chunks = wrap_chunks(self.models, run, ddp, self.control)
         self.optimizer = get_megatron_optimizer(
             optimizer,
             self.chunks,
@@ -117,6 +117,7 @@ class Trainer:
         self._masters = Masters(self.models, self.optimizer)
         self.schedule = schedule_of(self.optimizer, optimizer, settings)
         hook_schedule(self.chunks, self.optimizer.scale_loss)
+        self._gradients = Gradients(self.chunks)
         self.steps_done = 0
         self._microbatches = 1
         self._forward_step = ForwardStep(
@@ -126,7 +127,7 @@ class Trainer:
             on_step=self._keep_counts,
         )
         self._counts: Counts = {}
-        self._saver = Saver(checkpoints)
+        self._saver, self._pace = Saver(checkpoints), Pace()
         self._trained = saving.Trained.by(self.control, config, optimizer.use_distributed_optimizer)
         self._reader: Reader | None = None
         self._data_state: State | None = None  # of the checkpoint, until a source takes it
@@ -135,7 +136,8 @@ class Trainer:
         """Trains to `settings.steps`, from where the trainer stands.
 
         On several ranks an exception on one of them ends the job at once, and a SIGTERM to one
-        saves a checkpoint (where there is a directory) at the end of the current step.
+        saves a checkpoint (where there is a directory) at the end of the current step. A step that does not end within
+        `settings.stop_grace_s` of it ends the process with status 1, which prints in which collective it was.
 
         Args:
             data: to train on: a function of the step, or a source such as `PackSource`, which is read on one rank of
@@ -153,7 +155,10 @@ class Trainer:
             )
         settings, history, data = self.settings, History(), self._step_data(data)
         shown = settings.progress and self.run.rank == self.run.world_size - 1
-        with exit_on_error(), StopRequest(self.run.device) as stop, Progress(settings.steps, shown) as bar:
+        asked = StopRequest(
+            self.run.device, pace=self._pace, grace_s=settings.stop_grace_s, saving=lambda: self._saver.writing
+        )
+        with exit_on_error(), asked as stop, Progress(settings.steps, shown) as bar:
             while self.steps_done < settings.steps and not history.stopped:
                 report = self.train_step(data)
                 history.steps.append(report)
@@ -162,7 +167,9 @@ class Trainer:
                 if evaluation is not None and (ended or due(self.steps_done, settings.evaluate_every)):
                     history.evaluations[self.steps_done] = self.evaluate(evaluation)
                     if self.samples is not None:
+                        began = time.perf_counter()
                         self.samples.take(self.generate, self.steps_done, self.run)
+                        self._pace.ended(time.perf_counter() - began)
                 history.stopped = stop.received()
                 if ended or history.stopped:
                     self.save(losses=history.evaluations.get(self.steps_done))
@@ -177,24 +184,31 @@ class Trainer:
         """One optimizer step on `data` of step `steps_done`. Collective over all ranks.
 
         Raises:
-            ValueError: a half-precision weight changed by other means than `load_state_dict`; see `sync_weights`.
+            FloatingPointError: on every rank, naming step and ranks, where a loss or (but for fp16, whose loss scale
+                follows) a gradient is NaN or infinite. No weight and no optimizer state has changed then.
+            ValueError: on every rank, where one of them found a half-precision weight changed by other means than
+                `load_state_dict` (see `sync_weights`), or ranks that wait for each other have other microbatches.
         """
         started = time.perf_counter()
-        self._masters.follow()
+        changed = error_of(self._masters.follow)
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         auxiliary.start_step(self.models[0].config)
-        logged = self._run(data, self.steps_done, forward_only=False)
-        succeeded, norm, _ = self.optimizer.step()
-        losses, norm, succeeded = self._agree(logged, norm, succeeded, self._counts)
+        logged = self._run(data, self.steps_done, forward_only=False, error=changed)
+        learned = sum(count for (kind, *_), count in self._counts.items() if kind == LOSS)
+        found = look(logged, self.run, self._gradients.largest, learned)
+        self._check_finite(found, logged)
+        succeeded, norm, _ = self.optimizer.step() if found.learns else (False, None, None)
+        losses, norm, succeeded = shared(found.losses, norm, succeeded, self._counts, self.run)
         losses |= auxiliary.reported(self.models[0].config, self.run, self._microbatches)
         learning_rate = self.schedule.get_lr({})  # of a group that says nothing of its own
         if succeeded:
             self.schedule.step(increment=1)
         self.steps_done += 1
         seconds = time.perf_counter() - started
+        self._pace.ended(seconds)
         return StepReport(self.steps_done - 1, losses, learning_rate, norm, not succeeded, seconds)
 
     @torch.no_grad()
@@ -210,9 +224,10 @@ class Trainer:
             logged = []
             for step in range(self.settings.evaluation_steps):
                 logged += self._run(data, step, forward_only=True)
+                self._pace.ended()
             for chunk in self.chunks:
                 chunk.train()
-        losses, _, _ = self._agree(logged, None, True, {})
+        losses, _, _ = shared(look(logged, self.run).losses, None, True, {}, self.run)
         weights = self.models[-1].loss_weights
         weighted = {name: weights.get(name.partition("/")[0], 1.0) * mean for name, mean in losses.items()}
         return losses | {"loss": sum(weighted.values())}
@@ -238,12 +253,14 @@ class Trainer:
             losses: of an evaluation at this step, by which the best checkpoint is known.
 
         Raises:
+            FloatingPointError: on every rank, where a weight that trains is NaN or infinite.
             OSError: on every rank, where one of them could not write. The checkpoints before it stay.
         """
         if (directory := self.settings.directory) is None:
             return None
-        self._masters.follow()
+        agree(error_of(self._masters.follow), self.run)
         with parameters_gathered(self.chunks, self.optimizer):
+            agree(error_of(lambda: check_weights(self.models)), self.run)
             return saving.save(
                 Path(directory), self.steps_done, self.models, self.optimizer, self.schedule, self.run, self._trained,
                 self._reader.state() if self._reader is not None else self._data_state,
@@ -310,7 +327,7 @@ class Trainer:
         config = self.models[0].mimo_config
         chosen = None if parts is None else TrainingControl(frozen=parts).frozen_prefixes(config)
         report = load_parts(Path(path), self.models, chosen)
-        self.optimizer.reload_model_params()  # its own float32 copies of half-precision weights
+        self._masters.sync()
         return report
 
     # Below: what a step needs ---------------------------------------------------------------
@@ -326,12 +343,18 @@ class Trainer:
         self._reader = Reader(data, self.run)
         return self._reader
 
-    def _run(self, data: StepData, step: int, *, forward_only: bool) -> list[dict[str, Tensor]]:
-        """Runs the schedule over a step's microbatches; gives their reports on the last stage."""
+    def _run(
+        self, data: StepData, step: int, *, forward_only: bool, error: Exception | None = None
+    ) -> list[dict[str, Tensor]]:
+        """Runs the schedule over a step's microbatches; gives their reports on the last stage.
+
+        An `error` of this rank before the step is raised on all of them.
+        """
         reads = self.run.groups.tp.rank() == 0
         batches = data(step, self.run.data_rank, self.run.layout.data_parallel_size) if reads else ()
-        check_list(batches)
-        self._microbatches, (batch_size, length) = self._shape(batches)
+        self._microbatches, (batch_size, length) = agree_on_microbatches(
+            batches, error, self.run, self.models[0].config
+        )
         return get_forward_backward_func()(
             forward_step_func=self._forward_step,
             # Every chunk of an interleaved pipeline goes through the same batches.
@@ -343,58 +366,16 @@ class Trainer:
             forward_only=forward_only,
         )
 
-    def _shape(self, batches: Sequence[Batch]) -> tuple[int, tuple[int, int]]:
-        """Number of microbatches and `(B, S)`, told by the rank that reads to its tensor-parallel group."""
-        group = self.run.groups.tp
-        shapes = [cast(tuple[int, int], tuple(batch["input_ids"].shape)) for batch in batches]
-        if group.rank() == 0:
-            self._check_shapes(shapes)
-        message = [(len(shapes), shapes[0])] if shapes else [(0, (0, 0))]
-        if group.size() > 1:
-            dist.broadcast_object_list(message, group=group, group_src=0)
-        return message[0]
-
-    def _check_shapes(self, shapes: Sequence[tuple[int, int]]) -> None:
-        if not shapes:
-            raise ValueError("a step has no microbatch: the data must give at least one for every step")
-        config = self.models[0].config
-        one_shape = self.run.layout.pipeline_model_parallel_size > 1 and not config.variable_seq_lengths
-        if one_shape and len(set(shapes)) > 1:
-            raise ValueError(
-                f"microbatches of shapes {sorted(set(shapes))}: pipeline stages exchange hidden "
-                "states of one shape. Pad them alike, or set TransformerConfig.variable_seq_lengths."
-            )
-        for _, length in set(shapes):
-            check_sequence_length(length, self.run.layout, config)
-
     def _keep_counts(self, step: int, counts: Counts) -> None:
         self._counts = counts
 
-    def _agree(
-        self,
-        logged: list[dict[str, Tensor]],
-        norm: float | None,
-        succeeded: bool,
-        counts: Counts,
-    ) -> tuple[dict[str, float], float | None, bool]:
-        """Losses, gradient norm and success as all ranks shall know them.
-
-        Terms that `counts`, those of the whole step, has nothing of are left out.
-        """
-        groups = self.run.groups
-        losses = means(logged, groups.dp_cp) if logged else {}
-        losses = {name: mean for name, mean in losses.items() if counts.get(term(name)) != 0}
-        if groups.pp.size() > 1:
-            message = [losses]
-            dist.broadcast_object_list(message, group=groups.pp, group_src=groups.pp.size() - 1)
-            losses = message[0]
-        if groups.mp.size() > 1:
-            # A stage where everything is frozen has no norm and cannot fail.
-            stages: list = [None] * groups.mp.size()
-            dist.all_gather_object(stages, (norm, bool(succeeded)), group=groups.mp)
-            norm = max((one for one, _ in stages if one is not None), default=None)
-            succeeded = all(one for _, one in stages)
-        return losses, norm, bool(succeeded)
+    def _check_finite(self, found: Found, logged: list[dict[str, Tensor]]) -> None:
+        """Ends the step on every rank before the optimizer runs, where a loss or a gradient is not finite."""
+        # With fp16 a gradient that overflows is an everyday matter, which lowers the loss scale.
+        if found.bad_losses or (found.bad_gradients and not self.optimizer.config.fp16):
+            self._saver.wait()  # what is being written is the last good checkpoint
+            newest = next(iter(newest_first(Path(self.settings.directory))), None) if self.settings.directory else None
+            refuse(found, logged, self._gradients, self.steps_done, newest)
 
 
 __getattr__ = names_of(__name__)

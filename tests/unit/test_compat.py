@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from torch import nn
 
 from megatron_mimo.compat import checkpoints, hybrid, megatron, megatron_optimizers, megatron_training, notices
@@ -53,6 +54,9 @@ NAMES = {
     "torch.script_as": ("torch.jit._builtins._get_builtin_table", []),
     "megatron.gathers_parameters": (
         "megatron.core.distributed.distributed_data_parallel.DistributedDataParallel._make_forward_pre_hook", ["self"]
+    ),
+    "megatron.gradient_buffers": (
+        "megatron.core.distributed.param_and_grad_buffer._ParamAndGradBuffer", ["ddp_config", "param_dtype"]
     ),
     "megatron.is_tied_copy": (
         "megatron.core.models.common.language_module.language_module.LanguageModule"
@@ -407,6 +411,14 @@ def test_the_halves_of_a_gpt_layer_are_all_of_it(single_process) -> None:
         default = getattr(nothing, field.name)
         given = [half for half in halves if half is not default]
         assert len(given) == (getattr(layer, field.name) is not default), field.name
+
+
+def test_buffers_hold_the_gradients_of_every_parameter_that_trains(single_process) -> None:
+    model = tiny.megatron_mimo.MimoModel(tiny.mimo_config())
+    wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+    buffers = megatron.gradient_buffers(wrapped)
+    held = {buffer.untyped_storage().data_ptr() for buffer in buffers}
+    assert held == {parameter.main_grad.untyped_storage().data_ptr() for parameter in model.parameters()}
 
 
 def test_a_tied_copy_is_marked_where_megatron_marks_it() -> None:

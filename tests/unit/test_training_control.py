@@ -232,6 +232,11 @@ def test_optimizer_without_a_min_lr_decays_to_zero(decay, single_process):
         ),
         (dict(compiled=["decoders"]), "compiled: 'decoders' is no encoder"),
         (dict(graphed=["images"]), "graphed: 'images' is no encoder"),
+        (dict(own_precision=["images/decoders"], frozen=["images"]), "own_precision: 'images/decoders' is no encoder"),
+        (dict(evaluating=["language_model"], frozen=["language_model"]), "evaluating: 'language_model' is no encoder"),
+        (dict(own_precision=["images/encoders"]), "own_precision: 'images/encoders' trains, expected .* frozen"),
+        (dict(evaluating=["encoders"], frozen=["images"]), "evaluating: 'encoders' trains, expected .* frozen"),
+        (dict(evaluating=["images/encoders/clip"]), "evaluating: the model has no part 'images/encoders/clip'"),
         (dict(embedding_rows=[tiny.VOCABULARY]), r"embedding_rows: 64 is outside the vocabulary \[0, 64\)"),
         (dict(embedding_rows=[-200]), "embedding_rows: -200 is outside the vocabulary"),
         (
@@ -301,3 +306,82 @@ def test_running_statistics_of_a_frozen_encoder_stay_and_others_move(single_proc
         norm = ours.models[0].modality_submodules["images"].encoders["patches"].norm
         ours.train(one_batch)
         assert norm.running_mean.eq(0).all() == bool(frozen), frozen
+
+
+class Regular(tiny.PatchEncoder):
+    """An encoder with what differs in evaluation, and a buffer; it keeps what it saw and gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(tiny.PIXELS)
+        self.dropout = torch.nn.Dropout(0.5)
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = self.dropout(super().forward(self.norm(x.flatten(0, -2)).view_as(x)))
+        self.seen.append((x.detach(), given.detach()))
+        return given
+
+
+FROZEN = ["images/encoders"]
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def half_trainer(run, control: TrainingControl, half: str, directory=None) -> Trainer:
+    torch.manual_seed(3)
+    precision = {half: True, "params_dtype": HALF[half]}
+    images = tiny.image_spec(encoders={"patches": ModuleSpec(module=Regular)})
+    return Trainer(
+        tiny.mimo_config(
+            tiny.language_spec(tiny.language_config(**precision)),
+            modality_submodules={"images": images, "audio": tiny.audio_spec()},
+        ),
+        run,
+        TrainerSettings(steps=3, progress=False, directory=directory),
+        optimizer=adam(initial_loss_scale=8.0),
+        control=control,
+    )
+
+
+@pytest.mark.parametrize("half", HALF)
+def test_a_frozen_encoder_keeps_float32_under_a_half_precision_trainer_and_computes_in_it(
+    half, single_process, tmp_path
+):
+    control = TrainingControl(frozen=FROZEN, own_precision=FROZEN, evaluating=FROZEN)
+    ours = half_trainer(single_process, control, half, tmp_path)
+    encoder = ours.models[0].modality_submodules["images"].encoders["patches"]
+    tensors = {**dict(encoder.named_parameters()), **dict(encoder.named_buffers())}
+    before = {name: value.clone() for name, value in tensors.items()}
+    assert {v.dtype for v in tensors.values() if v.is_floating_point()} == {torch.float32}
+    assert any((v != v.to(HALF[half]).float()).any() for v in before.values()), "there are bits to lose"
+    assert ours.models[0].language_model.output_layer.weight.dtype == HALF[half]
+    ours.train(one_batch)
+    assert len(encoder.seen) == 3
+    reference = Regular().eval()
+    reference.load_state_dict(before)
+    for x, given in encoder.seen:
+        assert x.dtype == given.dtype == torch.float32
+        assert torch.equal(given, reference(x))
+    tensors = {**dict(encoder.named_parameters()), **dict(encoder.named_buffers())}
+    assert all(torch.equal(tensors[name], value) for name, value in before.items())
+    # The checkpoint has it in float32, and gives it back.
+    other = half_trainer(single_process, control, half)
+    theirs = other.models[0].modality_submodules["images"].encoders["patches"]
+    with torch.no_grad():
+        theirs.linear.weight.zero_()
+    other.load(tmp_path / "step_00000003")
+    assert theirs.linear.weight.dtype == torch.float32 and torch.equal(theirs.linear.weight, before["linear.weight"])
+    plain = half_trainer(single_process, TrainingControl(frozen=FROZEN), half)
+    assert plain.models[0].modality_submodules["images"].encoders["patches"].linear.weight.dtype == HALF[half]
+
+
+@pytest.mark.parametrize("evaluating", [False, True])
+def test_a_frozen_encoder_runs_as_in_evaluation_while_the_rest_trains(evaluating, single_process):
+    control = TrainingControl(frozen=FROZEN, evaluating=FROZEN if evaluating else ())
+    ours = half_trainer(single_process, control, "bf16")
+    ours.train(lambda *_: one_batch(0, 0, 1))
+    encoder = ours.models[0].modality_submodules["images"].encoders["patches"]
+    alike = all(torch.equal(encoder.seen[0][1], given) for _, given in encoder.seen[1:])
+    assert alike == evaluating, "dropout draws anew in each step of training alone"
+    assert encoder.dropout.training != evaluating and ours.models[0].language_model.training
+    assert encoder.norm.running_mean.eq(0).all() and encoder.norm.num_batches_tracked == 0

@@ -129,3 +129,25 @@ def test_a_checkpoint_saved_after_load_state_dict_holds_what_was_loaded(single_p
     torch.testing.assert_close(
         other.models[0].language_model.output_layer.weight.detach(), expected, rtol=1e-2, atol=1e-4
     )
+
+
+def test_parts_that_were_loaded_are_stepped_and_copies_of_the_others_keep_all_their_bits(single_process, tmp_path):
+    first = trainer(single_process, directory=tmp_path)
+    first.models[0].language_model.load_state_dict(doubled(first.models[0].language_model))
+    path = first.save()
+    ours = trainer(single_process)
+    for _ in range(2):
+        ours.train_step(one_batch)
+    optimizer = ours.optimizer.chained_optimizers[0]
+    groups = zip(optimizer.float16_groups, optimizer.fp32_from_float16_groups)
+    pairs = [pair for group in groups for pair in zip(*group)]
+    language = {id(p) for p in ours.models[0].language_model.parameters()}
+    others = [(weight, master, master.detach().clone()) for weight, master in pairs if id(weight) not in language]
+    assert any((before != before.bfloat16().float()).any() for _, _, before in others)  # there are bits to lose
+    ours.load_parts(path, ["language_model"])
+    assert all(torch.equal(master, before) for _, master, before in others)
+    expected = first.models[0].language_model.output_layer.weight.detach()
+    ours.train_step(one_batch)
+    # Adam at lr 1e-6 moves a copy by at most 1e-6, and so a half-precision weight by its last bit.
+    found = ours.models[0].language_model.output_layer.weight.detach()
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-4)

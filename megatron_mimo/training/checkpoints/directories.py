@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
+import math
 import os
 import re
 import shutil
@@ -162,7 +163,8 @@ def clean_up(directory: Path, settings: CheckpointSettings) -> list[Path]:
     if settings.keep_every is not None:
         kept |= {path for path in whole if _step(path) % settings.keep_every == 0}
     if settings.keep_best is not None:
-        losses = {path: _losses(path)[settings.keep_best] for path in whole if settings.keep_best in _losses(path)}
+        losses = {path: _losses(path).get(settings.keep_best, math.nan) for path in whole}
+        losses = {path: loss for path, loss in losses.items() if not math.isnan(loss)}
         kept |= {min(losses, key=lambda path: losses[path])} if losses else set()
     gone = [path for path in whole if path not in kept]
     for path in gone:

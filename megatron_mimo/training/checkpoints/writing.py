@@ -7,8 +7,8 @@ import io
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -193,6 +193,7 @@ class Saver:
         self.buffer = HostBuffer()
         self._group: dist.ProcessGroup | None = None
         self._job: _Job | None = None
+        self._at_work = 0  # of the main thread
 
     def save(
         self,
@@ -222,6 +223,19 @@ class Saver:
             OSError: on every rank: no room, no permission, another job that saves there, or a rank that could not
                 write.
         """
+        with self._working():
+            self._save(plan, target, config, background, losses, beside, after)
+
+    def _save(
+        self,
+        plan: Callable[[Path], Planned],
+        target: Path,
+        config: MimoModelConfig,
+        background: bool,
+        losses: Mapping[str, float] | None,
+        beside: Callable[[Path], None],
+        after: Callable[[], None],
+    ) -> None:
         self.wait()
         if self._group is None:
             # Of its own: what goes on in the run's groups meanwhile does not come between.
@@ -249,6 +263,20 @@ class Saver:
         """Whether a checkpoint is in progress."""
         return self._job is not None
 
+    @property
+    def writing(self) -> bool:
+        """Whether this rank is writing a checkpoint, or puts one in its place; asked by any thread."""
+        job = self._job
+        return self._at_work > 0 or (job is not None and job.thread is not None and job.thread.is_alive())
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        self._at_work += 1
+        try:
+            yield
+        finally:
+            self._at_work -= 1
+
     def poll(self) -> None:
         """Finishes a checkpoint in the background that every rank has written. Called at step boundaries.
 
@@ -269,9 +297,10 @@ class Saver:
             OSError: as `poll`.
         """
         if self._job is not None:
-            if self._job.thread is not None:
-                self._job.thread.join()
-            self._finish(self._job)
+            with self._working():
+                if self._job.thread is not None:
+                    self._job.thread.join()
+                self._finish(self._job)
 
     # Below: what the ranks tell each other ------------------------------------------------------------------
 
@@ -282,6 +311,10 @@ class Saver:
         return str(directories.begin(target))
 
     def _finish(self, job: _Job) -> None:
+        with self._working():
+            self._put_together(job)
+
+    def _put_together(self, job: _Job) -> None:
         self._job = None
         outcomes = self._gather(job.outcome)
         failed = [f"rank {rank}: {each.error}" for rank, each in enumerate(outcomes) if each and each.error]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations
@@ -43,7 +44,7 @@ class TrainingControl:
 
     Args:
         frozen: parts without gradient and optimizer state. Their running statistics stay as they are, as in
-            evaluation; dropout goes on as configured.
+            evaluation; dropout goes on as configured but for encoders in `evaluating`.
         embedding_rows: token ids whose rows of the language model's embedding train while the
             table's other rows stay as they are, e.g. new special tokens of a frozen language model.
             Tied output weights follow.
@@ -53,6 +54,10 @@ class TrainingControl:
             run as they are, since that would take a C++ compiler.
         graphed: encoders to replay as CUDA graphs, named as parts; see `graphed.py`. Of encoders that are
             compiled too, what is replayed are the compiled kernels.
+        own_precision: frozen encoders, named as parts, whose weights and buffers keep the dtype that they were built
+            with, such as float32 beside a language model in bf16. Inputs and rows are cast where modules meet.
+        evaluating: frozen encoders, named as parts, that run as in evaluation while the rest trains: without dropout,
+            with fixed running statistics.
 
     Example:
         >>> control = TrainingControl(frozen=("language_model", "images/encoders"), learning_rate={"decoders": 10})
@@ -64,6 +69,8 @@ class TrainingControl:
     weight_decay: Mapping[str, float] = field(default_factory=dict)
     compiled: Sequence[str] = ()
     graphed: Sequence[str] = ()
+    own_precision: Sequence[str] = ()
+    evaluating: Sequence[str] = ()
 
     def check(self, config: MimoModelConfig) -> None:
         """Refuses parts and token ids that the model does not have; needs no rank.
@@ -71,12 +78,17 @@ class TrainingControl:
         Raises:
             ValueError: naming the option, the part and what there is.
         """
-        for option in ("frozen", "learning_rate", "weight_decay", "compiled", "graphed"):
+        of_encoders = ("compiled", "graphed", "own_precision", "evaluating")
+        for option in ("frozen", "learning_rate", "weight_decay", *of_encoders):
             for part in getattr(self, option):
-                parameter_prefixes(part, config, option)
-                if option in ("compiled", "graphed") and "encoders" not in part.split("/"):
+                prefixes = parameter_prefixes(part, config, option)
+                if option in of_encoders and "encoders" not in part.split("/"):
                     raise ValueError(
                         f"{option}: {part!r} is no encoder. Name encoders, such as 'encoders' or 'images/encoders'."
+                    )
+                if option in of_encoders[2:] and not all(p.startswith(self.frozen_prefixes(config)) for p in prefixes):
+                    raise ValueError(
+                        f"{option}: {part!r} trains, expected an encoder that is frozen. Name it in frozen too."
                     )
         for option in ("learning_rate", "weight_decay"):
             for part, factor in getattr(self, option).items():
@@ -126,7 +138,9 @@ class TrainingControl:
                 parameter.requires_grad_(False)
         for name, module in model.named_modules(remove_duplicate=False):
             if f"{name}.".startswith(frozen) and getattr(module, "track_running_stats", False):
-                _keep_statistics(module)
+                _keep_evaluating(module)
+        for encoder in self._encoders(self.evaluating, model):
+            _keep_evaluating(encoder)
         if self.embedding_rows:
             for weight in _embedding_weights(model):
                 weight.requires_grad_(True)
@@ -157,6 +171,19 @@ class TrainingControl:
         compiled = set(self._encoders(self.compiled, model))
         for encoder in self._encoders(self.graphed, model):
             encoder.forward = GraphedForward(encoder, compiled=encoder in compiled)
+
+    @contextmanager
+    def keeping_precision(self, model: MimoModel) -> Iterator[None]:
+        """Within it, a cast of `model` leaves the encoders of `own_precision` as they are."""
+        modules = [each for encoder in self._encoders(self.own_precision, model) for each in encoder.modules()]
+        weights = {each: each.data for module in modules for each in module.parameters(recurse=False)}
+        buffers = [(module, dict(module.named_buffers(recurse=False))) for module in modules]
+        yield
+        for weight, before in weights.items():
+            weight.data = before
+        for module, of_module in buffers:
+            for name, buffer in of_module.items():  # a cast puts another tensor in a buffer's place
+                setattr(module, name, buffer)
 
     def finalize_func(self):
         """What goes into `TransformerConfig.finalize_model_grads_func`: Megatron's, then the row mask.
@@ -320,8 +347,8 @@ def _finalize_with_rows(model_chunks, num_tokens=None, *, rows: frozenset[int], 
             _zero_rows_except(weight.main_grad, local)  # type: ignore[attr-defined]  # DDP's
 
 
-def _keep_statistics(module: nn.Module) -> None:
-    """Has a norm use its running statistics from now on, whatever mode the model is put into."""
+def _keep_evaluating(module: nn.Module) -> None:
+    """Has a module run as in evaluation from now on, whatever mode the model is put into."""
     module.eval()
     module.train = lambda mode=True: module  # type: ignore[method-assign]
 

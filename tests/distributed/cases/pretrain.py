@@ -368,3 +368,67 @@ def sigterm_to_one_rank_of_pretrain_saves_at_the_step_boundary_and_the_run_goes_
     if last:
         assert_close(scalars(where / "stopped" / "tensorboard"), unbroken, range(1, 3))
         assert_close(resumed, unbroken, range(3, STEPS + 1))
+
+
+@case(ranks=2, timeout_s=120)
+def pretrain_logs_losses_of_experts_by_name(run: Run) -> None:
+    experts = [
+        "--num-experts", "4", "--moe-router-topk", "2", "--moe-token-dispatcher-type", "alltoall",
+        "--disable-bias-linear", "--moe-aux-loss-coeff", "0.1", "--moe-z-loss-coeff", "0.01",
+        "--expert-model-parallel-size", "2",
+    ]  # fmt: skip
+    shutdown()
+    curves = run_recipe(shared_directory() / "pretrain-experts", *experts, steps=2)
+    if run.rank == run.world_size - 1:
+        for name in ("load_balancing_loss", "z_loss"):
+            assert list(curves[name]) == [1, 2] and all(value > 0 for value in curves[name].values()), curves.keys()
+        # One is the least that balancing can be: experts used as evenly as they are chosen.
+        assert curves["load_balancing_loss"][1] == pytest.approx(1.0, abs=0.3)
+
+
+class Spoiled:
+    """The recipe, of which one rank reads a microbatch of NaN."""
+
+    model_config = staticmethod(any_to_any_small.model_config)
+    datasets = staticmethod(any_to_any_small.datasets)
+
+    def __init__(self, rank: int, microbatch: int) -> None:
+        self._rank, self._left = rank, microbatch
+
+    def collate(self, samples):
+        self._left -= 1
+        batch = any_to_any_small.collate(samples)
+        if self._left == 0 and dist.get_rank() == self._rank:
+            for modality in batch["modality_inputs"].values():
+                for encoder in modality.values():
+                    for value in encoder.values():
+                        value[:] = float("nan")
+        return batch
+
+
+@case(ranks=2, timeout_s=120)
+def pretrain_stops_at_a_nan_on_one_rank_and_keeps_the_last_good_checkpoint(run: Run) -> None:
+    where = shared_directory() / "pretrain-nan"
+    shutdown()
+    saved = ["--save", str(where), "--save-interval", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron_mimo.exits._exit_now", _raise)  # which would end this process
+        # Two microbatches a step on each rank: the third is in the second step.
+        with pytest.raises(SystemExit) as stopped:
+            run_recipe(where, *saved, recipe=Spoiled(0, 3))
+    assert stopped.value.code == 16  # Megatron's, for a job to start again
+    assert not (where / "iter_0000002").exists()
+    assert (where / "latest_checkpointed_iteration.txt").read_text() == "1"
+    assert torch.isfinite(embedding(where, 1)).all()
+    # That checkpoint also has the microbatches to try again, which this option leaves aside.
+    curves = run_recipe(where / "resumed", "--load", str(where), "--rerun-mode", "disabled")
+    if run.rank == run.world_size - 1:
+        assert list(curves["loss"]) == [2, 3, 4] and all(math.isfinite(each) for each in curves["loss"].values())
+    own = where / f"alone{run.rank}"
+    with alone(), pytest.raises(RuntimeError, match="Rank 0, .* Unexpected result nan"):
+        run_recipe(own, "--save", str(own), "--save-interval", "1", "--rerun-mode", "disabled", recipe=Spoiled(0, 5))
+    assert (own / "latest_checkpointed_iteration.txt").read_text() == "1"
+
+
+def _raise(error: BaseException) -> None:
+    raise error
