@@ -80,7 +80,9 @@ def assembled(parts: Assembly, building: Building) -> MimoModelConfig:
 
 
 def _token_ids(parts: Assembly, vocabulary: int) -> tuple[dict[str, int], tuple[str, ...], tuple[int, ...]]:
-    """Token -> id, the tokens that the tokenizer lacked, and their rows of the embedding.
+    """Token -> id, the tokens that the tokenizer lacked, and the rows of the embedding that begin anew.
+
+    Those are the rows of tokens that the tokenizer lacked, and those that the table lacked, whoever's they are.
 
     Ids come from the tokenizer, which counts on from its last one: rows of the table that it did not use are taken
     first, then the table grows.
@@ -101,13 +103,15 @@ def _token_ids(parts: Assembly, vocabulary: int) -> tuple[dict[str, int], tuple[
     tokenizer.add_tokens(list(added), special_tokens=True)
     known = tokenizer.get_vocab()
     ids = {token: int(known[token]) for token in tokens}
-    fresh = tuple(sorted(ids[token] for token in added))
-    if added:
+    rows = max([vocabulary, *(number + 1 for number in ids.values())])
+    fresh = tuple(sorted({*(ids[token] for token in added), *range(vocabulary, rows)}))
+    if fresh:
         logger.info(
-            "from_pretrained: tokens %s have the ids %s and begin as the mean of the rows before; the table has %d.",
+            "from_pretrained: the tokenizer lacked the tokens %s; rows %s of the embedding begin as the mean of those "
+            "before; the table has %d.",
             list(added),
             list(fresh),
-            max(vocabulary, *(number + 1 for number in fresh)),
+            rows,
         )
     return ids, added, fresh
 

@@ -18,6 +18,7 @@ from megatron_mimo.hf import clip, llama, llava, mistral, qwen2, qwen3, qwen_vl,
 from megatron_mimo.hf.family import settings_of
 from megatron_mimo.hf.files import Checkpoint, Stored, open_checkpoint, read_config
 from megatron_mimo.hf.language import language_spec
+from megatron_mimo.hf.names import renamed
 from megatron_mimo.hf.reading import differences, refuse
 from megatron_mimo.hf.table import Table
 from megatron_mimo.hf.vision import Select, tower_spec
@@ -162,11 +163,12 @@ def read_tower(directory: Path, path: str, layer: int | None, select: Select) ->
             f"ModuleSpec(megatron_mimo.HFEncoder, params={{'name_or_path': {str(directory)!r}}})."
         )
     checkpoint, read = open_checkpoint(directory), _config(directory)
-    tensors = {
-        name.removeprefix("vision_model."): stored
+    own = {
+        name: stored
         for name, stored in checkpoint.tensors.items()
         if kind not in _TWO_TOWERS or not name.startswith(_OTHER_TOWER)
     }
+    tensors = renamed(own, lambda name: name.removeprefix("vision_model."))
     part = _tower_part(read.vision_config if kind in _TWO_TOWERS else read, tensors, directory, path, layer, select)
     _, problems = settings_of(TOWERS[part.model_type], part.config)
     refuse(str(directory), [*problems, *differences(part.stored, part.table)])
@@ -242,10 +244,24 @@ def projector_part(
 
 
 def _config(directory: Path) -> Any:
-    """The configuration that transformers reads, with old spellings of its fields made new."""
+    """The configuration that transformers reads, with old spellings of its fields made new.
+
+    Raises:
+        ValueError: transformers does not read it, or takes it for a model of another family.
+    """
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # of its own kinds and of huggingface_hub's, by field
+        raise ValueError(f"{directory / 'config.json'}: transformers does not read it: {error}") from error
+    told = read_config(directory).get("model_type")
+    if config.model_type != told:
+        raise ValueError(
+            f"{directory / 'config.json'}: transformers takes this {told!r} for {config.model_type!r}. "
+            f"{unknown(directory, config.model_type)}"
+        )
+    return config
 
 
 def unknown(directory: Path, kind: str) -> str:

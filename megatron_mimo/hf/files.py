@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -189,7 +189,11 @@ def read_header(file: Path) -> dict[str, Stored]:
             raise ValueError(f"{file}: expected a safetensors file, found a header that does not parse.") from None
     if 8 + length + end != size:
         raise ValueError(f"{file}: expected {8 + length + end} bytes, as its header says, found {size}. {_AGAIN}")
-    return tensors
+    try:
+        with safe_open(file, framework="pt"):
+            return tensors
+    except SafetensorError as error:  # spans that are not those of the shapes, gaps, overlaps
+        raise ValueError(f"{file}: expected a safetensors file, found a header that is wrong: {error}") from None
 
 
 _AGAIN = "The file was cut, or a download broke off; fetch it again."

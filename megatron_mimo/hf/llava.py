@@ -11,6 +11,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
 from megatron_mimo.hf.family import ACTIVATIONS, INERT
+from megatron_mimo.hf.names import renamed
 from megatron_mimo.hf.table import Table, table, whole
 
 MODEL_TYPE, ARCHITECTURE = "llava", "LlavaForConditionalGeneration"
@@ -40,12 +41,13 @@ def respelled[Item](tensors: Mapping[str, Item]) -> dict[str, Item]:
         >>> list(respelled({"model.vision_tower.vision_model.pre_layrnorm.bias": 0, "lm_head.weight": 1}))
         ['vision_tower.pre_layrnorm.bias', 'language_model.lm_head.weight']
     """
-    found = {}
-    for name, item in tensors.items():
+
+    def spelled(name: str) -> str:
         for pattern, spelling in _SPELLINGS:
             name = re.sub(rf"^{pattern}", spelling, name)
-        found[name] = item
-    return found
+        return name
+
+    return renamed(tensors, spelled)
 
 
 class Projector(nn.Module):

@@ -8,7 +8,7 @@ TransformerEngine's linear layers have the norm before them inside, and `HybridM
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -85,3 +85,21 @@ def _layer_numbers(module: nn.Module, kinds: Sequence[str] | None) -> dict[int, 
     # The n-th attention and the n-th MLP are what GPTModel has in its n-th layer.
     attention = [kind == "*" for kind in kinds]
     return {index: attention[:number].count(attention[number]) for index, number in numbers.items()}
+
+
+def renamed[Item](tensors: Mapping[str, Item], rename: Callable[[str], str]) -> dict[str, Item]:
+    """`tensors` under other names.
+
+    Raises:
+        ValueError: two of them get one name, of which one would be lost.
+
+    Example:
+        >>> renamed({"a.x": 1, "b": 2}, lambda name: name.removeprefix("a."))
+        {'x': 1, 'b': 2}
+    """
+    before: dict[str, str] = {}
+    for name in tensors:
+        other = before.setdefault(rename(name), name)
+        if other != name:
+            raise ValueError(f"expected each tensor once, found {other} and {name}, two spellings of {rename(name)}.")
+    return {new: tensors[old] for new, old in before.items()}

@@ -13,6 +13,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron_mimo.hf import llama, qwen2
 from megatron_mimo.hf.encoder import HFEncoder
 from megatron_mimo.hf.family import INERT, Family, Unmapped, rope
+from megatron_mimo.hf.names import renamed
 from megatron_mimo.hf.table import Table, table, whole
 from megatron_mimo.hf.towers import as_json, find
 
@@ -42,12 +43,13 @@ def respelled[Item](tensors: Mapping[str, Item]) -> dict[str, Item]:
         >>> list(respelled({"model.language_model.norm.weight": 0, "model.visual.merger.ln_q.weight": 1}))
         ['model.norm.weight', 'visual.merger.ln_q.weight']
     """
-    found = {}
-    for name, item in tensors.items():
+
+    def spelled(name: str) -> str:
         for pattern, spelling in _SPELLINGS:
             name = re.sub(rf"^{pattern}", spelling, name)
-        found[name] = item
-    return found
+        return name
+
+    return renamed(tensors, spelled)
 
 
 def text_config(config: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -30,7 +29,7 @@ from megatron_mimo.hf.registry import Undescribed, describe
 from megatron_mimo.hf.source import BESIDE, OWN
 from megatron_mimo.hf.table import Table
 from megatron_mimo.hf.towers import as_json, source
-from megatron_mimo.hf.writing import File, Outgoing, outgoing, write
+from megatron_mimo.hf.writing import File, Outgoing, begin, finish, outgoing, write
 
 logger = logging.getLogger(__name__)
 
@@ -66,27 +65,14 @@ def save(
     if source is not None:
         origin = _moved(origin, source)
     unfinished = directory.with_name(directory.name + ".partial")
-    _on_first_rank(lambda: _begin(directory, unfinished))
+    _on_first_rank(lambda: begin(directory, unfinished))
     _on_first_rank(lambda: _check_carried(origin))
     place = place_of(models[0].pg_collection)
     if _layout(config, origin) is not None or not config.modality_submodules:
         _save_whole(models, origin, unfinished, place, dtype, max_shard_bytes)
     else:
         _save_parts(models, config, origin, unfinished, place, dtype, max_shard_bytes)
-    _on_first_rank(lambda: _finish(unfinished, directory))
-
-
-def _begin(directory: Path, unfinished: Path) -> None:
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise FileExistsError(f"{directory}: expected no file and no directory with files, found one. Choose another.")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-
-
-def _finish(unfinished: Path, directory: Path) -> None:
-    if directory.exists():
-        directory.rmdir()
-    os.replace(unfinished, directory)
+    _on_first_rank(lambda: finish(unfinished, directory))
 
 
 def _on_first_rank(action: Callable[[], object]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -277,3 +278,32 @@ class File:
             os.replace(self._partial, self._path)
         else:
             self._partial.unlink()
+
+
+# A directory that comes whole or not at all --------------------------------------------------------------------------
+
+#: In a directory that `save_pretrained` has not finished; a broken save may be written again.
+_OURS = ".being_written"
+
+
+def begin(directory: Path, unfinished: Path) -> None:
+    """Makes the directory that becomes `directory` once it is whole; one that an earlier save left is thrown away.
+
+    Raises:
+        FileExistsError: one of the two holds something of somebody else's.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(f"{directory}: expected no file and no directory with files, found one. Choose another.")
+    if unfinished.exists() and not (unfinished / _OURS).is_file():
+        raise FileExistsError(f"{unfinished}: expected none, which is written first, found one of somebody else.")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    (unfinished / _OURS).touch()
+
+
+def finish(unfinished: Path, directory: Path) -> None:
+    """Puts what is whole in its place."""
+    if directory.exists():
+        directory.rmdir()
+    (unfinished / _OURS).unlink()
+    os.replace(unfinished, directory)

@@ -190,7 +190,7 @@ def test_a_full_table_grows_and_its_new_rows_are_the_mean_of_the_old(single_proc
             encoders={"images": {"tower": tower_directory(tmp_path / "tower", "clip", False)}},
             special_tokens={"images": "<image>"},
         )
-    assert "['<image>'] have the ids [90]" in caplog.text
+    assert "lacked the tokens ['<image>']; rows [90] of the embedding" in caplog.text
     table = model.language_model.embedding.word_embeddings.weight
     assert table.shape[0] == 91
     torch.testing.assert_close(table[90], table[:90].mean(0))
@@ -200,3 +200,26 @@ def test_a_full_table_grows_and_its_new_rows_are_the_mean_of_the_old(single_proc
     shutil.rmtree(source)  # what was exported stands by itself
     again = megatron_mimo.from_pretrained(tmp_path / "exported")
     assert torch.equal(again.language_model.embedding.word_embeddings.weight, table)
+
+
+@pytest.mark.parametrize(
+    "others", [[], ["[PAD]", "[X]"]], ids=["the token is the tokenizer's", "and more than the table"]
+)
+def test_rows_that_the_table_lacks_are_the_mean_of_the_old_whoever_gave_the_tokens(
+    single_process, tmp_path, caplog, others
+) -> None:
+    source = text_directory(tmp_path / "text", "llama-2", vocab_size=90)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    tokenizer.add_tokens(others or ["<image>"])
+    tokenizer.save_pretrained(source)
+    with caplog.at_level("INFO", logger="megatron_mimo.hf.assembly"):
+        model = megatron_mimo.from_pretrained(
+            language_model=source,
+            encoders={"images": {"tower": tower_directory(tmp_path / "tower", "clip", False)}},
+            special_tokens={"images": "<image>"},
+        )
+    count = 90 + len(others) + 1
+    assert f"rows {list(range(90, count))} of the embedding begin as the mean" in caplog.text
+    for table in (model.language_model.embedding.word_embeddings.weight, model.language_model.output_layer.weight):
+        assert table.shape[0] == count
+        torch.testing.assert_close(table[90:], table[:90].mean(0).expand(count - 90, -1))

@@ -406,3 +406,58 @@ def test_pretrain_begins_from_the_directory_that_its_command_line_names(source, 
         finally:
             end_session()
         assert torch.equal(model.language_model.decoder.final_layernorm.weight, expected) == bool(options)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_attention_heads": "four"},
+        {"num_attention_heads": 3},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}},
+    ],
+    ids=["a word for a number", "heads that do not divide", "scaling without its factor"],
+)
+def test_a_configuration_that_transformers_refuses_is_one_error_with_the_file(
+    source, nothing_is_built, changes
+) -> None:
+    edit(source, **changes)
+    with pytest.raises(ValueError, match=r"model/config\.json: transformers does not read it"):
+        megatron_mimo.from_pretrained(source)
+
+
+def test_a_tensor_in_two_spellings_is_refused(single_process, nothing_is_built, tmp_path) -> None:
+    source = checkpoints.written(checkpoints.llava("clip"), tmp_path / "llava")
+
+    def change(tensors):
+        tensors["lm_head.weight"] = torch.zeros_like(tensors["language_model.lm_head.weight"])
+
+    rewrite(source, change)
+    with pytest.raises(ValueError, match="two spellings of language_model.lm_head.weight"):
+        megatron_mimo.from_pretrained(source)
+
+
+def test_a_header_whose_spans_are_wrong_is_refused_before_anything_is_built(source, nothing_is_built) -> None:
+    content = (source / WEIGHTS).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["model.norm.weight"]["data_offsets"][0] += 4
+    written = json.dumps(header, separators=(",", ":")).encode()
+    (source / WEIGHTS).write_bytes(len(written).to_bytes(8, "little") + written + content[8 + length :])
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors: expected a safetensors file, found a header that is wrong"
+    ):
+        megatron_mimo.from_pretrained(source)
+
+
+def test_a_directory_of_somebody_else_s_is_not_thrown_away(source, tmp_path) -> None:
+    model = megatron_mimo.from_pretrained(source)
+    mine = tmp_path / "out.partial" / "mine"
+    mine.parent.mkdir()
+    mine.write_text("kept")
+    with pytest.raises(FileExistsError, match="found one of somebody else"):
+        megatron_mimo.save_pretrained(model, tmp_path / "out")
+    assert mine.read_text() == "kept"
+    mine.unlink()
+    (mine.parent / ".being_written").touch()  # as a save that was killed leaves it
+    megatron_mimo.save_pretrained(model, tmp_path / "out")
+    assert not mine.parent.exists() and not (tmp_path / "out" / ".being_written").exists()
