@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -23,6 +24,7 @@ GRACE_STEPS, LEAST_GRACE_S = 10.0, 10.0
 _TOGETHER_S = 1.0
 # How often the watching thread looks, once a signal has come.
 _LOOK_S = 0.05
+_WAKE = b"\0"  # the number of no signal
 
 
 class Pace:
@@ -95,8 +97,11 @@ class StopRequest:
         signal.set_wakeup_fd(self._descriptor_before)
         signal.signal(self._number, self._before)
         self._done.set()
-        self._write.close()
+        # Closing alone would not wake the thread: forked workers of a reader of batches hold the descriptor too.
+        with contextlib.suppress(BlockingIOError):  # full: it is awake
+            self._write.send(_WAKE)
         self._watcher.join()
+        self._write.close()
         self._read.close()
 
     def received(self) -> bool:
@@ -145,7 +150,7 @@ class StopRequest:
             return 0
         if not blocking and not numbers:
             time.sleep(_LOOK_S)
-        if self._descriptor_before >= 0:
+        if self._descriptor_before >= 0 and numbers != _WAKE:
             os.write(self._descriptor_before, numbers)  # whoever watched before goes on watching
         return numbers.count(int(self._number))
 

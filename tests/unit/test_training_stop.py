@@ -1,5 +1,6 @@
 """A SIGTERM ends the run at a step boundary, or the process where none comes; a save in progress is never cut."""
 
+import multiprocessing
 import os
 import re
 import signal
@@ -245,3 +246,14 @@ def test_a_rank_that_waits_for_another_hears_sigterm_and_names_the_collective(si
     assert re.search(said + r"all_gathered \(\S*agreement\.py", job.stderr), job.stderr[-3000:]
     assert "trained to the end" not in job.stdout
     assert time.monotonic() - began < 90
+
+
+def test_it_ends_while_a_forked_worker_lives_on() -> None:
+    began = time.monotonic()
+    with StopRequest(CPU):
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(20,), daemon=True)
+        worker.start()
+    waited = time.monotonic() - began
+    worker.kill()
+    worker.join()
+    assert waited < 10
