@@ -12,6 +12,8 @@ OTHERS = ("megatron", "torch", "triton", "transformer_engine", "argparse")
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "compat" not in path.relative_to(PACKAGE).parts)
 
 # Public by their spelling, documented nowhere; `compat` says what each is for.
+#: Of Python itself: documented in spite of the underscore.
+DOCUMENTED = {("os", "_exit"), ("sys", "_current_frames")}
 UNDOCUMENTED = {
     "LNImpl", "WrappedTorchNorm", "float16_groups", "fp32_from_float16_groups", "is_stub_optimizer",
     "model_float16_groups", "shard_fp32_from_float16_groups",
@@ -69,8 +71,8 @@ def faults(source: str) -> Iterator[str]:
             yield from (f"{node.lineno}: imports {n}" for n in names if private(n))
         elif isinstance(node, ast.Attribute):
             of_self = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls", "ctx")
-            if isinstance(node.value, ast.Name) and node.value.id == "os":
-                continue  # os._exit is documented
+            if isinstance(node.value, ast.Name) and (node.value.id, node.attr) in DOCUMENTED:
+                continue
             if node.attr in UNDOCUMENTED or (private(node.attr) and not (of_self and node.attr in OWN)):
                 yield f"{node.lineno}: .{node.attr}"
             root = node.value
