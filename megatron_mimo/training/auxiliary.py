@@ -76,10 +76,10 @@ def names_of(config: TransformerConfig) -> list[str]:
 
 
 def start_step(config: TransformerConfig) -> None:
-    """Forgets what earlier passes reported."""
+    """Forgets what earlier passes reported, of this model or of another one in the process with other layers."""
     forget_scale_of_expert_losses()
     if config.num_moe_experts is not None:
-        get_moe_metrics_tracker().clear()
+        get_moe_metrics_tracker().metrics.clear()  # its own `clear` keeps as many values as the first model had layers
 
 
 def reported(config: TransformerConfig, run: Run, microbatches: int) -> dict[str, float]:

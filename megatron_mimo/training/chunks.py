@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
@@ -113,20 +113,25 @@ def wrap_chunks(
     return wrapped
 
 
-def hook_schedule(chunks: list[DistributedDataParallel], scale_loss: Callable) -> None:
-    """Tells Megatron's schedules, through the model's configuration, how gradients are scaled and reduced.
+def hook_schedule(
+    chunks: list[DistributedDataParallel], scale_loss: Callable, finalize: Callable = finalize_model_grads
+) -> None:
+    """Tells Megatron's schedules, through the model's configuration, how gradients are scaled, reduced and finalized.
+
+    Models that share a configuration, such as two trainers in one process, would meet there: call it before each
+    model's schedule runs.
 
     Args:
         chunks: this rank's.
         scale_loss: the optimizer's loss scale.
+        finalize: what happens to the gradients after the last microbatch, called as Megatron's `finalize_model_grads`.
     """
-    config, ddp = chunks[0].module.config, chunks[0].ddp_config
+    config, overlap = chunks[0].module.config, chunks[0].ddp_config.overlap_grad_reduce
     one_or_all = (lambda of_each: of_each[0]) if len(chunks) == 1 else (lambda of_each: of_each)
     config.grad_scale_func = scale_loss
-    if ddp.overlap_grad_reduce:
-        config.no_sync_func = one_or_all([chunk.no_sync for chunk in chunks])
-    if ddp.overlap_grad_reduce and len(chunks) > 1:
-        config.grad_sync_func = [chunk.start_grad_sync for chunk in chunks]
+    config.finalize_model_grads_func = finalize
+    config.no_sync_func = one_or_all([chunk.no_sync for chunk in chunks]) if overlap else None
+    config.grad_sync_func = [chunk.start_grad_sync for chunk in chunks] if overlap and len(chunks) > 1 else None
 
 
 @contextmanager

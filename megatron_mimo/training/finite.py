@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
 from megatron_mimo.compat.megatron import gradient_buffers
@@ -32,19 +31,19 @@ class Gradients:
     afterwards, since some are reduced during the backward pass.
 
     Args:
-        chunks: this rank's, as the schedules take them. The function that finalizes their gradients is wrapped.
+        chunks: this rank's, as the schedules take them.
+        finalize: what finalizes them, called as Megatron's `finalize_model_grads`.
     """
 
-    def __init__(self, chunks: Sequence[DistributedDataParallel]) -> None:
+    def __init__(self, chunks: Sequence[DistributedDataParallel], finalize: Callable[..., Any]) -> None:
         self._chunks = chunks
-        config = get_model_config(chunks[0])
-        self._finalize: Callable[..., Any] = config.finalize_model_grads_func
-        config.finalize_model_grads_func = self._finalized
+        self._finalize = finalize
         self.reduced = chunks[0].ddp_config.overlap_grad_reduce
         #: Float32 scalar on the device, NaN where a gradient is; None before the first step.
         self.largest: Tensor | None = None
 
-    def _finalized(self, *given: Any, **named: Any) -> Any:
+    def finalize(self, *given: Any, **named: Any) -> Any:
+        """Reduces and finalizes the gradients, for the schedule to call, and looks at them."""
         if not self.reduced:
             self.largest = self._largest()
         outcome = self._finalize(*given, **named)

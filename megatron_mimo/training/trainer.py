@@ -116,8 +116,7 @@ class Trainer:
         )
         self._masters = Masters(self.models, self.optimizer)
         self.schedule = schedule_of(self.optimizer, optimizer, settings)
-        hook_schedule(self.chunks, self.optimizer.scale_loss)
-        self._gradients = Gradients(self.chunks)
+        self._gradients = Gradients(self.chunks, self.control.finalize_func())
         self.steps_done = 0
         self._microbatches = 1
         self._forward_step = ForwardStep(
@@ -355,6 +354,7 @@ class Trainer:
         self._microbatches, (batch_size, length) = agree_on_microbatches(
             batches, error, self.run, self.models[0].config
         )
+        hook_schedule(self.chunks, self.optimizer.scale_loss, self._gradients.finalize)
         return get_forward_backward_func()(
             forward_step_func=self._forward_step,
             # Every chunk of an interleaved pipeline goes through the same batches.

@@ -130,6 +130,16 @@ def test_losses_of_experts_are_reported_by_name_afresh_each_step(single_process)
     assert dict(again.losses) == pytest.approx(dict(first.losses))
 
 
+def test_losses_of_experts_are_each_model_s_own_whatever_layers_another_in_the_process_has(single_process):
+    given = batches(1, 4)
+    small, large = ({**EXPERTS, **AUX, **Z, "num_layers": layers} for layers in (1, 3))
+    ours, alone = step(single_process, True, given, **large)
+    _, other = step(single_process, True, given, **small)
+    again = ours.train_step(lambda *_: given)
+    assert dict(again.losses) == pytest.approx(dict(alone.losses))
+    assert other.losses["z_loss"] != pytest.approx(alone.losses["z_loss"])
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
