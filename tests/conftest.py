@@ -1,5 +1,6 @@
 """What every test of the suite can count on."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -30,6 +31,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no GPU here"))
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # the collector need not look through a million objects of imports again and again
 
 
 def pytest_sessionfinish() -> None:

@@ -11,6 +11,7 @@ an import, torchrun itself.
 import atexit
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -166,6 +167,7 @@ def serve(address: str) -> None:
         for name in IMPORTS:
             importlib.import_module(name)
         importlib.import_module("tests.distributed.harness").all_cases()
+    gc.freeze()  # forks need not look through what they share
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers are nobody's to wait for
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address + ".starting")

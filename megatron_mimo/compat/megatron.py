@@ -7,7 +7,7 @@ imported from Megatron until a function is called.
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -261,6 +261,24 @@ def forget_scale_of_expert_losses() -> None:
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
+
+
+def release_graphs_of_experts(modules: Iterable[nn.Module]) -> None:
+    """Drops the tensors of the last pass that experts' dispatchers hold, between two passes.
+
+    Undocumented: a `MoETokenDispatcher` keeps routing probabilities as attributes, with their autograd graph.
+    Reason: the graph holds DDP's hooks, which hold the model, in a cycle that Python's collector does not see: a model
+    with experts was never freed after its first backward pass, nor its process groups.
+    When it goes: the test shows whether a model is freed without it.
+    """
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    for module in modules:
+        if isinstance(module, MoELayer):
+            dispatcher = module.token_dispatcher
+            for name, value in list(vars(dispatcher).items()):
+                if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                    setattr(dispatcher, name, None)
 
 
 # Generation ---------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_mimo.batch import Batch
+from megatron_mimo.compat.megatron import release_graphs_of_experts
 from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.data.progress import State
 from megatron_mimo.data.step import Counts
@@ -355,7 +356,7 @@ class Trainer:
             batches, error, self.run, self.models[0].config
         )
         hook_schedule(self.chunks, self.optimizer.scale_loss, self._gradients.finalize)
-        return get_forward_backward_func()(
+        logged = get_forward_backward_func()(
             forward_step_func=self._forward_step,
             # Every chunk of an interleaved pipeline goes through the same batches.
             data_iterator=[iter(batches) for _ in self.chunks] if len(self.chunks) > 1 else iter(batches),
@@ -365,6 +366,9 @@ class Trainer:
             micro_batch_size=batch_size,
             forward_only=forward_only,
         )
+        if self.models[0].config.num_moe_experts is not None:
+            release_graphs_of_experts(module for model in self.models for module in model.modules())
+        return logged
 
     def _keep_counts(self, step: int, counts: Counts) -> None:
         self._counts = counts

@@ -1,5 +1,8 @@
 """Losses that Megatron's layers add by themselves weigh what their coefficients say, and are reported by name."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
@@ -128,6 +131,15 @@ def test_losses_of_experts_are_reported_by_name_afresh_each_step(single_process)
     assert first.losses["load_balancing_loss"] == pytest.approx(1.0, abs=0.2) and first.losses["z_loss"] > 0
     again = ours.train_step(lambda *_: given)
     assert dict(again.losses) == pytest.approx(dict(first.losses))
+
+
+@pytest.mark.parametrize("dispatcher", ["allgather", "alltoall"])
+def test_a_trained_model_with_experts_is_freed(dispatcher, single_process):
+    ours, _ = step(single_process, True, batches(1, 4), **{**EXPERTS, **AUX, "moe_token_dispatcher_type": dispatcher})
+    model = weakref.ref(ours.models[0])
+    del ours
+    gc.collect()
+    assert model() is None
 
 
 def test_losses_of_experts_are_each_model_s_own_whatever_layers_another_in_the_process_has(single_process):
