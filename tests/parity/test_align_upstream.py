@@ -21,17 +21,13 @@ TOKENS = [-1, -200, -(2**63), VOCABULARY, 32000, 10**12, 2**63 - 1, 0, 7]  # neg
 
 
 @pytest.fixture(scope="module")
-def words():
+def words(single_process):
     """Megatron's embedding, one rank, no dropout."""
     from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    import megatron_mimo
-
-    megatron_mimo.initialize(seed=3, backend="gloo")
     config = TransformerConfig(num_layers=1, hidden_size=6, num_attention_heads=1, hidden_dropout=0.0)
-    yield LanguageModelEmbedding(config, VOCABULARY, 64, position_embedding_type="rope")
-    megatron_mimo.shutdown()
+    return LanguageModelEmbedding(config, VOCABULARY, 64, position_embedding_type="rope")
 
 
 def upstream(words):
