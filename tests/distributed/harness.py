@@ -27,6 +27,7 @@ every thread. The cases after it then run in a new job. That torchrun itself sta
 `tests/unit/test_launch.py`'s to show.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -100,6 +101,7 @@ def all_cases() -> dict[str, Case]:
 def relayout(**layout: int) -> Run:
     """Ends the run in progress and gives one of the same world with another layout. Every rank calls it."""
     shutdown()
+    gc.collect()  # models of the last layout, with their process groups
     return initialize(backend="gloo", **layout)
 
 

@@ -3,6 +3,7 @@
 One process runs it many times, because starting takes longer than training.
 """
 
+import gc
 import math
 import os
 import re
@@ -117,6 +118,7 @@ def forget_megatron() -> None:
     destroy_num_microbatches_calculator()
     destroy_rerun_state_machine()
     shutdown()
+    gc.collect()  # the model, with its process groups
 
 
 def scalars(directory: Path) -> Curves:
