@@ -16,7 +16,9 @@ from megatron_mimo.hf import own
 from megatron_mimo.hf.assembly import Assembly, assembled, restored, saved_parts
 from megatron_mimo.hf.blueprint import Building, Origin, model_config, read_language_model, read_source, read_tower
 from megatron_mimo.hf.comparing import unlike
-from megatron_mimo.hf.filling import fill_own, fill_parts, place_of
+from megatron_mimo.hf.files import DTYPES
+from megatron_mimo.hf.filling import fill_own, fill_parts, place_of, with_fresh_rows
+from megatron_mimo.hf.reading import refuse
 from megatron_mimo.hf.saving import processor_of, save
 from megatron_mimo.hf.source import OWN, resolve
 from megatron_mimo.hf.writing import MAX_SHARD_BYTES
@@ -96,10 +98,11 @@ def pretrained_config(
         generation_tokens: modality -> the token whose hidden states feed its decoders.
         submodules: modality -> further entries of its spec's `submodules`, such as `input_projections`,
             `output_projections` or `generation_input`. Without `input_projections` a vision tower gets LLaVA's, fresh.
-        dtype: of the weights; None for the files'.
+        dtype: of the weights; None for the files', of several that of most values, which the log says.
         backend: what layers compute with.
         sequence_parallel: of the language model.
-        transformer: further fields of the language model's `TransformerConfig`.
+        transformer: further fields of the language model's `TransformerConfig`, such as recomputation or fusion; those
+            that change what the checkpoint's weights compute are refused.
 
     Raises:
         TypeError, ValueError: as `from_pretrained`.
@@ -127,7 +130,7 @@ def pretrained_config(
             generation_tokens=generation_tokens or {},
             submodules=submodules or {},
         )
-        return assembled(parts, building)
+        return _compared(assembled(parts, building), dtype)
     if encoders or special_tokens or decoders or generation_tokens or submodules:
         raise ValueError(
             "from_pretrained: encoders, decoders, submodules and tokens go with language_model=..., found them beside "
@@ -135,12 +138,40 @@ def pretrained_config(
         )
     directory = resolve(str(source))
     if (directory / OWN).is_file():
-        return restored(directory, building)
-    return model_config(read_source(directory), building, directory)
+        return _compared(restored(directory, building), dtype)
+    return _compared(model_config(read_source(directory), building, directory), dtype)
+
+
+def _compared(config: MimoModelConfig, dtype: torch.dtype | None) -> MimoModelConfig:
+    """`config`, which computes what its parts' checkpoints say; refused where `transformer` changed that.
+
+    Tensors that lose digits though no `dtype` was asked for are told in the log.
+    """
+    assert isinstance(config.origin, Origin)
+    refuse("from_pretrained(transformer=...)", [line for part in config.origin.parts for line in unlike(config, part)])
+    ours = config.language_config.params_dtype
+    for part in config.origin.parts if dtype is None else ():
+        used = {name: DTYPES[one.dtype] for name, one in part.stored.items() if name not in part.table.unused}
+        wider = {name: theirs for name, theirs in used.items() if theirs.itemsize > ours.itemsize}
+        if wider:
+            logger.warning(
+                "from_pretrained: %s: %d of %d tensors are %s in the files and are rounded to the model's %s, such as "
+                "%s. Give dtype= to choose.",
+                part.directory,
+                len(wider),
+                len(used),
+                " and ".join(sorted({str(theirs) for theirs in wider.values()})),
+                ours,
+                next(iter(wider)),
+            )
+    return config
 
 
 def load_pretrained(models: MimoModel | Sequence[MimoModel], source: Source) -> None:
     """Fills those parts of a model that `source` has. The others stay as they are; so do all where one does not fit.
+
+    Rows of the vocabulary that the source lacks, and those of tokens that were added to its tokenizer, become the mean
+    of the others, which the log says.
 
     Args:
         models: a model, or this rank's chunks, before they are wrapped.
@@ -157,7 +188,7 @@ def load_pretrained(models: MimoModel | Sequence[MimoModel], source: Source) -> 
     """
     chunks = [models] if isinstance(models, nn.Module) else list(models)
     origin, saved = _parts_of(chunks[0], source)
-    place = place_of(chunks[0].pg_collection)
+    origin, place = with_fresh_rows(origin, chunks[0].mimo_config), place_of(chunks[0].pg_collection)
     fill_parts(chunks, origin, place, {part.path: unlike(chunks[0].mimo_config, part) for part in origin.parts})
     if saved is not None:
         fill_own(chunks, origin, saved, place)

@@ -18,7 +18,7 @@ from megatron_mimo.hf import clip, llama, llava, mistral, qwen2, qwen3, qwen_vl,
 from megatron_mimo.hf.family import settings_of
 from megatron_mimo.hf.files import Checkpoint, Stored, open_checkpoint, read_config
 from megatron_mimo.hf.language import language_spec
-from megatron_mimo.hf.names import renamed
+from megatron_mimo.hf.names import renamed, respelled
 from megatron_mimo.hf.reading import differences, refuse
 from megatron_mimo.hf.table import Table
 from megatron_mimo.hf.vision import Select, tower_spec
@@ -184,7 +184,7 @@ def _read_llava(directory: Path) -> tuple[Part, Part, Part]:
         if sub.model_type not in families:
             problems.append(f"llava: {sub.model_type} is none of the families {sorted(families)}")
     refuse(str(directory), problems)  # without families there are no tables to compare with
-    named = llava.respelled(checkpoint.tensors)
+    named = respelled(checkpoint.tensors, llava.SPELLINGS)
 
     def under(prefix: str) -> dict[str, Stored]:
         return {name.removeprefix(prefix): one for name, one in named.items() if name.startswith(prefix)}
@@ -213,7 +213,7 @@ def _read_llava(directory: Path) -> tuple[Part, Part, Part]:
 
 
 def _read_qwen_vl(directory: Path) -> tuple[Part, Part]:
-    config, named = _config(directory), qwen_vl.respelled(open_checkpoint(directory).tensors)
+    config, named = _config(directory), respelled(open_checkpoint(directory).tensors, qwen_vl.SPELLINGS)
     tower = {name.removeprefix(qwen_vl.TOWER): one for name, one in named.items() if name.startswith(qwen_vl.TOWER)}
     text = {name: one for name, one in named.items() if not name.startswith(qwen_vl.TOWER)}
     language = _language_part(qwen_vl.text_config(config), text, directory)

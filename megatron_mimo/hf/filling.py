@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,15 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import nn
 
+from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.hf import own
 from megatron_mimo.hf.blueprint import Chunk, Origin, Part
+from megatron_mimo.hf.comparing import vocabulary_of
 from megatron_mimo.hf.files import read_header
 from megatron_mimo.hf.names import parameters_by_name
 from megatron_mimo.hf.reading import Place, differences, fill, refuse, unfilled
+
+logger = logging.getLogger(__name__)
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 # Rows of an embedding that are read at once for their mean.
@@ -144,6 +150,25 @@ def _nowhere(models: Sequence[Chunk], name: str, here: Container[str]) -> bool:
         return any(module_at(model, f"{modality}/{kind}/{part}") is not None for model in models)
     except ValueError:
         return True
+
+
+def with_fresh_rows(origin: Origin, config: MimoModelConfig) -> Origin:
+    """`origin` for a model of `config`, whose vocabulary may have rows that the checkpoint lacks or never trained."""
+    language, known = origin.part("language_model"), config.origin
+    if language is None:
+        return origin
+    rows = set(range(language.config.vocab_size, vocabulary_of(config)))
+    if rows:
+        logger.info(
+            "load_pretrained: %s has %d rows of the vocabulary; rows %d to %d of the model begin as the mean of those.",
+            language.directory,
+            language.config.vocab_size,
+            min(rows),
+            max(rows),
+        )
+    if isinstance(known, Origin) and (same := known.part("language_model")) and same.directory == language.directory:
+        rows |= set(known.fresh_rows)
+    return replace(origin, fresh_rows=tuple(sorted(rows)))
 
 
 @torch.no_grad()

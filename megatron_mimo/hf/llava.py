@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,6 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
 from megatron_mimo.hf.family import ACTIVATIONS, INERT
-from megatron_mimo.hf.names import renamed
 from megatron_mimo.hf.table import Table, table, whole
 
 MODEL_TYPE, ARCHITECTURE = "llava", "LlavaForConditionalGeneration"
@@ -26,28 +24,12 @@ _FIELDS = {
 
 #: Spellings of names -> the one above. In memory transformers 5 has `model.` in front; files of 2024 have
 #: `vision_model` within the tower.
-_SPELLINGS = (
+SPELLINGS = (
     (r"model\.language_model\.", "language_model.model."),
     (r"lm_head\.", "language_model.lm_head."),
     (r"model\.(vision_tower|multi_modal_projector)\.", r"\1."),
     (r"vision_tower\.vision_model\.", "vision_tower."),
 )
-
-
-def respelled[Item](tensors: Mapping[str, Item]) -> dict[str, Item]:
-    """`tensors` under the names that transformers 5 gives them in files.
-
-    Example:
-        >>> list(respelled({"model.vision_tower.vision_model.pre_layrnorm.bias": 0, "lm_head.weight": 1}))
-        ['vision_tower.pre_layrnorm.bias', 'language_model.lm_head.weight']
-    """
-
-    def spelled(name: str) -> str:
-        for pattern, spelling in _SPELLINGS:
-            name = re.sub(rf"^{pattern}", spelling, name)
-        return name
-
-    return renamed(tensors, spelled)
 
 
 class Projector(nn.Module):

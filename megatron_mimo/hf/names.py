@@ -87,6 +87,29 @@ def _layer_numbers(module: nn.Module, kinds: Sequence[str] | None) -> dict[int, 
     return {index: attention[:number].count(attention[number]) for index, number in numbers.items()}
 
 
+def respelled[Item](tensors: Mapping[str, Item], spellings: Sequence[tuple[str, str]]) -> dict[str, Item]:
+    """`tensors` under one of several spellings of their names.
+
+    Args:
+        tensors: by any of them.
+        spellings: pattern of a name's beginning -> what stands in its place, each tried in turn.
+
+    Raises:
+        ValueError: two of them get one name.
+
+    Example:
+        >>> respelled({"model.visual.norm": 0}, [(r"model\\.visual\\.", "visual.")])
+        {'visual.norm': 0}
+    """
+
+    def spelled(name: str) -> str:
+        for pattern, spelling in spellings:
+            name = re.sub(rf"^{pattern}", spelling, name)
+        return name
+
+    return renamed(tensors, spelled)
+
+
 def renamed[Item](tensors: Mapping[str, Item], rename: Callable[[str], str]) -> dict[str, Item]:
     """`tensors` under other names.
 

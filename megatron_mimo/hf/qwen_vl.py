@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,6 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron_mimo.hf import llama, qwen2
 from megatron_mimo.hf.encoder import HFEncoder
 from megatron_mimo.hf.family import INERT, Family, Unmapped, rope
-from megatron_mimo.hf.names import renamed
 from megatron_mimo.hf.table import Table, table, whole
 from megatron_mimo.hf.towers import as_json, find
 
@@ -33,23 +31,7 @@ _FIELDS = {
     "tie_word_embeddings", "vision_token_id",
 }  # fmt: skip
 #: Spellings of names -> the one in files; in memory transformers 5 has `model.` in front of both parts.
-_SPELLINGS = ((r"model\.language_model\.", "model."), (r"model\.visual\.", TOWER))
-
-
-def respelled[Item](tensors: Mapping[str, Item]) -> dict[str, Item]:
-    """`tensors` under the names that transformers gives them in files.
-
-    Example:
-        >>> list(respelled({"model.language_model.norm.weight": 0, "model.visual.merger.ln_q.weight": 1}))
-        ['model.norm.weight', 'visual.merger.ln_q.weight']
-    """
-
-    def spelled(name: str) -> str:
-        for pattern, spelling in _SPELLINGS:
-            name = re.sub(rf"^{pattern}", spelling, name)
-        return name
-
-    return renamed(tensors, spelled)
+SPELLINGS = ((r"model\.language_model\.", "model."), (r"model\.visual\.", TOWER))
 
 
 def text_config(config: Any) -> Any:

@@ -21,10 +21,11 @@ from megatron_mimo.config import SUBMODULE_KEYS, MimoModelConfig
 from megatron_mimo.hf import llava, own, qwen_vl
 from megatron_mimo.hf.blueprint import LANGUAGE_MODELS, PROJECTOR, TOWERS, Chunk, Origin, Part
 from megatron_mimo.hf.codec import HFCodec
+from megatron_mimo.hf.comparing import unlike, vocabulary_of
 from megatron_mimo.hf.encoder import HFEncoder
 from megatron_mimo.hf.filling import module_at, parameters_of, place_of
 from megatron_mimo.hf.processors import llava_processor, tokenizer_of
-from megatron_mimo.hf.reading import Place
+from megatron_mimo.hf.reading import Place, refuse
 from megatron_mimo.hf.registry import Undescribed, describe
 from megatron_mimo.hf.source import BESIDE, OWN
 from megatron_mimo.hf.table import Table
@@ -53,7 +54,8 @@ def save(
     Raises:
         FileExistsError: `directory` holds something.
         FileNotFoundError: tensors that are carried along are to be read, and their file is gone.
-        ValueError: the model has no pretrained parts.
+        ValueError: the model has no pretrained parts, or computes something else than the configuration that would be
+            written beside its weights.
     """
     config = models[0].mimo_config
     origin = config.origin
@@ -62,6 +64,7 @@ def save(
             "save_pretrained: expected a model of from_pretrained or pretrained_config, found one whose configuration "
             "has no origin. Make its configuration with megatron_mimo.pretrained_config(...)."
         )
+    refuse("save_pretrained", [line for part in origin.parts for line in unlike(config, part)])
     if source is not None:
         origin = _moved(origin, source)
     unfinished = directory.with_name(directory.name + ".partial")
@@ -181,12 +184,6 @@ def _grown(part: Part, vocabulary: int) -> Part:
     config = copy.deepcopy(part.config)
     config.vocab_size = vocabulary
     return replace(part, config=config, table=LANGUAGE_MODELS[part.model_type].table(config))
-
-
-def vocabulary_of(config: MimoModelConfig) -> int:
-    """Tokens of a model, padding not among them."""
-    params = config.language_model.params
-    return params.get("vocabulary", params["vocab_size"])
 
 
 def _save_whole(

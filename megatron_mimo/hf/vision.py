@@ -44,7 +44,17 @@ class VisionTower(CLIPViTModel):
             self.ln_post = None
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """States `[n, s, h]` of images `[n, 3, height, width]`, `s` patches (and the class token before them)."""
+        """States `[n, s, h]` of images `[n, 3, height, width]`, `s` patches (and the class token before them).
+
+        Raises:
+            ValueError: images of another size than the tower's positions are learned for.
+        """
+        expected = (3, self.img_h, self.img_w)
+        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
+            raise ValueError(
+                f"pixel_values: expected [n, {', '.join(map(str, expected))}], found {list(pixel_values.shape)}. The "
+                "tower's positions are learned for that size: let the model's image processor resize the images."
+            )
         pixels = pixel_values.to(self.conv1.weight.dtype)
         return super().forward(pixels)[:, self._skipped :]
 

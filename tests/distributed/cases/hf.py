@@ -24,7 +24,7 @@ from megatron_mimo.launch import Run
 from tests import checkpoints, tiny
 from tests.checkpoints import LANGUAGE_MODELS, TOLERANCE, difference
 from tests.distributed.harness import case, relayout, shared_directory
-from tests.parity import test_hf_encoder, test_hf_qwen_vl
+from tests.parity import test_hf_encoder, test_hf_llava, test_hf_qwen_vl
 from tests.parity.test_hf_language import same_bytes, stored
 from tests.parity.test_hf_llava import text_directory
 
@@ -111,10 +111,10 @@ def language_models_of_every_family_are_transformers_at_tp_2_and_pp_2(run: Run) 
 @case(ranks=2, timeout_s=120)
 def llava_is_transformers_from_pixels_to_logits_at_tp_2_and_pp_2(run: Run) -> None:
     pixels, ids = checkpoints.images_and_ids()
-    for tower, language in (("clip", "llama"), ("siglip", "qwen2")):
+    for tower, language in test_hf_llava.KINDS:
         theirs = checkpoints.llava(tower, language)
         batch = {"input_ids": ids, "modality_inputs": {"images": {"tower": {"pixel_values": pixels}}}}
-        agrees_and_goes_out_as_it_came(f"llava-{tower}", theirs, batch, (TENSOR, PIPELINE))
+        agrees_and_goes_out_as_it_came(f"llava-{tower}-{language}", theirs, batch, (TENSOR, PIPELINE))
 
 
 @case(ranks=2, timeout_s=120)
