@@ -15,7 +15,7 @@ from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.hf import own
 from megatron_mimo.hf.assembly import Assembly, assembled, restored, saved_parts
 from megatron_mimo.hf.blueprint import Building, Origin, model_config, read_language_model, read_source, read_tower
-from megatron_mimo.hf.comparing import unlike
+from megatron_mimo.hf.comparing import states_of, unlike
 from megatron_mimo.hf.files import DTYPES
 from megatron_mimo.hf.filling import fill_own, fill_parts, place_of, with_fresh_rows
 from megatron_mimo.hf.reading import refuse
@@ -149,13 +149,18 @@ def _compared(config: MimoModelConfig, dtype: torch.dtype | None) -> MimoModelCo
     """
     assert isinstance(config.origin, Origin)
     refuse("from_pretrained(transformer=...)", [line for part in config.origin.parts for line in unlike(config, part)])
-    ours = config.language_config.params_dtype
-    for part in config.origin.parts if dtype is None else ():
+    if dtype is None:
+        _tell_rounding(config.origin, config.language_config.params_dtype)
+    return config
+
+
+def _tell_rounding(origin: Origin, ours: torch.dtype) -> None:
+    for part in origin.parts:
         used = {name: DTYPES[one.dtype] for name, one in part.stored.items() if name not in part.table.unused}
-        wider = {name: theirs for name, theirs in used.items() if theirs.itemsize > ours.itemsize}
+        wider = {name: theirs for name, theirs in used.items() if torch.promote_types(theirs, ours) != ours}
         if wider:
             logger.warning(
-                "from_pretrained: %s: %d of %d tensors are %s in the files and are rounded to the model's %s, such as "
+                "%s: %d of %d tensors are %s in the files and are rounded to the model's %s, such as "
                 "%s. Give dtype= to choose.",
                 part.directory,
                 len(wider),
@@ -164,7 +169,6 @@ def _compared(config: MimoModelConfig, dtype: torch.dtype | None) -> MimoModelCo
                 ours,
                 next(iter(wider)),
             )
-    return config
 
 
 def load_pretrained(models: MimoModel | Sequence[MimoModel], source: Source) -> None:
@@ -188,6 +192,7 @@ def load_pretrained(models: MimoModel | Sequence[MimoModel], source: Source) -> 
     """
     chunks = [models] if isinstance(models, nn.Module) else list(models)
     origin, saved = _parts_of(chunks[0], source)
+    _tell_rounding(origin, chunks[0].config.params_dtype)
     origin, place = with_fresh_rows(origin, chunks[0].mimo_config), place_of(chunks[0].pg_collection)
     fill_parts(chunks, origin, place, {part.path: unlike(chunks[0].mimo_config, part) for part in origin.parts})
     if saved is not None:
@@ -205,7 +210,7 @@ def _parts_of(model: MimoModel, source: Source) -> tuple[Origin, Path | None]:
             elif "/encoders/" in path:
                 known = model.mimo_config.origin
                 built = known.part(path) if isinstance(known, Origin) else None
-                layer, select = (built.layer, built.select) if built is not None else (-2, "patch")
+                layer, select = (built.layer, built.select) if built is not None else states_of(model.mimo_config, path)
                 parts.append(read_tower(directory, path, layer, select))
             else:
                 whole = [part for part in read_source(directory) if part.path == path]

@@ -17,7 +17,7 @@ from megatron_mimo.hf.blueprint import LANGUAGE_MODELS, PROJECTOR, TOWERS, Part
 from megatron_mimo.hf.clip import layers_built
 from megatron_mimo.hf.family import settings_of
 from megatron_mimo.hf.llava import Projector
-from megatron_mimo.hf.vision import VisionTower
+from megatron_mimo.hf.vision import Select, VisionTower
 
 #: Fields of `TransformerConfig` that are the run's own choice: layout, precision, kernels, memory, graphs, training,
 #: serving. Every other field is compared, those of Megatron's next release too.
@@ -129,6 +129,21 @@ def unlike(config: MimoModelConfig, part: Part) -> list[str]:
     return list(_tower(spec, part)) if part.model_type in TOWERS else []
 
 
+def states_of(config: MimoModelConfig, path: str) -> tuple[int | None, Select]:
+    """Which states a model takes of the vision tower at `path`: `layer` and `select` as `read_tower` has them.
+
+    Those that LLaVA takes, where its tower is no `VisionTower`.
+    """
+    modality, kind, name = path.split("/")
+    parts: Any = config.submodule_specs(modality).get(kind) if modality in config.modality_submodules else None
+    spec = parts.get(name) if isinstance(parts, Mapping) else None
+    if not isinstance(spec, ModuleSpec) or spec.module is not VisionTower:
+        return -2, "patch"
+    params: Mapping[str, Any] = spec.params or {}
+    layer = None if params.get("final_norm", True) else params["transformer_config"].num_layers
+    return layer, params.get("select", "patch")
+
+
 def vocabulary_of(config: MimoModelConfig) -> int:
     """Tokens of a model, padding for tensor-parallel ranks not among them."""
     params = config.language_model.params
@@ -164,7 +179,8 @@ def _tower(spec: ModuleSpec, part: Part) -> Iterator[str]:
             yield from _one(setting, params[name], settings[setting])
     if spec.module is VisionTower:
         yield from _one("select", params.get("select", "patch"), part.select)
-        yield from _one("final_norm", params.get("final_norm", True), part.layer is None)
+        if part.model_type != "clip_vision_model":  # whose tower has none after its layers
+            yield from _one("final_norm", params.get("final_norm", True), part.layer is None)
 
 
 def _layers(own: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[str]:

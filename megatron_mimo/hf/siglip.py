@@ -43,7 +43,7 @@ def _table(c: Any, feature_layer: int | None = None) -> Table:
         rules += final
     else:
         unused += final
-    if c.vision_use_head:
+    if getattr(c, "vision_use_head", True):  # a field since transformers 5.20
         unused += _head(c)
     return table(rules, built, unused=unused, ignored=[r"embeddings\.position_ids"])
 

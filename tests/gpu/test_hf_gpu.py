@@ -73,14 +73,12 @@ def test_a_misread_field_would_be_seen_in_transformer_engine_s_layers(tmp_path):
 
     pytest.importorskip("transformer_engine")
     theirs = checkpoints.language_model("llama-3")
-    source = checkpoints.written(theirs, tmp_path / "model")
+    sources = [checkpoints.written(theirs, tmp_path / name) for name in ("norm", "rope")]
     ids = checkpoints.ids().cuda()
     with torch.no_grad():
         expected = theirs.cuda()(ids).logits
-    for field, value in (
-        ("rms_norm_eps", 1e-1),
-        ("rope_parameters", {"rope_type": "default", "rope_theta": 10000.0}),
-    ):
+    changes = {"rms_norm_eps": 1e-1, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    for source, (field, value) in zip(sources, changes.items()):
         directory = changed(source, field, value)
         with torch.no_grad():
             found = megatron_mimo.from_pretrained(directory, backend="transformer_engine")(ids)[0]

@@ -100,7 +100,7 @@ def test_what_is_written_in_padding_is_reported(run):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_packed_mrope_gives_the_logits_of_its_sequences_apart(run, fused):
+def test_packed_mrope_gives_the_logits_of_its_sequences_apart_or_is_refused(run, fused):
     pytest.importorskip("transformer_engine", reason="packed attention is TransformerEngine's")
     config = tiny.language_config(
         num_attention_heads=2,
@@ -120,6 +120,10 @@ def test_packed_mrope_gives_the_logits_of_its_sequences_apart(run, fused):
     params = packed.PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=12, max_seqlen_kv=12
     )
+    if fused:
+        with pytest.raises(ValueError, match="packed_seq_params with mrope and apply_rope_fusion=True"):
+            model(ids, position_ids=sections, packed_seq_params=params)
+        return
     with torch.no_grad():
         together = model(ids, position_ids=sections, packed_seq_params=params)[0]
         apart = [model(ids[:, i : i + 12], position_ids=sections[..., i : i + 12])[0] for i in (0, 12)]

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import megatron_mimo
 from megatron_mimo import MimoModel, MimoModelConfig
+from megatron_mimo.hf.blueprint import Building, encoder_spec, read_tower
 from megatron_mimo.hf.comparing import OF_THE_RUN, OF_THE_RUN_BY_PREFIX, compared
 from megatron_mimo.hf.filling import EMBEDDING, OUTPUT
 from megatron_mimo.training import Trainer, TrainerSettings
@@ -103,7 +104,6 @@ def with_images(config: MimoModelConfig, kind: str, name: str | int, **params: o
             "projector_hidden_act is 'relu' in the model, expected 'gelu'",
         ),
         ("encoders", "tower", {"select": "all"}, "select is 'all' in the model, expected 'patch'"),
-        ("encoders", "tower", {"final_norm": True}, "final_norm is True in the model, expected False"),
         ("encoders", "tower", {"img_h": 28}, "image_size is 28 in the model, expected 56"),
     ],
 )
@@ -115,6 +115,23 @@ def test_settings_of_llava_s_own_are_compared(llava, kind, name, change, told):
     with pytest.raises(ValueError, match=f"setting: {told}"):
         megatron_mimo.load_pretrained(model, llava)
     assert torch.equal(model.language_model.decoder.final_layernorm.weight, before)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_a_tower_alone_fills_a_model_that_takes_other_states_than_llava(single_process, tmp_path, kind):
+    from tests.parity.test_hf_llava import tower_directory
+
+    whole = megatron_mimo.pretrained_config(checkpoints.written(checkpoints.llava(kind), tmp_path / "whole"))
+    tower = tower_directory(tmp_path / "tower", kind, whole=False)
+    part = read_tower(tower, "images/encoders/tower", None, "all")
+    spec = encoder_spec(part, Building({"tensor_model_parallel_size": 1}), torch.float32)
+    config = with_images(whole, "encoders", "tower", **spec.params)
+    model = MimoModel(config)
+    megatron_mimo.load_pretrained(model, {"images/encoders/tower": tower})
+    held = model.modality_submodules["images"].encoders["tower"]
+    found = dict(held.named_parameters())["decoder.layers.2.mlp.linear_fc2.bias"]
+    theirs = load_file(tower / "model.safetensors")  # LLaVA leaves the last of three layers out
+    assert torch.equal(found, next(theirs[name] for name in theirs if name.endswith("layers.2.mlp.fc2.bias")))
 
 
 # The vocabulary -----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch.distributed as dist
+import transformers
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, LlavaProcessor
@@ -13,9 +14,9 @@ from megatron_mimo import MimoModelConfig, VisionModalitySubmodules
 from megatron_mimo.launch import Run, shutdown
 from megatron_mimo.training import language_spec_from_args
 from megatron_mimo.training.pretraining.packs import LoopData
+from tests import checkpoints, tiny
 from tests import data_samples as made
-from tests import tiny
-from tests.distributed.cases.pretrain import LAYOUTS, STEPS, assert_close, losses, run_recipe
+from tests.distributed.cases.pretrain import LAYOUTS, STEPS, alone, assert_close, losses, run_recipe
 from tests.distributed.harness import case, shared_directory
 
 SIDE, PATCH = 28, 14
@@ -47,7 +48,7 @@ class Reads:
         return MimoModelConfig(language_spec_from_args(args), {"images": images}, special_token_ids={"images": IMAGE})
 
 
-def files(where) -> list[str]:
+def files(where, *, pictures: bool = True) -> list[str]:
     """Pictures, conversations on them and a processor, made once for all ranks; the arguments that read them."""
     if dist.get_rank() == 0:
         where.mkdir()
@@ -62,7 +63,7 @@ def files(where) -> list[str]:
         for number in range(24):
             (where / f"{number}.png").write_bytes(made.png(40, 30, number))
             asked = [made.text("What is in the picture " * (1 + number % 3))]
-            asked += [made.image(f"{number}.png")] if number % 2 else []
+            asked += [made.image(f"{number}.png")] if pictures and number % 2 else []
             records.append({"messages": [made.user(*asked), made.assistant(made.text("a cat " * (1 + number % 5)))]})
         made.lines(where / "train.jsonl", records)
     dist.barrier()
@@ -134,3 +135,27 @@ class Elsewhere(Reads):
     def model_config(self, args) -> MimoModelConfig:
         config = super().model_config(args)
         return MimoModelConfig(config.language_model, config.modality_submodules, special_token_ids={"images": -200})
+
+
+@case(ranks=2)
+def pretrain_begins_from_a_directory_of_weights_alike_on_every_layout(run: Run) -> None:
+    where = shared_directory() / "pretrain-begins"
+    given = files(where, pictures=False)  # the encoder begins fresh, otherwise on each layout
+    source = where / "llama"
+    if run.rank == 0:
+        config = checkpoints.language_config("llama", intermediate_size=64, vocab_size=500)
+        checkpoints.written(checkpoints.randomized(transformers.LlamaForCausalLM(config)), source)
+    last = run.rank == run.world_size - 1
+    shutdown()
+    given += [
+        "--normalization", "RMSNorm", "--norm-epsilon", "1e-6", "--swiglu", "--disable-bias-linear",
+        "--group-query-attention", "--num-query-groups", "2", "--no-bias-swiglu-fusion",
+    ]  # fmt: skip
+    begins, tensor = ["--pretrained", str(source)], ["--tensor-model-parallel-size", "2"]
+    fresh = run_recipe(where / "fresh", *given, *tensor, steps=2, recipe=Reads())
+    begun = run_recipe(where / "tp2", *given, *tensor, *begins, steps=2, recipe=Reads())
+    if last:
+        with alone():
+            one = run_recipe(where / "one", *given, *begins, steps=2, recipe=Reads())
+        assert_close(begun, one, range(1, 3))
+        assert abs(fresh["text loss"][1] - begun["text loss"][1]) > 0.1
