@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
@@ -25,6 +26,9 @@ _TOGETHER_S = 1.0
 # How often the watching thread looks, once a signal has come.
 _LOOK_S = 0.05
 _WAKE = b"\0"  # the number of no signal
+# Those that watch in this process. Hooks of a fork cannot be taken back: there is one, for all that watch at that time.
+_watching: weakref.WeakSet[StopRequest] = weakref.WeakSet()
+_blocked = threading.local()  # mask: of the signals that a thread that forks did not want before
 
 
 class Pace:
@@ -49,6 +53,9 @@ class StopRequest:
     A thread watches for it beside, since a rank that waits in a collective runs no handler. If no step ends within a
     grace after the signal, or a second one comes, the process ends with status 1 and prints in which collective it was.
     It never does so while `saving` says that a checkpoint is being written.
+
+    It watches for the process that entered it. A process forked meanwhile, such as a worker that reads batches, does
+    with the signal what it would have done before, and tells nobody here of it.
 
     Args:
         device: where this rank's collectives run.
@@ -80,7 +87,8 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         self._main = threading.get_ident()
         self._pace.ended()
-        self._before = signal.signal(self._number, self._note)
+        # None where another language's code had set it, which Python cannot set again.
+        self._before = signal.signal(self._number, self._note) or signal.SIG_DFL
         self._read, self._write = socket.socketpair()
         for end in (self._read, self._write):
             end.setblocking(False)
@@ -89,11 +97,15 @@ class StopRequest:
         self._done = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="SIGTERM", daemon=True)
         self._watcher.start()
+        _watching.add(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self not in _watching:  # a fork that goes on with its parent's program
+            return
+        _watching.discard(self)
         signal.set_wakeup_fd(self._descriptor_before)
         signal.signal(self._number, self._before)
         self._done.set()
@@ -117,6 +129,13 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._flag = True
+
+    def _leave_in_child(self) -> None:
+        """Gives a forked process its signals back; else one to it would wake the thread of the process that forked."""
+        signal.set_wakeup_fd(self._descriptor_before)  # whichever thread forked is the child's main thread
+        signal.signal(self._number, self._before)
+        self._write.close()
+        self._read.close()
 
     # Below: the watching thread ---------------------------------------------------------------------------
 
@@ -183,3 +202,22 @@ def place_of(stack: traceback.StackSummary) -> str:
     callers = [each for each in stack[: collectives[0]] if "torch/distributed" not in each.filename]
     caller = callers[-1] if callers else stack[0]
     return f"the collective {collective.name}, called by {caller.name} ({caller.filename}, line {caller.lineno})"
+
+
+def _before_fork() -> None:
+    """A signal to the child waits until the child is ready for it."""
+    _blocked.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {each._number for each in _watching})
+
+
+def _after_fork() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _blocked.mask)
+
+
+def _after_fork_in_child() -> None:
+    for each in list(_watching):
+        each._leave_in_child()
+    _watching.clear()
+    _after_fork()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)

@@ -258,3 +258,59 @@ def test_it_ends_while_a_forked_worker_lives_on() -> None:
     worker.kill()
     worker.join()
     assert waited < 10
+
+
+@pytest.mark.parametrize("from_thread", [False, True], ids=["main thread", "another thread"])
+def test_a_signal_to_a_forked_worker_ends_the_worker_and_nothing_else(from_thread, ends, monkeypatch):
+    monkeypatch.setattr(stop, "_TOGETHER_S", 0.0)
+    forked = multiprocessing.get_context("fork")
+    with StopRequest(CPU, grace_s=0.2) as request:
+        workers = [forked.Process(target=time.sleep, args=(20,), daemon=True) for _ in range(2)]
+
+        def start() -> None:
+            for worker in workers:
+                worker.start()
+
+        if from_thread:
+            thread = threading.Thread(target=start)
+            thread.start()
+            thread.join()
+        else:
+            start()
+        for worker in workers:  # as a reader of batches does with workers that do not end by themselves
+            worker.terminate()
+            worker.join(2)
+            time.sleep(0.2)  # apart from the last, so that two would be a second signal
+        codes = [worker.exitcode for worker in workers]
+        for worker in workers:
+            worker.kill()
+        assert codes == [-signal.SIGTERM] * 2
+        assert not request.received()
+    assert ends == []
+
+
+def test_a_fork_that_goes_on_with_the_program_leaves_its_parents_watch_alone(ends):
+    with StopRequest(CPU, grace_s=100.0) as request:
+        if (child := os.fork()) == 0:
+            try:
+                request.__exit__(None, None, None)
+                os._exit(int(signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL))
+            finally:
+                os._exit(2)
+        assert os.waitpid(child, 0)[1] == 0
+        assert request._watcher.is_alive()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert wait_for(request.received) < 5
+
+
+def test_a_handler_that_python_did_not_set_is_no_error_afterwards(monkeypatch):
+    handlers = []
+
+    def as_of_a_library(number, handler):
+        handlers.append(handler)
+        return None
+
+    monkeypatch.setattr(stop.signal, "signal", as_of_a_library)
+    with StopRequest(CPU):
+        pass
+    assert len(handlers) == 2 and handlers[1] is signal.SIG_DFL
