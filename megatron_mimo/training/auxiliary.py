@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -76,8 +77,12 @@ def names_of(config: TransformerConfig) -> list[str]:
 
 
 def start_step(config: TransformerConfig) -> None:
-    """Forgets what earlier passes reported, of this model or of another one in the process with other layers."""
+    """Forgets what earlier passes reported, of this model or of another one in the process with other layers.
+
+    Before each step of training and of evaluation: both report.
+    """
     forget_scale_of_expert_losses()
+    MTPLossLoggingHelper.tracker.clear()  # sized by the first model's layers too
     if config.num_moe_experts is not None:
         get_moe_metrics_tracker().metrics.clear()  # its own `clear` keeps as many values as the first model had layers
 

@@ -195,7 +195,6 @@ class Trainer:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        auxiliary.start_step(self.models[0].config)
         logged = self._run(data, self.steps_done, forward_only=False, error=changed)
         learned = sum(count for (kind, *_), count in self._counts.items() if kind == LOSS)
         found = look(logged, self.run, self._gradients.largest, learned)
@@ -355,6 +354,7 @@ class Trainer:
         self._microbatches, (batch_size, length) = agree_on_microbatches(
             batches, error, self.run, self.models[0].config
         )
+        auxiliary.start_step(self.models[0].config)
         hook_schedule(self.chunks, self.optimizer.scale_loss, self._gradients.finalize)
         logged = get_forward_backward_func()(
             forward_step_func=self._forward_step,

@@ -152,6 +152,18 @@ def test_losses_of_experts_are_each_model_s_own_whatever_layers_another_in_the_p
     assert other.losses["z_loss"] != pytest.approx(alone.losses["z_loss"])
 
 
+def test_models_of_other_numbers_of_predicted_tokens_train_and_evaluate_beside_each_other(single_process):
+    given = batches(1, 4)
+    one, first = step(single_process, True, given, mtp_num_layers=1)
+    two, _ = step(single_process, True, given, mtp_num_layers=2)
+    three = Trainer(text_config(True, mtp_num_layers=3), single_process, TrainerSettings(steps=1, progress=False))
+    assert three.evaluate(lambda *_: given)["text"] > 0
+    assert one.evaluate(lambda *_: given)["text"] == pytest.approx(first.losses["text"], rel=1e-5)
+    again = one.train_step(lambda *_: given)
+    assert dict(again.losses) == pytest.approx(dict(first.losses))
+    assert two.train_step(lambda *_: given).losses["text"] > 0
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
