@@ -92,7 +92,8 @@ def _check_multi_token(spec: ModuleSpec, whole: bool) -> None:
     """Refuses multi-token prediction where the rows of later positions are not at hand.
 
     Raises:
-        ValueError: on a pipeline, whose last stage has no rows; of another class; with mrope on shards.
+        ValueError: without layers for it; on a pipeline, whose last stage has no rows; of another class; with mrope on
+            shards.
     """
     config = spec.params["config"]
     if not config.mtp_num_layers:
@@ -106,6 +107,11 @@ def _check_multi_token(spec: ModuleSpec, whole: bool) -> None:
         raise ValueError(
             f"mtp_num_layers={config.mtp_num_layers} needs the embedded rows on the last pipeline stage, which only "
             "the first one has. Set it to None, or pipeline_model_parallel_size to 1."
+        )
+    if spec.params.get("mtp_block_spec") is None:
+        raise ValueError(
+            f"mtp_num_layers={config.mtp_num_layers}, but the language model is given no layers for it and would "
+            "predict one token alone. Give its spec mtp_block_spec, or set mtp_num_layers to None."
         )
     if spec.params.get("position_embedding_type") == "mrope" and config.context_parallel_size > 1:
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,10 @@ class TrainerSettings:
         progress: show a progress bar on the last rank.
         stop_grace_s: seconds that a step may go on after a SIGTERM; then the process ends and says where it was. None
             for ten times the slowest step so far, and at least 10.
+
+    Raises:
+        TypeError: a number of steps, or the seed, is no whole number.
+        ValueError: a number out of its range, or options that contradict each other.
     """
 
     steps: int
@@ -47,8 +52,10 @@ class TrainerSettings:
             raise ValueError(f"TrainerSettings: decay must be one of {list(DECAYS)}, got {self.decay!r}")
         for name in ("steps", "evaluate_every", "evaluation_steps", "save_every"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"TrainerSettings: {name} must be at least 1, got {value}")
+            if value is not None or name in ("steps", "evaluation_steps"):
+                check_whole(f"TrainerSettings: {name}", value, least=1)
+        check_whole("TrainerSettings: warmup_steps", self.warmup_steps)
+        check_whole("TrainerSettings: seed", self.seed)
         if self.stop_grace_s is not None and not 0 < self.stop_grace_s < float("inf"):
             raise ValueError(f"TrainerSettings: stop_grace_s must be finite and above 0, got {self.stop_grace_s}")
         if not 0 <= self.warmup_steps < self.steps:
@@ -96,6 +103,19 @@ class History:
     steps: list[StepReport] = field(default_factory=list)
     evaluations: dict[int, Mapping[str, float]] = field(default_factory=dict)
     stopped: bool = False
+
+
+def check_whole(name: str, value: object, least: int | None = None) -> None:
+    """Refuses what counts nothing, such as 2.5 steps: a run of them would never reach its end.
+
+    Raises:
+        TypeError: it is no whole number.
+        ValueError: it is below `least`.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if least is not None and int(value) < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def due(steps: int, every: int | None) -> bool:

@@ -276,7 +276,7 @@ def test_what_is_kept_are_the_newest_every_so_many_and_the_best(single_process, 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (dict(keep_last=0), "keep_last must be at least 1, found 0"),
+        (dict(keep_last=0), "keep_last must be at least 1, got 0"),
         (dict(keep_last=1, keep_every=0), "keep_every must be at least 1"),
         (dict(keep_every=5), "need keep_last"),
         (dict(keep_best="loss"), "need keep_last"),

@@ -186,6 +186,13 @@ def test_multi_token_prediction_sees_the_rows_that_were_placed(single_process):
         torch.testing.assert_close(image, text, rtol=1e-5, atol=1e-6)
 
 
+def test_multi_token_prediction_without_layers_for_it_is_refused(single_process):
+    spec = mtp_spec()
+    del spec.params["mtp_block_spec"]
+    with pytest.raises(ValueError, match="mtp_num_layers=2, but the language model is given no layers for it"):
+        MimoModel(MimoModelConfig(spec))
+
+
 @pytest.mark.parametrize(
     ("changes", "stage", "message"),
     [

@@ -1,7 +1,10 @@
 """What Megatron does to a modality's modules by the language model's configuration; gradients: cases/marks.py."""
 
+from argparse import Namespace
+
 import pytest
 import torch
+from megatron.core.optimizer import OptimizerConfig
 from megatron.core.quantization.quant_config import RecipeConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 from megatron_mimo import MimoModel, specs
 from megatron_mimo.modality.marks import check_orthogonalized
 from megatron_mimo.training import Trainer, TrainerSettings
+from megatron_mimo.training.pretraining.session import Session
 from tests import tiny
 
 
@@ -142,8 +146,9 @@ def test_an_expert_bias_beside_the_language_models_is_refused(single_process, en
     [
         (BIAS, "moe_router_enable_expert_bias=True"),
         ({"moe_router_load_balancing_type": "global_aux_loss", "moe_aux_loss_coeff": 0.1}, "'global_aux_loss'"),
+        ({"moe_router_load_balancing_type": "quantile_balancing"}, "'quantile_balancing'"),
     ],
-    ids=["bias", "global"],
+    ids=["bias", "global", "quantile"],
 )
 def test_a_balance_that_only_the_language_models_configuration_would_keep_is_refused(single_process, changes, said):
     with pytest.raises(ValueError, match=f"router.*has .*{said}, which Megatron keeps at the end of a step"):
@@ -167,3 +172,18 @@ def test_muon_is_refused_beside_trainable_attention_of_other_heads(single_proces
     check_orthogonalized(encoder, language, "adam")
     check_orthogonalized(nn.ModuleDict({"images": Block(tiny.language_config(num_layers=1))}), language, "muon")
     check_orthogonalized(encoder.requires_grad_(False), language, "muon")
+
+
+class OtherHeads(Block):
+    def __init__(self) -> None:
+        super().__init__(tiny.language_config(num_layers=1, num_attention_heads=2))
+
+
+def test_both_loops_refuse_muon_beside_trainable_attention_of_other_heads(single_process):
+    message = r"optimizer 'muon': modality_submodules\.images\.encoders\.patches\.\S+\.linear_qkv has"
+    config = config_of(ModuleSpec(module=OtherHeads))
+    with pytest.raises(ValueError, match=message):
+        Trainer(config, single_process, TrainerSettings(steps=1), optimizer=OptimizerConfig(optimizer="muon", lr=0.1))
+    session = Session(Namespace(optimizer="muon", virtual_pipeline_model_parallel_size=None))
+    with pytest.raises(ValueError, match=message):
+        session.built(MimoModel(config))

@@ -252,6 +252,28 @@ def test_what_the_model_does_not_have_is_refused_by_name(control, message):
         TrainingControl(**control).check(tiny.mimo_config())
 
 
+@pytest.mark.parametrize(
+    ("control", "message"),
+    [
+        (dict(learning_rate={"decoders": "2"}), r"learning_rate\['decoders'\] must be a number, got '2'"),
+        (dict(weight_decay={"decoders": None}), r"weight_decay\['decoders'\] must be a number, got None"),
+        (dict(embedding_rows=[1.5]), "embedding_rows: a token id must be a whole number, got 1.5"),
+        (dict(embedding_rows=[True]), "embedding_rows: a token id must be a whole number, got True"),
+        *(
+            (
+                {"frozen": ["images/encoders"], option: "images/encoders"},
+                f"{option} must be a list of parts, got the string 'images/encoders'",
+            )
+            for option in ("frozen", "compiled", "graphed", "own_precision", "evaluating")
+        ),
+    ],
+    ids=str,
+)
+def test_what_is_no_number_or_no_list_is_a_type_error(control, message):
+    with pytest.raises(TypeError, match=message):
+        TrainingControl(**control).check(tiny.mimo_config())
+
+
 def test_factors_of_parts_that_train_a_little_are_accepted():
     rows = dict(frozen=["language_model"], embedding_rows=[3], learning_rate={"language_model": 2.0})
     TrainingControl(**rows).check(tiny.mimo_config())

@@ -5,8 +5,10 @@ import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import nn
 
 from megatron_mimo.training import CheckpointSettings, Trainer, TrainerSettings, TrainingControl
+from megatron_mimo.training.finite import check_weights
 from tests import tiny
 
 PRECISIONS = {
@@ -208,6 +210,16 @@ def test_weights_that_are_not_finite_are_not_saved_over_good_ones(single_process
     with pytest.raises(FloatingPointError, match=r"language_model\.output_layer\.weight is not finite: no checkpoint"):
         ours.save()
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_frozen_weights_may_hold_infinities_as_masks_do():
+    module = nn.Linear(2, 2)
+    with torch.no_grad():
+        module.bias[0] = float("-inf")
+    with pytest.raises(FloatingPointError, match="bias is not finite"):
+        check_weights([module])
+    module.bias.requires_grad_(False)
+    check_weights([module])
 
 
 def test_the_best_checkpoint_is_none_whose_evaluation_was_nan(single_process, tmp_path):

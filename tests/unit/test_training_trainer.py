@@ -11,7 +11,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 
-from megatron_mimo.training import Trainer, TrainerSettings, TrainingControl
+from megatron_mimo.training import CheckpointSettings, Trainer, TrainerSettings, TrainingControl
 from tests import tiny
 
 
@@ -95,6 +95,19 @@ def test_an_interrupted_run_resumes_with_momentum_and_schedule(optimizer, single
     assert [(r.step, r.losses, r.learning_rate) for r in found] == [
         (r.step, r.losses, r.learning_rate) for r in expected[2:]
     ]
+
+
+@pytest.mark.parametrize("value", [2.5, 2.0, "2", True, float("nan"), [2]], ids=repr)
+@pytest.mark.parametrize(
+    "name",
+    ["steps", "warmup_steps", "seed", "evaluate_every", "evaluation_steps", "save_every", "keep_last", "keep_every"],
+)
+def test_numbers_of_steps_that_are_not_whole_are_a_type_error(name, value):
+    kind, needed = (
+        (CheckpointSettings, {"keep_last": 1}) if name.startswith("keep") else (TrainerSettings, {"steps": 4})
+    )
+    with pytest.raises(TypeError, match=f"{kind.__name__}: {name} must be a whole number, got "):
+        kind(**{**needed, name: value})
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_mimo.training.checkpoints import manifest
+from megatron_mimo.training.settings import check_whole
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class CheckpointSettings:
             evaluated at the step that was saved.
 
     Raises:
+        TypeError: a number that is not whole.
         ValueError: a number below 1, or something to keep besides all.
 
     Example:
@@ -52,8 +54,8 @@ class CheckpointSettings:
     def __post_init__(self) -> None:
         for name in ("keep_last", "keep_every"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"CheckpointSettings: {name} must be at least 1, found {value}")
+            if value is not None:
+                check_whole(f"CheckpointSettings: {name}", value, least=1)
         if self.keep_last is None and (self.keep_every is not None or self.keep_best is not None):
             raise ValueError("CheckpointSettings: keep_every and keep_best need keep_last; without it all are kept")
 

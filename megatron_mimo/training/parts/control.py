@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations
+from numbers import Real
 from typing import cast
 
 import torch
@@ -34,6 +35,7 @@ from megatron_mimo.modality.submodules import ModalitySubmodules
 from megatron_mimo.model import MimoModel
 from megatron_mimo.training.parts.compiled import CompiledForward
 from megatron_mimo.training.parts.graphed import GraphedForward
+from megatron_mimo.training.settings import check_whole
 
 LANGUAGE_MODEL = "language_model"
 
@@ -76,8 +78,12 @@ class TrainingControl:
         """Refuses parts and token ids that the model does not have; needs no rank.
 
         Raises:
+            TypeError: a factor that is no number, a token id that is no whole one, names in one string.
             ValueError: naming the option, the part and what there is.
         """
+        for option in ("frozen", "compiled", "graphed", "own_precision", "evaluating"):
+            if isinstance(given := getattr(self, option), str):
+                raise TypeError(f"{option} must be a list of parts, got the string {given!r}. Write [{given!r}].")
         of_encoders = ("compiled", "graphed", "own_precision", "evaluating")
         for option in ("frozen", "learning_rate", "weight_decay", *of_encoders):
             for part in getattr(self, option):
@@ -92,12 +98,15 @@ class TrainingControl:
                     )
         for option in ("learning_rate", "weight_decay"):
             for part, factor in getattr(self, option).items():
+                if not isinstance(factor, Real):
+                    raise TypeError(f"{option}[{part!r}] must be a number, got {factor!r}")
                 if not (math.isfinite(factor) and factor >= 0):
                     raise ValueError(f"{option}[{part!r}] must be finite and at least 0, got {factor}")
                 self._check_trains(option, part, config)
             _check_apart(option, getattr(self, option), config)
         vocabulary = config.language_model.params.get("vocab_size")
         for row in self.embedding_rows:
+            check_whole("embedding_rows: a token id", row)
             if row < 0 or (vocabulary is not None and row >= vocabulary):
                 raise ValueError(
                     f"embedding_rows: {row} is outside the vocabulary [0, {vocabulary}): it has no row. "

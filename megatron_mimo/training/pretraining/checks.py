@@ -54,8 +54,9 @@ def check_supported(args: Namespace) -> None:
     """
     if args.mtp_num_layers:
         raise ValueError(
-            f"--mtp-num-layers {args.mtp_num_layers}: multi-token prediction is not supported by MimoModel. Leave "
-            "the argument out."
+            f"--mtp-num-layers {args.mtp_num_layers}: multi-token prediction is not supported by Megatron's loop here, "
+            "whose counts of FLOPs and recipes know nothing of its layers. Leave the argument out, or train with "
+            "megatron_mimo.training.Trainer and mtp_block_spec in the language model's spec."
         )
     if getattr(args, "use_mup", False):
         raise ValueError(
