@@ -133,6 +133,16 @@ def test_only_the_named_embedding_rows_move(tied, frozen, single_process):
         assert len(language) > 10
 
 
+def test_a_factor_on_the_language_models_decay_leaves_rows_that_do_not_train_as_they_are(single_process):
+    control = TrainingControl(embedding_rows=ROWS, weight_decay={"language_model": 2.0})
+    ours = trainer(single_process, control)
+    embedding = ours.models[0].language_model.embedding.word_embeddings.weight
+    start = embedding.detach().clone()
+    ours.train_step(one_batch)
+    changed = (embedding.detach() != start).any(1).nonzero().flatten().tolist()
+    assert changed and set(changed) <= set(ROWS)
+
+
 def test_rows_move_as_they_would_with_the_whole_table(single_process):
     whole = trainer(single_process, optimizer=sgd(weight_decay=0.0))
     rows = trainer(single_process, TrainingControl(embedding_rows=ROWS), sgd(weight_decay=0.0))

@@ -314,3 +314,11 @@ def test_a_handler_that_python_did_not_set_is_no_error_afterwards(monkeypatch):
     with StopRequest(CPU):
         pass
     assert len(handlers) == 2 and handlers[1] is signal.SIG_DFL
+
+
+def test_a_run_that_knows_of_its_end_is_left_to_end_by_itself_however_long_it_takes(single_process, ends):
+    with StopRequest(CPU, grace_s=0.2) as request:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert wait_for(request.received) < 5
+        time.sleep(0.6)
+    assert ends == []
