@@ -100,7 +100,7 @@ class TrainingControl:
             for part, factor in getattr(self, option).items():
                 if not isinstance(factor, Real):
                     raise TypeError(f"{option}[{part!r}] must be a number, got {factor!r}")
-                if not (math.isfinite(factor) and factor >= 0):
+                if not (math.isfinite(factor) and float(factor) >= 0):
                     raise ValueError(f"{option}[{part!r}] must be finite and at least 0, got {factor}")
                 self._check_trains(option, part, config)
             _check_apart(option, getattr(self, option), config)
