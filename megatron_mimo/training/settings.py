@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +30,7 @@ class TrainerSettings:
             for ten times the slowest step so far, and at least 10.
 
     Raises:
-        TypeError: a number of steps, or the seed, is no whole number.
+        TypeError: a number of steps, or the seed, is no whole number; the grace is no number.
         ValueError: a number out of its range, or options that contradict each other.
     """
 
@@ -56,6 +56,8 @@ class TrainerSettings:
                 check_whole(f"TrainerSettings: {name}", value, least=1)
         check_whole("TrainerSettings: warmup_steps", self.warmup_steps)
         check_whole("TrainerSettings: seed", self.seed)
+        if not isinstance(self.stop_grace_s, Real | None):
+            raise TypeError(f"TrainerSettings: stop_grace_s must be a number of seconds, got {self.stop_grace_s!r}")
         if self.stop_grace_s is not None and not 0 < self.stop_grace_s < float("inf"):
             raise ValueError(f"TrainerSettings: stop_grace_s must be finite and above 0, got {self.stop_grace_s}")
         if not 0 <= self.warmup_steps < self.steps:

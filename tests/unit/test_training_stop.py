@@ -203,6 +203,11 @@ def test_a_stack_is_told_by_its_collective_and_who_called_it(frames, said):
     assert re.fullmatch(said, place_of(traceback.StackSummary.from_list(frames)))
 
 
+def test_a_grace_that_is_no_number_is_a_type_error():
+    with pytest.raises(TypeError, match="TrainerSettings: stop_grace_s must be a number of seconds, got '5'"):
+        TrainerSettings(steps=1, stop_grace_s="5")
+
+
 @pytest.mark.parametrize("grace", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_grace_that_is_no_time_is_refused(grace):
     with pytest.raises(ValueError, match="stop_grace_s must be finite and above 0"):
