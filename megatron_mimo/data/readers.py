@@ -117,7 +117,8 @@ class SoundReader:
 
     Args:
         extractor: such as `WhisperFeatureExtractor`; None: the samples themselves are the input `waveforms`.
-        rows: frames of the features (the last dim), or samples -> positions of the clip.
+        rows: frames of the features (the last dim), or samples -> positions of the clip. Where the extractor gives an
+            `attention_mask`, frames or samples that are no padding.
         encoder: the encoder's name in the modality.
         keywords: as of `ImageReader`.
         rate: samples a second; None: the extractor's.
@@ -148,7 +149,8 @@ class SoundReader:
         else:
             given = self._extractor(medium.samples, sampling_rate=int(self.rate), return_tensors="pt", **self._options)
             output = {name: value for name, value in given.items() if isinstance(value, Tensor)}
-        rows = self._rows(next(iter(output.values())).shape[-1])
+        mask = output.get("attention_mask")
+        rows = self._rows(next(iter(output.values())).shape[-1] if mask is None else int(mask.sum()))
         if rows < 1:
             raise SampleError(
                 "media", f"a sound of {len(medium.samples)} samples is too short for one row of the encoder"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ class Writer(Protocol):
 
 
 class ImageWriter:
-    """Images as targets `media` `[1, C, H, W]` float32, for a decoder that has a tokenizer of its own.
+    """Images as targets `media` `[1, C, H, W]` float32, for a decoder that has a tokenizer of its own, or as patches.
 
     Args:
         decoder: its name in the modality.
@@ -56,7 +56,12 @@ class ImageWriter:
         span: values that black and white become.
         channels: 3, or 1 for grey.
         grid: height and width of the positions, for position rules with a grid.
+        patch: side of square patches, which become `target` `[rows, C * patch * patch]`, as
+            `assemble.patches_to_images` takes them; None for `media`.
         limits: of what is opened.
+
+    Raises:
+        ValueError: a grid, or patches, of another number than `rows`.
 
     Example:
         >>> from PIL import Image
@@ -75,8 +80,13 @@ class ImageWriter:
         span: tuple[float, float] = (-1.0, 1.0),
         channels: int = 3,
         grid: tuple[int, int] | None = None,
+        patch: int | None = None,
         limits: Limits = Limits(),
     ) -> None:
+        if patch is not None and (
+            size[0] % patch or size[1] % patch or (size[0] // patch) * (size[1] // patch) != rows
+        ):
+            raise ValueError(f"ImageWriter: squares of {patch} do not cut {size[0]} x {size[1]} into {rows} rows")
         if channels not in (1, 3):
             raise ValueError(f"ImageWriter: channels should be 1 or 3, found {channels}")
         if grid is not None and grid[0] * grid[1] != rows:
@@ -84,7 +94,7 @@ class ImageWriter:
         self._decoder, self._size, self._rows, self._span = decoder, size, rows, span
         self._mode = "RGB" if channels == 3 else "L"
         self._grid = None if grid is None else (1, *grid)
-        self.limits = limits
+        self._patch, self.limits = patch, limits
 
     def __call__(self, medium: Image) -> Writing:
         from PIL import ImageOps
@@ -94,7 +104,14 @@ class ImageWriter:
         pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
         low, high = self._span
         media = torch.from_numpy(np.ascontiguousarray(pixels * (high - low) + low))[None]
-        return Writing(self._rows, {self._decoder: {"media": media}}, self._grid, float(media.numel()))
+        targets = {"media": media} if self._patch is None else {"target": self._patches(media[0])}
+        return Writing(self._rows, {self._decoder: targets}, self._grid, float(media.numel()))
+
+    def _patches(self, image: Tensor) -> Tensor:
+        """`[rows, C * patch * patch]` of an image `[C, H, W]`: patches row by row, `(channel, y, x)` within one."""
+        side = cast(int, self._patch)
+        squares = image.unfold(1, side, side).unfold(2, side, side)  # [C, H / side, W / side, side, side]
+        return squares.permute(1, 2, 0, 3, 4).reshape(self._rows, -1).contiguous()
 
 
 class SoundWriter:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from megatron_mimo.data.messages import SampleError, conversation_of
+from megatron_mimo.data.messages import Conversation, SampleError, conversation_of
 from megatron_mimo.data.packs import joined
 from megatron_mimo.data.readers import TEXT_OUTPUTS
 from megatron_mimo.data.samples import SampleProcessor
@@ -33,14 +34,24 @@ def prompt_of(prompt: object, processor: Any, model: Any) -> object:
     beside = {} if not isinstance(prompt, Mapping) else {k: v for k, v in prompt.items() if k != "messages"}
     if isinstance(processor, SampleProcessor):
         try:
-            return _laid_out(messages, processor) | beside
+            return laid_out(conversation_of({"messages": messages}), processor) | beside
         except SampleError as error:
             raise ValueError(str(error)) from error
     return _of_transformers(messages, processor, model) | beside
 
 
-def _laid_out(messages: Sequence[object], processor: SampleProcessor) -> dict[str, Any]:
-    sample = processor(conversation_of({"messages": messages}), prompt=True)
+def laid_out(conversation: Conversation, processor: SampleProcessor, media_root: Path | None = None) -> dict[str, Any]:
+    """A conversation that ends with a user's turn as a prompt in the form of a dict.
+
+    Args:
+        conversation: turns of parts.
+        processor: as in training.
+        media_root: below which its media lie; None takes no paths.
+
+    Raises:
+        SampleError: it cannot be laid out.
+    """
+    sample = processor(conversation, media_root, prompt=True)
     read = [item for item in sample.items if not item.written]
     # Nothing is learned of a prompt, which would leave them out as padding is.
     written = joined(replace(item, learn=True) for item in sample.items if item.written)

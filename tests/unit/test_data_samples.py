@@ -17,6 +17,7 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
+from megatron_mimo.assemble import patches_to_images
 from megatron_mimo.data.chat import PLAIN_TEMPLATE, ChatText
 from megatron_mimo.data.media import Sound, Video
 from megatron_mimo.data.messages import SampleError, conversation_of
@@ -124,10 +125,21 @@ def test_sounds_of_unequal_length_have_rows_by_their_length():
     short, long = (reader(Sound(torch.ones(count).numpy(), 16000)) for count in (1600, 4800))
     assert (short.rows, long.rows) == (5, 15)
     assert list(short.inputs["tower"]) == ["features"]
+    masked = SoundReader(extractor, rows=lambda frames: frames // 2, options={"return_attention_mask": True})
+    assert masked(Sound(torch.ones(4800).numpy(), 16000)).rows == 15  # of what is no padding up to 30 s
     with pytest.raises(SampleError, match="too short"):
         SoundReader(rate=16000, rows=lambda samples: 0)(Sound(torch.ones(3).numpy(), 16000))
     with pytest.raises(ValueError, match="needs a rate"):
         SoundReader(rows=len)
+
+
+def test_images_are_written_as_the_patches_that_make_them_up():
+    pixels = torch.randint(0, 256, (4, 6, 3), dtype=torch.uint8)
+    writing = ImageWriter("pixels", size=(4, 6), rows=6, span=(0.0, 1.0), patch=2)(Image.fromarray(pixels.numpy()))
+    made = patches_to_images(writing.targets["pixels"]["target"], (3, 4, 6))
+    torch.testing.assert_close(made[0], pixels.permute(2, 0, 1) / 255)
+    with pytest.raises(ValueError, match="do not cut 4 x 6 into 5 rows"):
+        ImageWriter("pixels", size=(4, 6), rows=5, patch=2)
 
 
 def test_images_are_shrunk_to_the_pixels_that_a_reader_takes():

@@ -57,6 +57,7 @@ ROOMS = [
     "layout",
     "pretrained",
     "training",
+    "cli",
 ]
 WITHOUT_MEGATRON = [
     "data",

@@ -1,0 +1,259 @@
+"""The commands and their options."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from megatron_mimo.cli.errors import STOPPED, Refused, told
+from megatron_mimo.cli.ranks import check_devices, end_with_starter, run_ranks, under_torchrun
+from megatron_mimo.cli.reading import read_recipe, shipped, written
+from megatron_mimo.compat.notices import Answered
+
+if TYPE_CHECKING:
+    from megatron_mimo.cli.recipe import Layout, Recipe
+    from megatron_mimo.launch import Run
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Multimodal in/out models on Megatron-Core, from a folder to a model that is trained, evaluated and exported.",
+)
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Nproc = Annotated[int, typer.Option(min=1, help="Processes to start on this host, one a GPU.")]
+RecipeFile = Annotated[str, typer.Argument(help="A recipe's file, or one that ships: " + ", ".join(shipped()) + ".")]
+Changes = Annotated[
+    list[str] | None, typer.Argument(help="Changes of the recipe: key=value, such as stages.0.steps=100.")
+]
+
+
+@contextmanager
+def command(debug: bool) -> Iterator[None]:
+    """Within it, errors are one line and Megatron's notices are answered."""
+    end_with_starter()
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)  # Megatron sets one up too
+    if not debug:  # of parts that Megatron and torch will rename or miss, which a user can do nothing about
+        warnings.filterwarnings("ignore", module=r"(megatron\.core|torch)\b")
+    with told(debug), Answered():
+        yield
+
+
+@contextmanager
+def running(layout: Layout | None, seed: int = 1234) -> Iterator[Run]:
+    """Within it, a run is in progress on a layout; None for one process alone."""
+    import megatron_mimo
+
+    run = megatron_mimo.initialize(**(layout.sizes if layout is not None else {}), seed=seed)
+    yield run
+    megatron_mimo.shutdown()
+
+
+@app.callback()
+def _all() -> None:
+    pass
+
+
+@app.command()
+def train(
+    recipe: RecipeFile,
+    changes: Changes = None,
+    nproc: Nproc = 1,
+    show: Annotated[bool, typer.Option("--print", help="Print the resolved recipe, and train nothing.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Train a recipe; the same command goes on where it was stopped.
+
+    It starts the processes itself with --nproc, and runs as it is under torchrun.
+    """
+    with command(debug):
+        found = read_recipe(recipe, changes or ())
+        if show:
+            from megatron_mimo.cli.settings import settings_of
+
+            settings_of(found.megatron)
+            print(written(found), end="")
+            return
+        if not under_torchrun():
+            check(found, nproc)
+            if nproc > 1:
+                sys.exit(run_ranks(nproc, sys.argv[1:]))
+        with running(found.layout, found.seed) as run:
+            from megatron_mimo.cli.training import MODEL
+            from megatron_mimo.cli.training import train as train_recipe
+
+            if not train_recipe(found, run):
+                if run.rank == 0:
+                    print("megatron-mimo: stopped; the same command goes on from here", file=sys.stderr)
+                sys.exit(STOPPED)
+            if run.rank == 0:
+                print(found.directory / MODEL)
+
+
+def check(recipe: Recipe, processes: int, *, layout: bool = True) -> None:
+    """Refuses what can be refused before any rank is started.
+
+    Raises:
+        Refused: a layout for other processes or GPUs, settings that Megatron does not have, a recipe that the
+            directory's run did not have.
+        FileNotFoundError, ValueError: data or a model that is not there.
+    """
+    from megatron_mimo.cli.building import names_of
+    from megatron_mimo.cli.kept import check_kept
+    from megatron_mimo.cli.settings import settings_of
+    from megatron_mimo.cli.training import opened
+    from megatron_mimo.hf.source import resolve
+
+    settings_of(recipe.megatron)
+    if layout:
+        check_processes(recipe.layout, processes)
+        check_kept(recipe)
+    for source in recipe.sources():
+        opened(source)
+    for name in names_of(recipe.model):
+        resolve(name)
+
+
+def check_processes(layout: Layout, processes: int) -> None:
+    """Refuses a layout that so many processes on this host cannot have.
+
+    Raises:
+        Refused: naming both.
+    """
+    check_devices(processes)
+    whole = layout.tensor * layout.pipeline * layout.context
+    if processes % whole:
+        raise Refused(
+            f"layout: tensor {layout.tensor} x pipeline {layout.pipeline} x context {layout.context} takes a multiple "
+            f"of {whole} processes, found {processes}; give --nproc {whole}, or lower one of the three"
+        )
+
+
+ModelName = Annotated[str, typer.Argument(help="A directory, a name on the hub, a run's directory or its checkpoint.")]
+Tensor = Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")]
+Pipeline = Annotated[int, typer.Option(min=1, help="Pipeline stages.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the model's own.")]
+
+
+@contextmanager
+def ranks(nproc: int, tensor: int, pipeline: int, dtype: str | None = None) -> Iterator[Run]:
+    """Within it, a run is in progress on so many ranks, which are started first where that is to be done."""
+    from megatron_mimo.cli.recipe import Layout
+
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise Refused(f"--dtype: expected float32, bfloat16 or float16, found {dtype!r}")
+    layout = Layout(tensor=tensor, pipeline=pipeline)
+    if not under_torchrun():
+        check_processes(layout, nproc)
+        if nproc > 1:
+            sys.exit(run_ranks(nproc, sys.argv[1:]))
+    with running(layout) as run:
+        yield run
+
+
+@app.command()
+def generate(
+    model: ModelName,
+    data: Annotated[Path, typer.Argument(help="Records to answer: .jsonl or any other data, as docs/data.md lists.")],
+    output: Annotated[Path, typer.Option(help="Directory of answers.jsonl and media/.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Positions that an answer may add.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Share of the likeliest tokens.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws; record i has seed + i.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Records that are answered together.")] = 8,
+    columns: Annotated[str, typer.Option(help="Media beside a text: read, or write to have them drawn.")] = "read",
+    dtype: Dtype = None,
+    nproc: Nproc = 1,
+    tensor: Tensor = 1,
+    pipeline: Pipeline = 1,
+    debug: Debug = False,
+) -> None:
+    """Answer records: JSON lines in, JSON lines and media out; the same command goes on where it was stopped.
+
+    What stands before a record's last answer is asked. Data-parallel ranks share the records out.
+    """
+    with command(debug):
+        from megatron_mimo.cli.answering import generate as answer
+        from megatron_mimo.cli.models import find, open_model
+        from megatron_mimo.data import open_source
+
+        place, source = find(model), open_source(data, columns=columns)  # type: ignore[arg-type]  # which it checks
+        with ranks(nproc, tensor, pipeline, dtype) as run:
+            asked = {
+                "model": str(place.directory.resolve()), "max_new_tokens": max_new_tokens, "temperature": temperature,
+                "top_p": top_p, "seed": seed,
+            }  # fmt: skip
+            written = answer(open_model(place, run, dtype), source, output, run, asked=asked, batch_size=batch_size)
+            if run.rank == 0:
+                print(written)
+
+
+@app.command()
+def convert(
+    model: ModelName,
+    target: Annotated[Path, typer.Argument(help="A directory, or with --to safetensors a file.")],
+    to: Annotated[str, typer.Option(help="hf (transformers), megatron (a checkpoint), safetensors (one file).")] = "hf",
+    dtype: Dtype = None,
+    nproc: Nproc = 1,
+    tensor: Tensor = 1,
+    pipeline: Pipeline = 1,
+    debug: Debug = False,
+) -> None:
+    """Write a model in another form: Hugging Face's, a Megatron checkpoint, or one file of safetensors."""
+    with command(debug):
+        from megatron_mimo.cli.converting import FORMS
+        from megatron_mimo.cli.converting import convert as write
+        from megatron_mimo.cli.models import find
+
+        if to not in FORMS:
+            raise Refused(f"--to: expected one of {list(FORMS)}, found {to!r}")
+        place = find(model)
+        with ranks(nproc, tensor, pipeline, dtype) as run:
+            write(place, target, to, run, dtype)
+            if run.rank == 0:
+                print(target)
+
+
+data_app = typer.Typer(no_args_is_help=True, help="Look at a recipe's data before it trains.", rich_markup_mode=None)
+app.add_typer(data_app, name="data")
+
+
+@data_app.command()
+def show(
+    recipe: RecipeFile,
+    changes: Changes = None,
+    output: Annotated[Path, typer.Option(help="The page to write.")] = Path("packs.html"),
+    packs: Annotated[int, typer.Option(min=1, help="How many.")] = 4,
+    stage: Annotated[str | None, typer.Option(help="Whose data; the first one's by default.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Write a page with a recipe's first packs, as the model sees them."""
+    with command(debug):
+        from megatron_mimo.cli.looking import show_packs
+
+        found = read_recipe(recipe, changes or ())
+        check(found, 1, layout=False)
+        with running(None, found.seed):
+            print(show_packs(found, stage, output, packs))
+
+
+@data_app.command()
+def prepare(recipe: RecipeFile, changes: Changes = None, debug: Debug = False) -> None:
+    """Measure a recipe's data: records, packs of an epoch, what stays empty, and what cannot be used."""
+    with command(debug):
+        from megatron_mimo.cli.looking import measured
+
+        found = read_recipe(recipe, changes or ())
+        check(found, 1, layout=False)
+        with running(None, found.seed):
+            for line in measured(found):
+                print(line)

@@ -1,0 +1,132 @@
+"""A model that a command is given: a name, a directory, a run's directory or one of its checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from megatron_mimo.cli.building import model_config
+from megatron_mimo.cli.errors import Refused
+from megatron_mimo.cli.laying_out import processor_of
+from megatron_mimo.cli.reading import read_recipe
+from megatron_mimo.cli.recipe import Model
+from megatron_mimo.cli.settings import Settings
+from megatron_mimo.config import MimoModelConfig
+from megatron_mimo.data import SampleProcessor
+from megatron_mimo.hf.files import INDEX, SINGLE
+from megatron_mimo.hf.source import OWN, resolve
+from megatron_mimo.launch import Run
+from megatron_mimo.model import MimoModel
+from megatron_mimo.pretrained import from_pretrained
+from megatron_mimo.training.checkpoints.directories import is_complete
+from megatron_mimo.training.checkpoints.parts import load_parts
+from megatron_mimo.training.chunks import build_chunks
+from megatron_mimo.training.parts.control import TrainingControl
+
+#: Of a run's directory and of what it writes.
+RECIPE, MODEL = "recipe.yaml", "model"
+#: Of a checkpoint that `convert` wrote: the directory or name that the model's configuration is read from.
+SOURCE = "source.txt"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model is read from.
+
+    Args:
+        directory: of the weights: a model's, or a checkpoint's.
+        model: how its recipe put it together; None where there is none.
+        checkpoint: whether it is one of Megatron's form.
+        template: the recipe's chat template.
+        source: of a checkpoint that `convert` wrote: where the model's configuration is read from.
+    """
+
+    directory: Path
+    model: Model | None
+    checkpoint: bool
+    template: str | None = None
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model, ready to answer.
+
+    Args:
+        models: this rank's chunks, in evaluation mode.
+        process: makes prompts.
+    """
+
+    models: list[MimoModel]
+    process: SampleProcessor
+
+    @property
+    def config(self) -> MimoModelConfig:
+        """Of the model."""
+        return self.models[0].mimo_config
+
+
+def find(given: str) -> Place:
+    """Where a model lies: of a run's directory its model, or a checkpoint below it with the run's recipe.
+
+    Args:
+        given: by the command line.
+
+    Raises:
+        Refused: a run that has no model yet, or a checkpoint without a recipe.
+        FileNotFoundError, ConnectionError: there is nothing of that name.
+    """
+    path = Path(given)
+    if is_complete(path) or (path / ".metadata").is_file():
+        if (path / SOURCE).is_file():
+            source = (path / SOURCE).read_text("utf-8").strip()
+            return replace(find(source), directory=path, checkpoint=True, source=source)
+        for above in (path, *path.resolve().parents[:3]):
+            if (above / RECIPE).is_file():
+                recipe = read_recipe(str(above / RECIPE))
+                return Place(path, recipe.model, True, recipe.processor.template)
+        raise Refused(f"{given}: expected a checkpoint of a run, whose directory has {RECIPE}, found none above it")
+    if (path / RECIPE).is_file() and not any((path / name).is_file() for name in (OWN, SINGLE, INDEX)):
+        if not (path / MODEL).is_dir():
+            raise Refused(f"{given}: its run is not done; finish it with train, or name a checkpoint in {path}/stages")
+        path = path / MODEL
+    directory = resolve(path if path.is_dir() else given)
+    if not (directory / RECIPE).is_file():
+        return Place(directory, None, False)
+    recipe = read_recipe(str(directory / RECIPE))
+    return Place(directory, recipe.model, False, recipe.processor.template)
+
+
+def open_model(place: Place, run: Run, dtype: str | None = None) -> Opened:
+    """The model of a place on the layout of the run. Collective over all ranks.
+
+    Args:
+        place: from `find`.
+        run: in progress.
+        dtype: of the weights; None for the files', or the recipe's of a checkpoint.
+
+    Raises:
+        FileNotFoundError, ValueError: as `from_pretrained` and `load_parts`.
+    """
+    models = read_model(place, run, dtype)
+    return Opened(models, processor_of(models[0].mimo_config, place.model, place.template))
+
+
+def read_model(place: Place, run: Run, dtype: str | None = None) -> list[MimoModel]:
+    """This rank's chunks of a model, in evaluation mode; as `open_model`."""
+    if not place.checkpoint:
+        made = from_pretrained(place.directory, dtype=None if dtype is None else getattr(torch, dtype))
+        return made if isinstance(made, list) else [made]
+    model = place.model if place.source is None else Model(source=place.source)
+    assert model is not None  # as `find` sees to
+    if dtype is not None:
+        model = model.model_copy(update={"dtype": dtype})
+    config = model_config(model, Settings())
+    models = build_chunks(config, run, TrainingControl())
+    report = load_parts(place.directory, models, None)
+    if report.initialised:
+        raise ValueError(f"{place.directory}: expected every weight of the recipe's model, found: {report}")
+    own = config.language_model.params["config"].params_dtype
+    return [chunk.to(dtype=own).eval() for chunk in models]

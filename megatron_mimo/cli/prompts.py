@@ -1,0 +1,88 @@
+"""Records as prompts: what stands before the last answer is asked, the answer is what is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_mimo.config import MimoModelConfig
+from megatron_mimo.data import Conversation, SampleError, SampleProcessor, Turn, conversation_of
+from megatron_mimo.data.messages import DOCUMENT
+from megatron_mimo.data.sources import Source
+from megatron_mimo.generation.messages import laid_out
+from megatron_mimo.pretrained import load_processor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One record as the model is asked.
+
+    Args:
+        index: of the record, from 0.
+        given: as `MimoModel.generate` takes it; None where the record cannot be used.
+        answers: texts that it is to be answered with, as the record has them.
+        asked: the text of the question.
+        error: why it cannot be used.
+    """
+
+    index: int
+    given: dict[str, Any] | None
+    answers: tuple[str, ...] = ()
+    asked: str = ""
+    error: str | None = None
+
+
+def prompts_of(source: Source, process: SampleProcessor, indices: Iterable[int] | None = None) -> Iterator[Prompt]:
+    """The records of a source as prompts, in order.
+
+    Args:
+        source: of records.
+        process: lays them out.
+        indices: of those that are wanted; None for all.
+    """
+    for index in range(len(source)) if indices is None else indices:
+        try:
+            yield _prompt(source, index, process)
+        except SampleError as error:
+            yield Prompt(index, None, error=f"{source.where(index)}: {error}")
+
+
+def _prompt(source: Source, index: int, process: SampleProcessor) -> Prompt:
+    record = source.record(index)
+    conversation = conversation_of(record, columns=source.columns)
+    turns = list(conversation.turns)
+    answered = _text(turns.pop()) if turns[-1].role == "assistant" else None
+    if not turns:
+        raise SampleError("form", "expected a question before the answer, found none")
+    if turns[-1].role == DOCUMENT:  # a text alone is one to go on from
+        turns[-1] = replace(turns[-1], role="user")
+    several = record.get("answers")
+    answers = tuple(map(str, several)) if isinstance(several, list) else (answered,) if answered else ()
+    given = laid_out(Conversation(tuple(turns)), process, source.media_root)
+    return Prompt(index, given, answers, "\n".join(filter(None, map(_text, turns))))
+
+
+def _text(turn: Turn) -> str:
+    return "".join(part.text for part in turn.parts if part.kind == "text").strip()
+
+
+class Spoken:
+    """What a pretrained model's ids say, without control tokens; a tokenizer as `MimoModel.generate` takes it.
+
+    Args:
+        config: of the model.
+
+    Attributes:
+        ends: ids of the tokens that end an answer.
+    """
+
+    def __init__(self, config: MimoModelConfig) -> None:
+        found = load_processor(config)
+        self._tokenizer = getattr(found, "tokenizer", found)
+        end = self._tokenizer.eos_token_id
+        self.ends = () if end is None else (int(end),)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))

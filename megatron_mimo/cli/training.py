@@ -1,0 +1,243 @@
+"""`train`: a recipe's stages one after another, from where the directory of the run stands."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+
+from megatron_mimo.batch import Batch
+from megatron_mimo.cli.building import frozen_parts, model_config, weights_of
+from megatron_mimo.cli.errors import Refused
+from megatron_mimo.cli.laying_out import processor_of
+from megatron_mimo.cli.logs import LoggedTrainer, Logs
+from megatron_mimo.cli.prompts import Spoken, prompts_of
+from megatron_mimo.cli.reading import written
+from megatron_mimo.cli.recipe import Recipe, Source, Stage
+from megatron_mimo.cli.settings import Settings, settings_of
+from megatron_mimo.config import MimoModelConfig
+from megatron_mimo.data import PackedData, PackShape, ReadingOptions, SampleProcessor, open_source
+from megatron_mimo.data.sources import Source as OpenSource
+from megatron_mimo.launch import Run
+from megatron_mimo.pretrained import save_pretrained
+from megatron_mimo.sharding import sequence_multiple
+from megatron_mimo.training import CheckpointSettings, PackSource, Samples, TrainerSettings, TrainingControl
+from megatron_mimo.training.agreement import agree, error_of
+from megatron_mimo.training.checkpoints.directories import newest_first
+from megatron_mimo.training.sources import batch_of
+
+logger = logging.getLogger(__name__)
+
+#: Below the directory of a run.
+RECIPE, MODEL, STAGES, SAMPLES = "recipe.yaml", "model", "stages", "samples"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What every stage shares.
+
+    Args:
+        recipe: of the run.
+        run: in progress.
+        settings: of Megatron.
+        config: of the model.
+        process: makes samples.
+    """
+
+    recipe: Recipe
+    run: Run
+    settings: Settings
+    config: MimoModelConfig
+    process: SampleProcessor
+
+
+def train(recipe: Recipe, run: Run) -> bool:
+    """Trains the stages of a recipe that are not done yet, and writes the model. Collective over all ranks.
+
+    Args:
+        recipe: of the run.
+        run: in progress, on the recipe's layout.
+
+    Returns:
+        Whether it came to its end; False where a SIGTERM stopped it.
+
+    Raises:
+        Refused: a part that the model does not have, on every rank.
+        FileNotFoundError, ValueError: data or a model that is not there or does not fit.
+    """
+    if (recipe.directory / MODEL).is_dir():
+        logger.warning("%s: this run is done; its model is in %s", recipe.directory, recipe.directory / MODEL)
+        return True
+    prepared = _prepared(recipe, run)
+    if run.rank == 0:
+        recipe.directory.mkdir(parents=True, exist_ok=True)
+        (recipe.directory / RECIPE).write_text(written(recipe), encoding="utf-8")
+    before: Path | None = None
+    for stage in recipe.stages:
+        directory = stage_directory(recipe, stage)
+        done = [path for path in newest_first(directory) if path.name == f"step_{stage.steps:08d}"]
+        if done and stage is not recipe.stages[-1]:
+            before = done[0]
+            continue
+        trainer = _trained(prepared, stage, before)
+        if trainer is None:
+            return False
+        before = newest_first(directory)[0]
+    save_pretrained(trainer.models, recipe.directory / MODEL)
+    if run.rank == 0:
+        (recipe.directory / MODEL / RECIPE).write_text(written(recipe), encoding="utf-8")
+    if dist.is_initialized() and run.world_size > 1:
+        dist.barrier()
+    return True
+
+
+def stage_directory(recipe: Recipe, stage: Stage) -> Path:
+    """Where the checkpoints of a stage lie."""
+    return recipe.directory / STAGES / stage.name
+
+
+def packs_of(
+    recipe: Recipe, sources: Sequence[Source], process: SampleProcessor, run: Run | None, *, shuffle: bool = True
+) -> PackedData:
+    """Packs of a recipe's sources.
+
+    Args:
+        recipe: of the run.
+        sources: some of its data.
+        process: makes samples.
+        run: whose data-parallel rank reads; None for one that reads all.
+        shuffle: whether records come in a drawn order.
+    """
+    layout = recipe.layout
+    splits = layout.tensor if layout.sequence_parallel else 1
+    multiple = sequence_multiple(context_parallel=layout.context, sequence_parallel=splits)
+    weights = [source.weight for source in sources if source.weight is not None]
+    return PackedData(
+        [opened(source) for source in sources],
+        process,
+        PackShape(recipe.packing.length, multiple, recipe.packing.budget, recipe.packing.buffer),
+        weights=weights or None,
+        rank=0 if run is None else run.data_rank,
+        size=1 if run is None else run.layout.data_parallel_size,
+        options=ReadingOptions(
+            corrupt=recipe.processor.corrupt,
+            too_long=recipe.processor.too_long,
+            workers=recipe.processor.workers if shuffle else 0,
+            seed=recipe.seed,
+            shuffle=shuffle,
+        ),
+    )
+
+
+def opened(source: Source) -> OpenSource:
+    """A source of a recipe, opened.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none at its path, or nothing that is one.
+    """
+    return open_source(source.path, media_root=source.media_root, columns=source.columns)
+
+
+def _prepared(recipe: Recipe, run: Run) -> Prepared:
+    """The model's configuration and what makes samples; what one rank refuses, all refuse."""
+    made: list[Prepared] = []
+
+    def make() -> None:
+        settings = settings_of(recipe.megatron)
+        config = model_config(recipe.model, settings, sequence_parallel=recipe.layout.sequence_parallel)
+        for stage in recipe.stages:
+            frozen_parts(config, stage.trains, f"stages.{stage.name}.trains")
+        process = processor_of(config, recipe.model, recipe.processor.template)
+        made.append(Prepared(recipe, run, settings, config, process))
+
+    error = error_of(make)
+    agree(Refused(str(error)) if isinstance(error, ValueError | FileNotFoundError) else error, run)
+    return made[0]
+
+
+def _trained(prepared: Prepared, stage: Stage, before: Path | None) -> LoggedTrainer | None:
+    """A stage's trainer at its end; None where a SIGTERM stopped it."""
+    recipe, run, settings = prepared.recipe, prepared.run, prepared.settings
+    directory = stage_directory(recipe, stage)
+    highest = max(stage.trains.values())
+    optimizer: dict[str, Any] = {"weight_decay": stage.weight_decay, "clip_grad": stage.clip_grad, **settings.optimizer}
+    begins = not newest_first(directory)
+    logs = Logs(recipe.directory, stage.name, recipe.loggers, writes=run.rank == 0)
+    trainer = LoggedTrainer(
+        prepared.config,
+        run,
+        TrainerSettings(
+            steps=stage.steps,
+            warmup_steps=min(stage.steps - 1, round(stage.steps * stage.warmup)),
+            decay=stage.decay,
+            seed=recipe.seed,
+            evaluate_every=recipe.evaluation.every,
+            evaluation_steps=recipe.evaluation.steps,
+            save_every=recipe.checkpoints.every,
+            directory=directory,
+            progress=recipe.loggers.progress,
+        ),
+        optimizer=OptimizerConfig(lr=highest, **optimizer),
+        ddp=DistributedDataParallelConfig(**settings.ddp),
+        control=_control(prepared, stage, highest),
+        checkpoints=CheckpointSettings(
+            background=recipe.checkpoints.background, keep_last=recipe.checkpoints.keep_last
+        ),
+        pretrained=weights_of(recipe.model) if begins and before is None else None,
+        samples=_samples(prepared, stage, logs),
+        logs=logs,
+    )
+    if begins and before is not None:
+        trainer.load(before, weights_only=True)
+    logs.goes_on_from(trainer.load())
+    source = PackSource(packs_of(recipe, recipe.data_of(stage), prepared.process, run), stage.microbatches)
+    history = trainer.train(source, _evaluation(prepared))
+    logs.close()
+    return None if history.stopped else trainer
+
+
+def _control(prepared: Prepared, stage: Stage, highest: float) -> TrainingControl:
+    return TrainingControl(
+        frozen=frozen_parts(prepared.config, stage.trains, f"stages.{stage.name}.trains"),
+        learning_rate={part: rate / highest for part, rate in stage.trains.items() if rate != highest},
+    )
+
+
+def _evaluation(prepared: Prepared):
+    """Packs to evaluate on, the same each time, as a `Trainer` asks for them; None without data."""
+    recipe, run = prepared.recipe, prepared.run
+    if not recipe.evaluation.data:
+        return None
+    packs: list[Batch] = []
+
+    def batches(step: int, rank: int, size: int) -> Sequence[Batch]:
+        del rank, size
+        if not packs:
+            data = packs_of(recipe, recipe.evaluation.data, prepared.process, run, shuffle=False)
+            packs.extend(batch_of(pack) for pack in islice(data, recipe.evaluation.steps))
+        return packs[step : step + 1]
+
+    return batches
+
+
+def _samples(prepared: Prepared, stage: Stage, logs: Logs) -> Samples | None:
+    recipe = prepared.recipe
+    wanted = recipe.evaluation.samples
+    if not recipe.evaluation.data or not wanted:
+        return None
+    source, spoken = opened(recipe.evaluation.data[0]), Spoken(prepared.config)
+    prompts = [prompt.given for prompt in islice(prompts_of(source, prepared.process), wanted) if prompt.given]
+    return Samples(
+        prompts,
+        recipe.evaluation.max_new_tokens,
+        {"tokenizer": spoken, "stop_ids": spoken.ends},
+        directory=recipe.directory / SAMPLES / stage.name,
+        board=logs.board,
+    )

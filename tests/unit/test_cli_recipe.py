@@ -1,0 +1,96 @@
+"""A recipe is typed: what is wrong with one is told in one line that names the key and says what to do."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_mimo.cli.errors import Refused
+from megatron_mimo.cli.kept import check_kept
+from megatron_mimo.cli.reading import checked, read_recipe, shipped, written
+from megatron_mimo.cli.settings import settings_of
+
+PLAIN = {
+    "directory": "run",
+    "model": {"language_model": "owner/model"},
+    "data": "folder",
+    "stages": [{"name": "whole", "steps": 3, "trains": {"language_model": 1e-3}}],
+}
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_a_shipped_recipe_is_one_whose_resolved_form_says_the_same(name: str, tmp_path: Path) -> None:
+    recipe = read_recipe(name, ["data=folder"])
+    file = tmp_path / "resolved.yaml"
+    file.write_text(written(recipe))
+    assert read_recipe(str(file)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("modle.source=x", "unknown key 'modle'; did you mean 'model'"),
+        ("stages.0.stpes=3", "stages.0: unknown key 'stpes'; did you mean 'steps'"),
+        ("stages.0.steps=many", "stages.0.steps: expected a valid integer.* found 'many'"),
+        ("stages.0.steps=0", "stages.0.steps: expected greater than 0, found 0"),
+        ("stages.final.steps=3", "unknown entry 'final'; expected one of .'projector', 'whole'"),
+        ("stages.whol.steps=3", "unknown entry 'whol'; did you mean 'whole'"),
+        ("stages.0.trains={}", "stages.0.trains: .*at least 1 item"),
+        ("stages.0.name=whole", "expected names that differ"),
+        ("model.dtype=float", "model.dtype: expected 'float32', 'bfloat16' or 'float16', found 'float'"),
+        ("model.source=owner/other", "model: expected source .* or language_model"),
+        ("model.modalities.images={token: a}", "model.modalities.images: expected reads, writes or both"),
+        ("model.modalities.images.reads={name: a, frozen: true}", "as_it_is: true"),
+        ("data=[{path: a, weight: 1}, b]", "a weight for each source of data or for none"),
+        ("data=[]", "stages.projector: expected data"),
+        ("stages", "'stages': expected key=value"),
+        ("data=[", "data: expected YAML"),
+    ],
+)
+def test_each_fault_of_a_recipe_is_one_line_that_names_the_key(change: str, told: str) -> None:
+    with pytest.raises(Refused, match=told) as found:
+        read_recipe("caption", ["data=folder", change])
+    assert "\n" not in str(found.value)
+
+
+def test_a_file_that_is_none_or_says_a_key_twice_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    for text, told in (("- 1", "expected keys"), ("seed: 1\nseed: 2", "'seed'. twice"), ("a: [", "expected YAML")):
+        file.write_text(text)
+        with pytest.raises(Refused, match=told):
+            read_recipe(str(file))
+    with pytest.raises(Refused, match="a recipe's file or one of .*'caption'"):
+        read_recipe(str(tmp_path / "nothing.yaml"))
+
+
+def test_changes_reach_entries_by_number_and_by_name_and_are_read_as_yaml() -> None:
+    changes = ["data=[a, {path: b, columns: write}]", "stages.whole.steps=7", "stages.0.trains={decoders: 1e-3}"]
+    recipe = read_recipe("caption", [*changes, "megatron.recompute_granularity=full"])
+    assert [str(one.path) for one in recipe.data] == ["a", "b"] and recipe.data[1].columns == "write"
+    assert recipe.stages[1].steps == 7 and recipe.stages[0].trains == {"decoders": 1e-3}
+    assert recipe.megatron == {"recompute_granularity": "full"}
+
+
+def test_settings_of_megatron_go_where_they_belong_and_unknown_ones_are_told_the_nearest() -> None:
+    settings = settings_of({"recompute_granularity": "full", "adam_beta2": 0.95, "use_distributed_optimizer": True})
+    assert settings.transformer == {"recompute_granularity": "full"}
+    assert settings.optimizer == {"adam_beta2": 0.95, "use_distributed_optimizer": True}
+    assert settings.ddp == {"use_distributed_optimizer": True}
+    for given, told in (
+        ({"recompute_granularty": "full"}, "did you mean 'recompute_granularity'"),
+        ({"adam_beta2": "much"}, "megatron.adam_beta2: expected a valid number.* found 'much'"),
+        ({"lr": 1e-3}, "stages.NAME.trains"),
+        ({"tensor_model_parallel_size": 2}, "layout.tensor"),
+    ):
+        with pytest.raises(Refused, match=told):
+            settings_of(given)
+
+
+def test_a_directory_goes_on_with_its_own_recipe_alone(tmp_path: Path) -> None:
+    given = PLAIN | {"directory": str(tmp_path)}
+    recipe = checked(given, "recipe")
+    check_kept(recipe)  # nothing is there yet
+    (tmp_path / "recipe.yaml").write_text(written(recipe))
+    check_kept(recipe)
+    check_kept(checked(given | {"layout": {"tensor": 2}, "processor": {"workers": 4}}, "recipe"))
+    with pytest.raises(Refused, match="seed: 1234 then, 7 now"):
+        check_kept(checked(given | {"seed": 7}, "recipe"))

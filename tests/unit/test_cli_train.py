@@ -1,0 +1,128 @@
+"""`megatron-mimo train`: from pictures to a model, on one process and on several, stopped and gone on with."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from megatron_mimo.cli.reading import read_recipe
+from tests import warm
+from tests.commands import caption, command, pictures
+
+pytestmark = pytest.mark.process
+
+KILLED = """
+import os, signal, sys
+from megatron_mimo.cli.logs import LoggedTrainer
+from megatron_mimo.cli.entry import main
+
+step = LoggedTrainer.train_step
+def until(self, data):
+    if self.steps_done == {step} and self.settings.steps == {steps}:
+        os.kill(os.getpid(), signal.{signal})
+    return step(self, data)
+LoggedTrainer.train_step = until
+sys.argv[1:] = {words!r}
+main()
+"""
+
+
+def cut_short(signal: str, words: list[str], step: int, steps: int) -> warm.Done:
+    """`train` that sends itself a signal before a step of the stage with so many."""
+    return warm.python("-c", KILLED.format(signal=signal, words=words, step=step, steps=steps))
+
+
+def lines(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+
+
+def test_train_goes_on_after_kill_9_and_sigterm_and_ends_where_an_unbroken_run_ends(tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    done = command(*caption(whole))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [str(whole / "model")]
+
+    assert cut_short("SIGKILL", caption(broken), 5, 6).returncode == -9
+    stopped = cut_short("SIGTERM", caption(broken), 4, 6)
+    assert stopped.returncode == 143 and "the same command goes on" in stopped.stderr
+    assert not (broken / "model").exists()
+    done = command(*caption(broken))
+    assert done.returncode == 0, done.stderr
+
+    # Each step of each stage is there once, and the weights are those of the run that nothing broke.
+    told = Counter((one["stage"], one["step"]) for one in lines(broken) if one["kind"] == "train")
+    assert told == {**{("projector", n): 1 for n in (1, 2)}, **{("whole", n): 1 for n in range(1, 7)}}
+    expected, found = (load_file(directory / "model" / "model.safetensors") for directory in (whole, broken))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    transformers.LlavaForConditionalGeneration.from_pretrained(broken / "model")
+
+    # Beside the run and the model lies the recipe, whole; the command again does nothing, another recipe is refused.
+    kept = read_recipe(str(broken / "recipe.yaml"))
+    assert kept == read_recipe(str(broken / "model" / "recipe.yaml")) and kept.stages[1].steps == 6
+    again = command(*caption(broken))
+    assert again.returncode == 0 and "this run is done" in again.stderr
+    other = command(*caption(broken, "seed=7"))
+    assert other.returncode == 2 and "seed: 1234 then, 7 now" in other.stderr
+
+
+def test_an_evaluation_is_logged_and_answers_samples(tmp_path: Path) -> None:
+    changes = [f"evaluation.data={pictures()}", "evaluation.every=3", "evaluation.samples=2", "evaluation.steps=1"]
+    changes += ["evaluation.max_new_tokens=4", "loggers.tensorboard=true"]
+    done = command(*caption(tmp_path, *changes))
+    assert done.returncode == 0, done.stderr
+    told = [(one["stage"], one["step"]) for one in lines(tmp_path) if one["kind"] == "evaluation"]
+    assert told == [("projector", 2), ("whole", 3), ("whole", 6)]
+    assert sorted(path.name for path in (tmp_path / "samples/whole/step_00000006").iterdir()) == ["0-0.txt", "1-0.txt"]
+    assert list((tmp_path / "tensorboard/whole").iterdir())
+
+
+def test_under_torchrun_two_ranks_train_as_one(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert command(*caption(one, steps=2)).returncode == 0
+    done = warm.ranks(2, "-m", "megatron_mimo.cli", *caption(two, "layout.tensor=2", steps=2))
+    assert done.returncode == 0, done.stderr
+    # Adam's first steps magnify the rounding of a gradient near zero, so losses and norms are compared.
+    for name in ("loss", "gradient_norm"):
+        expected, found = ([step[name] for step in lines(directory)] for directory in (one, two))
+        assert found == pytest.approx(expected, rel=1e-4)
+    _, told = transformers.LlavaForConditionalGeneration.from_pretrained(two / "model", output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["data=nowhere"], "nowhere: expected a file or directory"),
+        (["model.language_model=./nowhere"], "nowhere: expected a directory, or a name on the hub"),
+        (["layout.tensor=4"], "takes a multiple of 4 processes, found 1; give --nproc 4"),
+        (["megatron.moe_aux_loss=1"], "unknown setting 'moe_aux_loss'; did you mean 'moe_"),
+        (["stages.0.trains={images/projector: 1e-3}"], "the model has no part 'images/projector'"),
+        (["packing.length=0"], "packing.length: expected greater than 0, found 0"),
+    ],
+    ids=lambda given: str(given)[:24],
+)
+def test_what_cannot_be_trained_is_one_line_and_status_2(changes: list[str], told: str, tmp_path: Path) -> None:
+    done = command(*caption(tmp_path / "run", *changes))
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and told in done.stderr
+    assert not list(tmp_path.glob("run/stages/*"))
+
+
+def test_nproc_starts_ranks_and_gives_their_status_in_one_line(tmp_path: Path) -> None:
+    """Cold processes: the launcher is torchrun's own."""
+    words = caption(tmp_path / "run", "layout.tensor=2", steps=2)
+    run = [sys.executable, "-m", "megatron_mimo.cli"]
+    options = dict(capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    refused = subprocess.run([*run, *words, "layout.tensor=3", "--nproc", "3"], **options)
+    assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1, refused.stderr
+    assert "num_attention_heads (4) must be a multiple of tensor_model_parallel_size (3)" in refused.stderr
+    done = subprocess.run([*run, *words, "--nproc", "2"], **options)
+    assert done.returncode == 0 and done.stdout.splitlines() == [str(tmp_path / "run/model")], done.stderr
