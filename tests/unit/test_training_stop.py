@@ -123,6 +123,8 @@ def test_a_save_in_progress_is_never_cut(signals, single_process, tmp_path, monk
         if step == 1:  # its save follows
             for index in range(signals):
                 terminate(1.0 + 1.2 * index)
+        if step == 2:  # longer than the watching thread takes to look again
+            time.sleep(0.5)
         return [tiny.batch(step)]
 
     ours = trainer(single_process, tmp_path, save_every=2, stop_grace_s=2.0, steps=5)
