@@ -20,6 +20,9 @@ from megatron_mimo.launch import Run
 #: Below the output's directory: what is finished, what was asked for, and the lines of each attempt and rank.
 ANSWERS, ASKED, PARTS = "answers.jsonl", "asked.json", "parts"
 
+#: Of what is asked for: not options of `MimoModel.generate` that are passed on as they are.
+_OURS = ("model", "max_new_tokens", "seed")
+
 
 def generate(
     opened: Opened, source: Source, output: Path, run: Run, *, asked: Mapping[str, Any], batch_size: int
@@ -45,7 +48,7 @@ def generate(
     attempt = len({path.name.partition("-")[0] for path in parts.glob("*.jsonl")}) if parts.is_dir() else 0
     _barrier(run)  # every rank has looked before one writes
     _check_asked(output, {**asked, "records": len(source), "data": str(source.path)}, run)
-    options = {name: value for name, value in asked.items() if name not in ("model", "max_new_tokens", "seed")}
+    options = {name: value for name, value in asked.items() if name not in _OURS}
     spoken = Spoken(opened.config)
     options |= {"stop_ids": spoken.ends, "tokenizer": spoken, "on_error": "return"}
     left = [index for index in range(len(source)) if index not in done]

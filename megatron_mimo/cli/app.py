@@ -198,6 +198,41 @@ def generate(
 
 
 @app.command()
+def evaluate(
+    model: ModelName,
+    data: Annotated[list[Path], typer.Argument(help="Data sets whose records end with the right answer.")],
+    output: Annotated[Path, typer.Option(help="Directory of scores.json, samples.html and the answers.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Positions that an answer may add.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Records that are answered together.")] = 8,
+    samples: Annotated[int, typer.Option(min=0, help="Records of each data set on the page.")] = 32,
+    dtype: Dtype = None,
+    nproc: Nproc = 1,
+    tensor: Tensor = 1,
+    pipeline: Pipeline = 1,
+    debug: Debug = False,
+) -> None:
+    """Score a model on data sets: exact match, VQA accuracy, BLEU, ROUGE-L, CIDEr; with a page of samples.
+
+    Answers are the likeliest tokens; those of an earlier attempt are kept.
+    """
+    with command(debug):
+        from megatron_mimo.cli.judging import evaluate as judge
+        from megatron_mimo.cli.models import find, open_model
+        from megatron_mimo.data import open_source
+
+        place, sources = find(model), {path.stem: open_source(path) for path in data}
+        if len(sources) < len(data):
+            raise Refused(f"expected data sets of different names, found {[path.stem for path in data]}")
+        with ranks(nproc, tensor, pipeline, dtype) as run:
+            asked = {"model": str(place.directory.resolve()), "max_new_tokens": max_new_tokens, "seed": 0}
+            opened = open_model(place, run, dtype)
+            found = judge(opened, sources, output, run, asked=asked, batch_size=batch_size, samples=samples)
+            if run.rank == 0:
+                for name, values in found.items():
+                    print(f"{name}: " + ", ".join(f"{score} {value:.4g}" for score, value in values.items()))
+
+
+@app.command()
 def convert(
     model: ModelName,
     target: Annotated[Path, typer.Argument(help="A directory, or with --to safetensors a file.")],

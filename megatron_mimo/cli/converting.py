@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from megatron_mimo.cli.errors import Refused
@@ -42,7 +43,8 @@ def convert(place: Place, target: Path, form: str, run: Run, dtype: str | None =
         raise Refused(f"{place.directory}: is a Megatron checkpoint already; give --to hf or --to safetensors")
     models = read_model(place, run, dtype)
     if form == "hf":
-        save_pretrained(models, target)
+        # Tensors that are only carried along have their own dtype otherwise.
+        save_pretrained(models, target, dtype=None if dtype is None else getattr(torch, dtype))
         if run.rank == 0 and place.model is not None and (recipe := _recipe_of(place)) is not None:
             (target / RECIPE).write_text(recipe, encoding="utf-8")
         _barrier(run)

@@ -21,15 +21,11 @@ class Prompt:
     Args:
         index: of the record, from 0.
         given: as `MimoModel.generate` takes it; None where the record cannot be used.
-        answers: texts that it is to be answered with, as the record has them.
-        asked: the text of the question.
         error: why it cannot be used.
     """
 
     index: int
     given: dict[str, Any] | None
-    answers: tuple[str, ...] = ()
-    asked: str = ""
     error: str | None = None
 
 
@@ -48,19 +44,31 @@ def prompts_of(source: Source, process: SampleProcessor, indices: Iterable[int] 
             yield Prompt(index, None, error=f"{source.where(index)}: {error}")
 
 
-def _prompt(source: Source, index: int, process: SampleProcessor) -> Prompt:
+def asked_of(source: Source, index: int) -> tuple[Conversation, tuple[str, ...]]:
+    """What a record asks, up to its last answer, and the texts that it is to be answered with.
+
+    Raises:
+        SampleError: it cannot be read, or has an answer alone.
+    """
     record = source.record(index)
-    conversation = conversation_of(record, columns=source.columns)
-    turns = list(conversation.turns)
+    turns = list(conversation_of(record, columns=source.columns).turns)
     answered = _text(turns.pop()) if turns[-1].role == "assistant" else None
     if not turns:
         raise SampleError("form", "expected a question before the answer, found none")
     if turns[-1].role == DOCUMENT:  # a text alone is one to go on from
         turns[-1] = replace(turns[-1], role="user")
     several = record.get("answers")
-    answers = tuple(map(str, several)) if isinstance(several, list) else (answered,) if answered else ()
-    given = laid_out(Conversation(tuple(turns)), process, source.media_root)
-    return Prompt(index, given, answers, "\n".join(filter(None, map(_text, turns))))
+    answers = tuple(map(_answer, several)) if isinstance(several, list) else (answered,) if answered else ()
+    return Conversation(tuple(turns)), answers
+
+
+def _prompt(source: Source, index: int, process: SampleProcessor) -> Prompt:
+    return Prompt(index, laid_out(asked_of(source, index)[0], process, source.media_root))
+
+
+def _answer(given: Any) -> str:
+    """One of a record's `answers`: a text, or VQA's mapping with one."""
+    return str(given["answer"] if isinstance(given, dict) and "answer" in given else given)
 
 
 def _text(turn: Turn) -> str:

@@ -1,9 +1,12 @@
 """A recipe is typed: what is wrong with one is told in one line that names the key and says what to do."""
 
+import re
+import sys
 from pathlib import Path
 
 import pytest
 
+from megatron_mimo.cli import entry
 from megatron_mimo.cli.errors import Refused
 from megatron_mimo.cli.kept import check_kept
 from megatron_mimo.cli.reading import checked, read_recipe, shipped, written
@@ -94,3 +97,33 @@ def test_a_directory_goes_on_with_its_own_recipe_alone(tmp_path: Path) -> None:
     check_kept(checked(given | {"layout": {"tensor": 2}, "processor": {"workers": 4}}, "recipe"))
     with pytest.raises(Refused, match="seed: 1234 then, 7 now"):
         check_kept(checked(given | {"seed": 7}, "recipe"))
+
+
+@pytest.mark.parametrize("missing", ["typer", "pydantic", "yaml"])
+def test_without_the_extra_the_command_says_in_one_line_what_to_install(missing: str, monkeypatch, capsys) -> None:
+    for name in [name for name in sys.modules if name.startswith("megatron_mimo.cli") and not name.endswith("entry")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(SystemExit) as ended:
+        entry.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"megatron-mimo: {missing} is missing: pip install 'megatron-mimo[cli,hf,data]'\n"
+
+
+def test_help_names_every_command_and_a_misspelt_one_ends_with_2(monkeypatch, capsys) -> None:
+    for words, status, told in (
+        (["--help"], 0, "train.*generate.*evaluate.*convert.*data"),
+        (["train", "--help"], 0, "recipe.*changes.*--nproc.*--print.*--debug"),
+        (["data", "--help"], 0, "show.*prepare"),
+        (["trian"], 2, "No such command 'trian'. Did you mean 'train'"),
+        (["train", "caption", "--nprocs", "2"], 2, "No such option: --nprocs"),
+        (["train", "caption", "--print"], 2, "stages.projector: expected data"),
+        (["train", "caption", "data=folder", "--print"], 0, "directory: runs/caption.*language_model: Qwen"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["megatron-mimo", *words])
+        monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # put back after the test
+        with pytest.raises(SystemExit) as ended:
+            entry.main()
+        found = capsys.readouterr()
+        assert (ended.value.code or 0) == status, found
+        assert re.search(told, found.out + found.err, re.DOTALL), found

@@ -1,0 +1,153 @@
+"""`generate`, `convert` and `data`: answers in order and once, the same weights in each form, data looked at."""
+
+import json
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from tests import warm
+from tests.commands import caption, command, pictures
+
+pytestmark = pytest.mark.process
+
+KILLED = """
+import os, signal, sys
+from megatron_mimo.cli import answering
+from megatron_mimo.cli.entry import main
+
+answered, calls = answering._answered, []
+def until(*given):
+    calls.append(None)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return answered(*given)
+answering._answered = until
+sys.argv[1:] = {words!r}
+main()
+"""
+
+
+@cache
+def trained() -> Path:
+    """A run that has learned to say colours, made once a session."""
+    directory = Path(mkdtemp(prefix="mimo-commands-")) / "run"
+    changes = ["stages.0.trains={images/input_projections: 3e-3}", "stages.1.decay=constant"]
+    done = command(*caption(directory, *changes, steps=40))
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+def answers(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "answers.jsonl").read_text().splitlines()]
+
+
+def asking(output: Path, *more: object) -> list[str]:
+    words = ["generate", trained(), pictures(), "--output", output, "--max-new-tokens", 8, "--batch-size", 7]
+    return [str(word) for word in (*words, *more)]
+
+
+def test_generate_answers_each_record_once_and_in_order_after_kill_9_and_on_two_ranks(tmp_path: Path) -> None:
+    done = command(*asking(tmp_path / "whole"))
+    assert done.returncode == 0, done.stderr
+    found = answers(tmp_path / "whole")
+    assert [line["index"] for line in found] == list(range(60))
+    captions = [(pictures() / f"{number:02}.txt").read_text() for number in range(60)]
+    assert [line["text"] for line in found] == captions
+
+    # Killed in the third batch, with half a line written; two data-parallel ranks go on.
+    assert warm.python("-c", KILLED.format(words=asking(tmp_path / "broken"))).returncode == -9
+    (part,) = (tmp_path / "broken" / "parts").glob("*.jsonl")
+    assert len(part.read_text().splitlines()) == 14
+    part.write_text(part.read_text()[:-20])
+    done = warm.ranks(2, "-m", "megatron_mimo.cli", *asking(tmp_path / "broken"))
+    assert done.returncode == 0, done.stderr
+    assert answers(tmp_path / "broken") == found
+    attempts = [path.name.split("-") for path in (tmp_path / "broken" / "parts").iterdir()]
+    assert sorted(attempts) == [["00000", "00000.jsonl"], ["00001", "00000.jsonl"], ["00001", "00001.jsonl"]]
+
+    other = command(*asking(tmp_path / "broken", "--temperature", 0.5))
+    assert other.returncode == 2 and "temperature: 0.0 then, 0.5 now" in other.stderr
+
+
+def test_a_record_that_cannot_be_used_has_its_error_and_the_others_are_answered(tmp_path: Path) -> None:
+    records = [{"image": "00.png", "text": "?"}, {"image": "gone.png", "text": "?"}, {"image": "01.png", "text": "?"}]
+    file = tmp_path / "records.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    for name in ("00.png", "01.png"):
+        (tmp_path / name).write_bytes((pictures() / name).read_bytes())
+    done = command("generate", trained(), file, "--output", tmp_path / "out", "--max-new-tokens", 8)
+    assert done.returncode == 0, done.stderr
+    found = answers(tmp_path / "out")
+    assert [line["reason"] for line in found] == ["stop_id", "error", "stop_id"]
+    assert "gone.png" in found[1]["error"] and found[2]["text"] == "It is green."
+
+
+def test_convert_keeps_each_weight_from_form_to_form_and_transformers_loads_it(tmp_path: Path) -> None:
+    before = load_file(trained() / "model" / "model.safetensors")
+    steps = (
+        (trained(), "ck", "--to", "megatron"),
+        (tmp_path / "ck", "hf"),
+        (tmp_path / "ck", "st", "--to", "safetensors"),
+    )
+    for source, target, *more in steps:
+        done = command("convert", source, tmp_path / target, *more)
+        assert done.returncode == 0, done.stderr
+    after = load_file(tmp_path / "hf" / "model.safetensors")
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf")
+    assert sum(one.numel() for one in load_file(tmp_path / "st").values()) > 0
+
+    # A checkpoint of training is one too; a smaller dtype is asked for; nothing is written over.
+    checkpoint = next((trained() / "stages/whole").iterdir())
+    done = command("convert", checkpoint, tmp_path / "half", "--dtype", "bfloat16")
+    assert done.returncode == 0, done.stderr
+    half = load_file(tmp_path / "half" / "model.safetensors")
+    assert {one.dtype for one in half.values()} == {torch.bfloat16}
+    for words, told in (
+        (("convert", trained(), tmp_path / "half"), "expected nothing there"),
+        (("convert", trained(), tmp_path / "x", "--to", "onnx"), "--to: expected one of"),
+        (("convert", tmp_path / "nowhere", tmp_path / "x"), "expected a directory, or a name on the hub"),
+        (("convert", trained(), tmp_path / "x", "--dtype", "int8"), "--dtype: expected float32"),
+        (("convert", tmp_path / "ck", tmp_path / "x", "--to", "megatron"), "is a Megatron checkpoint already"),
+        (("convert", trained(), tmp_path / "x", "--tensor", 2), "takes a multiple of 2 processes, found 1"),
+    ):
+        done = command(*words)
+        assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_data_is_measured_and_shown(tmp_path: Path) -> None:
+    _, _, *changes = caption(tmp_path / "run")
+    done = command("data", "prepare", "caption", *changes)
+    assert done.returncode == 0, done.stderr
+    assert "60 records" in done.stdout and "left out: none" in done.stdout
+    done = command("data", "show", "caption", *changes, "--output", tmp_path / "packs.html", "--packs", 2)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "packs.html").read_text()
+    assert page.count("<h2>Pack") == 2 and "It is red." in page and page.count("<img") > 4
+    refused = command("data", "show", "caption", *changes, "--stage", "whol")
+    assert refused.returncode == 2 and "did you mean 'whole'" in refused.stderr
+
+
+def test_evaluate_scores_a_data_set_and_shows_samples(tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong"
+    wrong.mkdir()
+    for number in range(4):
+        (wrong / f"{number}.png").write_bytes((pictures() / f"{number:02}.png").read_bytes())
+        (wrong / f"{number}.txt").write_text("It is red.")  # which the first is
+    done = command("evaluate", trained(), pictures(), wrong, "--output", tmp_path / "out", "--max-new-tokens", 8)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert found["pictures"]["exact"] == found["pictures"]["bleu"] == 1 and found["pictures"]["records"] == 60
+    assert found["wrong"]["exact"] == 0.25 and 0 < found["wrong"]["rouge_l"] < 1
+    assert "wrong: records 4, exact 0.25" in done.stdout
+    page = (tmp_path / "out" / "samples.html").read_text()
+    assert page.count('class="wrong"') == 3 and page.count("<img") == 32 + 4
+
+    (tmp_path / "none.jsonl").write_text('{"messages": [{"role": "user", "content": "?"}]}\n')
+    done = command("evaluate", trained(), tmp_path / "none.jsonl", "--output", tmp_path / "none", "--max-new-tokens", 1)
+    assert done.returncode == 2 and "expected records that end with an answer" in done.stderr
