@@ -299,9 +299,16 @@ def other_groups(optimizer: Any, state: Any) -> str | None:
         state: for its `load_state_dict`; changes nothing in it.
     """
     single = single_optimizers(optimizer)
-    states = [state] if len(single) == 1 else [own for _, own in sorted(state.items())]
+    numbered = [(key, own) for key, own in state.items() if isinstance(key, int)]
+    # What was asked for of the tensors stands beside what the file says of the groups, in whichever form each has.
+    states = [state] if _groups_of(state) else [own for _, own in sorted(numbered) if _groups_of(own)]
+    if len(states) != len(single):
+        return (
+            f"expected the state of {len(single)} optimizers, found that of {len(states)}: with expert parallelism "
+            "experts have one of their own, without it they share the other parameters'."
+        )
     for each, own in zip(single, states):
-        groups = own.get("optimizer", own).get("param_groups", [])
+        groups = _groups_of(own)
         try:
             each._filter_and_reorder_param_groups(
                 [dict(group) for group in each.optimizer.param_groups],
@@ -310,6 +317,10 @@ def other_groups(optimizer: Any, state: Any) -> str | None:
         except ValueError as error:
             return " ".join(str(error).split())
     return None
+
+
+def _groups_of(state: Any) -> list[dict]:
+    return state.get("optimizer", state).get("param_groups", [])
 
 
 def registered(buffer: torch.Tensor) -> bool:

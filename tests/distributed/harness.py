@@ -39,6 +39,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+from megatron.core.distributed import DistributedDataParallel
+
+from megatron_mimo.compat.megatron import release_graphs_of_experts
 from megatron_mimo.launch import Run, initialize, shutdown
 from tests import warm
 
@@ -66,6 +70,7 @@ class Case:
     ranks: int
     layout: tuple[tuple[str, int], ...]
     timeout_s: float
+    long: bool = False
 
     @property
     def id(self) -> str:
@@ -77,12 +82,15 @@ _registry: dict[str, Case] = {}
 
 
 def case(
-    ranks: int, timeout_s: float = 60.0, **layout: int
+    ranks: int, timeout_s: float = 60.0, long: bool = False, **layout: int
 ) -> Callable[[Callable[[Run], None]], Callable[[Run], None]]:
-    """Registers a function as a distributed case on `ranks` ranks; `layout` are arguments of `initialize`."""
+    """Registers a function as a distributed case on `ranks` ranks; `layout` are arguments of `initialize`.
+
+    A `long` one is of `make test-long` alone.
+    """
 
     def register(function: Callable[[Run], None]) -> Callable[[Run], None]:
-        new = Case(function, ranks, tuple(layout.items()), timeout_s)
+        new = Case(function, ranks, tuple(layout.items()), timeout_s, long)
         if new.id in _registry:
             raise ValueError(f"{new.id} is registered twice; give one of the two functions another name.")
         _registry[new.id] = new
@@ -100,9 +108,24 @@ def all_cases() -> dict[str, Case]:
 
 def relayout(**layout: int) -> Run:
     """Ends the run in progress and gives one of the same world with another layout. Every rank calls it."""
-    shutdown()
-    gc.collect()  # models of the last layout, with their process groups
+    end_run()
     return initialize(backend="gloo", **layout)
+
+
+def end_run() -> None:
+    """Ends the run in progress and frees its models, also those in cycles that Python's collector does not see.
+
+    Of each model 20 process groups would stay, whose threads wake up every 10 ms. What keeps it are nodes of autograd
+    with DDP's hooks: of experts' dispatchers, and of the float32 shards of a distributed optimizer.
+    """
+    shutdown()
+    modules = [each for each in gc.get_objects() if issubclass(type(each), torch.nn.Module)]
+    release_graphs_of_experts(modules)
+    for module in modules:
+        if isinstance(module, DistributedDataParallel):
+            vars(module).clear()  # of which nothing is used any more
+    del modules
+    gc.collect()
 
 
 def shared_directory() -> Path:

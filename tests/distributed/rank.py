@@ -9,11 +9,8 @@ import sys
 import time
 import traceback
 
-import torch
-
-from megatron_mimo.compat.megatron import release_graphs_of_experts
-from megatron_mimo.launch import initialize, shutdown
-from tests.distributed.harness import Case, all_cases, shared_directory
+from megatron_mimo.launch import initialize
+from tests.distributed.harness import Case, all_cases, end_run, shared_directory
 
 
 def main(ids: list[str]) -> None:
@@ -40,9 +37,7 @@ def run_case(case: Case) -> str:
     try:
         run = initialize(backend="gloo", timeout_s=case.timeout_s, **dict(case.layout))
         case.function(run)
-        shutdown()
-        release_graphs_of_experts(each for each in gc.get_objects() if issubclass(type(each), torch.nn.Module))
-        gc.collect()  # of a model in a reference cycle 20 process groups stay, whose threads wake up every 10 ms
+        end_run()
     except BaseException:
         return traceback.format_exc()
     return ""

@@ -64,9 +64,7 @@ class Setting:
             return tiny.hybrid_spec(config, self.pattern, share_embeddings_and_output_weights=self.tied)
         changes = {"share_embeddings_and_output_weights": self.tied}
         if self.token_local:
-            stages = 1 if layout is None else layout.pipeline_model_parallel_size
-            layers = token_local_layers(4 // stages, None if self.experts is None else config)
-            changes |= {"transformer_layer_spec": layers, "position_embedding_type": "none"}
+            changes |= {"transformer_layer_spec": token_local_stage, "position_embedding_type": "none"}
         return tiny.language_spec(config, **changes)
 
     def images(self, run: Run | None) -> ModuleSpec:
@@ -114,3 +112,10 @@ def token_local_layers(count: int, experts: TransformerConfig | None = None) -> 
     )
     block = TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=specs.norm("torch"))
     return ModuleSpec(module=TransformerBlock, submodules=block)
+
+
+def token_local_stage(config: TransformerConfig, vp_stage: int | None = None, pp_rank: int | None = None) -> ModuleSpec:
+    """`token_local_layers` of one chunk of a model, all of whose chunks have as many."""
+    del vp_stage, pp_rank
+    chunks = config.pipeline_model_parallel_size * (config.virtual_pipeline_model_parallel_size or 1)
+    return token_local_layers(config.num_layers // chunks, config if config.num_moe_experts else None)

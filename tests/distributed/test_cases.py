@@ -9,7 +9,9 @@ from tests.distributed.harness import Case, Jobs, all_cases
 
 @pytest.mark.process
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", [pytest.param(case, id=id) for id, case in all_cases().items()])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=id, marks=[pytest.mark.long] * case.long) for id, case in all_cases().items()]
+)
 def test_case(case: Case, jobs: Jobs, record_property: Callable[[str, object], None]) -> None:
     outcome = jobs.outcome(case)
     record_property("seconds", outcome.seconds)

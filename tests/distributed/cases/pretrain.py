@@ -3,7 +3,6 @@
 One process runs it many times, because starting takes longer than training.
 """
 
-import gc
 import math
 import os
 import re
@@ -32,7 +31,7 @@ from megatron_mimo.training import (
     model_provider,
     pretrain,
 )
-from tests.distributed.harness import case, shared_directory
+from tests.distributed.harness import case, end_run, shared_directory
 
 STEPS = 4
 SIZES = [
@@ -117,8 +116,7 @@ def forget_megatron() -> None:
     global_vars.destroy_global_vars()
     destroy_num_microbatches_calculator()
     destroy_rerun_state_machine()
-    shutdown()
-    gc.collect()  # the model, with its process groups
+    end_run()
 
 
 def scalars(directory: Path) -> Curves:

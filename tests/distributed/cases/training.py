@@ -18,7 +18,7 @@ from megatron_mimo.training.speed.flops import part_sizes
 from tests import tiny
 from tests.compiling import compiling, results, vision_transformer
 from tests.distributed.harness import case, relayout, shared_directory
-from tests.distributed.setting import token_local_layers
+from tests.distributed.setting import token_local_stage
 
 LENGTH = 16
 PIPELINE = {"pipeline_model_parallel_size": 2}
@@ -42,7 +42,7 @@ def model_config(run: Run, token_local: bool = False, **changes):
         expert_model_parallel_size=layout.expert_model_parallel_size,
         **changes,
     )
-    own = dict(transformer_layer_spec=token_local_layers(4), position_embedding_type="none") if token_local else {}
+    own = dict(transformer_layer_spec=token_local_stage, position_embedding_type="none") if token_local else {}
     return tiny.mimo_config(tiny.language_spec(config, **own))
 
 

@@ -1,0 +1,57 @@
+"""Checkpoints of plain layers in TransformerEngine's, and back."""
+
+from functools import partial
+
+import pytest
+import torch
+from megatron.core.optimizer import OptimizerConfig
+
+import megatron_mimo
+from megatron_mimo import specs
+from megatron_mimo.training import Trainer, TrainerSettings
+from tests import tiny
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def run():
+    yield megatron_mimo.initialize(seed=3)
+    megatron_mimo.shutdown()
+
+
+def trainer(run, backend: str, directory=None) -> Trainer:
+    torch.manual_seed(3)
+    layers = partial(specs.language_layer_spec, backend=backend)
+    language = tiny.language_spec(tiny.language_config(), transformer_layer_spec=layers)
+    return Trainer(
+        tiny.mimo_config(language),
+        run,
+        TrainerSettings(steps=4, decay="constant", progress=False, directory=directory),
+        optimizer=OptimizerConfig(lr=1e-2, adam_eps=1e-3),
+    )
+
+
+def on_device(value):
+    if isinstance(value, dict):
+        return {key: on_device(item) for key, item in value.items()}
+    return value.cuda()
+
+
+def two_steps(ours: Trainer) -> list[dict]:
+    return [dict(ours.train_step(lambda step, *_: [on_device(tiny.batch(step))]).losses) for _ in range(2)]
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [("torch", "transformer_engine"), ("transformer_engine", "torch")])
+def test_plain_layers_and_transformer_engine_s_go_on_from_each_other(run, tmp_path, saved, loaded):
+    pytest.importorskip("transformer_engine")
+    first = trainer(run, saved, tmp_path)
+    two_steps(first)
+    path = first.save()
+    expected = two_steps(first)
+    other = trainer(run, loaded)
+    fresh = two_steps(trainer(run, loaded))
+    assert other.load(path) == 2
+    for found, theirs in zip(two_steps(other), expected):
+        assert found == pytest.approx(theirs, rel=1e-2)  # TransformerEngine multiplies float32 in TF32
+    assert fresh[0]["text"] != pytest.approx(expected[0]["text"], rel=5e-2)
