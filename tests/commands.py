@@ -1,10 +1,13 @@
 """What the commands' tests run on: tiny parts, a folder of captioned pictures, and a recipe's changes for them."""
 
+import wave
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 
+import torch
 from PIL import Image
+from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
 from examples.llava.tiny import COLOURS, SIZE, make_parts
 from tests import warm
@@ -43,3 +46,78 @@ def caption(directory: Path, *changes: str, steps: int = 6) -> list[str]:
 def command(*words: object, **options) -> warm.Done:
     """`megatron-mimo words` in a process of its own."""
     return warm.python("-m", "megatron_mimo.cli", *words, **options)
+
+
+@cache
+def whisper() -> Path:
+    """A directory of a Whisper that hears a second, with its feature extractor."""
+    directory = Path(mkdtemp(prefix="mimo-commands-"))
+    torch.manual_seed(1)
+    config = WhisperConfig(
+        d_model=32, encoder_layers=2, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=64, decoder_ffn_dim=64, num_mel_bins=8, max_source_positions=50, vocab_size=64,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    WhisperModel(config).save_pretrained(directory)
+    WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(directory)
+    return directory
+
+
+@cache
+def sounds(count: int = 40) -> Path:
+    """A folder of WAV files of unequal length with one of four tones, each with its text beside it."""
+    folder = Path(mkdtemp(prefix="mimo-commands-")) / "sounds"
+    folder.mkdir()
+    for number in range(count):
+        colour = list(COLOURS)[number % len(COLOURS)]
+        seconds = torch.arange(6000 + 200 * number) / 16000
+        tone = (torch.sin(2 * torch.pi * 300 * 2 ** (number % 4) * seconds) * 20000).to(torch.int16)
+        with wave.open(str(folder / f"{number:02}.wav"), "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(16000)
+            file.writeframes(tone.numpy().tobytes())
+        (folder / f"{number:02}.txt").write_text(f"It is {colour}.")
+    return folder
+
+
+def listen(directory: Path, *changes: str, steps: int = 6) -> list[str]:
+    """`train listen` at tiny size."""
+    language_model, _ = parts()
+    rates = "{audio/input_projections: 3e-3, language_model: 3e-3}"
+    return [
+        "train", "listen", f"directory={directory}", f"data={sounds()}", f"model.language_model={language_model}",
+        f"model.modalities.audio.reads.name={whisper()}", "model.dtype=float32", "packing.length=256",
+        "stages.0.steps=2", f"stages.1.steps={steps}", "stages.0.microbatches=1", "stages.1.microbatches=2",
+        f"stages.1.trains={rates}", "stages.1.decay=constant", "loggers.progress=false", *changes,
+    ]  # fmt: skip
+
+
+def any_to_any(directory: Path, *changes: str, steps: int = 6) -> list[str]:
+    """`train any_to_any` at tiny size: pictures are read and drawn, sounds are read."""
+    language_model, tower = parts()
+    data = f"[{{path: {pictures()}}}, {{path: {pictures()}, columns: write}}, {{path: {sounds()}}}]"
+    trained = ("images/input_projections", "audio/input_projections", "images/generation_input", "images/decoders")
+    rates = "{" + "".join(f"{part}: 3e-3, " for part in trained) + "language_model: 3e-3}"
+    return [
+        "train", "any_to_any", f"directory={directory}", f"data={data}", f"model.language_model={language_model}",
+        f"model.modalities.images.reads={tower}", f"model.modalities.audio.reads.name={whisper()}",
+        "model.modalities.images.writes={kind: flow, size: [8, 8], patch: 4, hidden_width: 32, depth: 2}",
+        "model.dtype=float32", "packing.length=256", "stages.0.steps=2", f"stages.1.steps={steps}",
+        "stages.0.microbatches=1", "stages.1.microbatches=2", f"stages.1.trains={rates}", "stages.1.decay=constant",
+        "loggers.progress=false", *changes,
+    ]  # fmt: skip
+
+
+def draw(directory: Path, *changes: str, steps: int = 6) -> list[str]:
+    """`train draw` at tiny size."""
+    language_model, _ = parts()
+    sizes = "{kind: flow_transformer, size: [8, 8], patch: 4, hidden_width: 32, depth: 2, heads: 4}"
+    rates = "{images/generation_input: 3e-3, images/decoders: 3e-3, language_model: 3e-3}"
+    return [
+        "train", "draw", f"directory={directory}", f"data={{path: {pictures()}, columns: write}}",
+        f"model.language_model={language_model}", f"model.modalities.images.writes={sizes}", "model.dtype=float32",
+        "packing.length=128", "stages.0.steps=2", f"stages.1.steps={steps}", "stages.0.microbatches=1",
+        "stages.1.microbatches=2", f"stages.1.trains={rates}", "stages.1.decay=constant", "loggers.progress=false",
+        *changes,
+    ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -42,6 +43,8 @@ def command(debug: bool) -> Iterator[None]:
     """Within it, errors are one line and Megatron's notices are answered."""
     end_with_starter()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)  # Megatron sets one up too
+    if not debug:  # what its loaders say of weights that are left out on purpose
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not debug:  # of parts that Megatron and torch will rename or miss, which a user can do nothing about
         warnings.filterwarnings("ignore", module=r"(megatron\.core|torch)\b")
     with told(debug), Answered():
