@@ -27,31 +27,23 @@ def trainer(run, backend: str, directory=None) -> Trainer:
     return Trainer(
         tiny.mimo_config(language),
         run,
-        TrainerSettings(steps=4, decay="constant", progress=False, directory=directory),
+        TrainerSettings(steps=30, decay="constant", progress=False, directory=directory),
         optimizer=OptimizerConfig(lr=1e-2, adam_eps=1e-3),
     )
 
 
-def on_device(value):
-    if isinstance(value, dict):
-        return {key: on_device(item) for key, item in value.items()}
-    return value.cuda()
-
-
-def two_steps(ours: Trainer) -> list[dict]:
-    return [dict(ours.train_step(lambda step, *_: [on_device(tiny.batch(step))]).losses) for _ in range(2)]
+def steps(ours: Trainer, count: int = 2) -> list[dict]:
+    return [dict(ours.train_step(lambda *_: [tiny.batch(0)]).losses) for _ in range(count)]
 
 
 @pytest.mark.parametrize(("saved", "loaded"), [("torch", "transformer_engine"), ("transformer_engine", "torch")])
 def test_plain_layers_and_transformer_engine_s_go_on_from_each_other(run, tmp_path, saved, loaded):
     pytest.importorskip("transformer_engine")
-    first = trainer(run, saved, tmp_path)
-    two_steps(first)
+    first, other = trainer(run, saved, tmp_path), trainer(run, loaded)
+    begun = steps(first, 20)
     path = first.save()
-    expected = two_steps(first)
-    other = trainer(run, loaded)
-    fresh = two_steps(trainer(run, loaded))
-    assert other.load(path) == 2
-    for found, theirs in zip(two_steps(other), expected):
-        assert found == pytest.approx(theirs, rel=1e-2)  # TransformerEngine multiplies float32 in TF32
-    assert fresh[0]["text"] != pytest.approx(expected[0]["text"], rel=5e-2)
+    expected = steps(first)
+    assert expected[0]["text"] < 0.8 * begun[0]["text"]
+    assert other.load(path) == 20
+    for found, theirs in zip(steps(other), expected):
+        assert found == pytest.approx(theirs, rel=3e-2)  # TransformerEngine multiplies float32 in TF32
