@@ -42,6 +42,17 @@ def test_an_evil_checkpoint_is_not_exported(single_process, tmp_path):
     assert not (tmp_path / "marker").exists() and not (tmp_path / "model.safetensors").exists()
 
 
+def test_a_checkpoint_that_has_changed_since_it_was_written_is_not_exported(single_process, tmp_path):
+    trainer(single_process, steps=2, directory=tmp_path).train(one_batch)
+    shard = tmp_path / "step_00000002" / "__0_0.distcp"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match="is not whole, .*__0_0.distcp: changed since it was written"):
+        export_weights(tmp_path / "step_00000002", tmp_path / "model.safetensors")
+    assert not list(tmp_path.glob("*model.safetensors"))
+
+
 def test_a_dtype_that_the_format_lacks_is_refused(single_process, tmp_path):
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedTensor

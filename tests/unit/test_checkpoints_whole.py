@@ -105,19 +105,24 @@ def test_without_hashes_it_is_loaded_with_a_warning(checkpoint, single_process, 
     assert "has no hashes of its files (release 0.1" in caplog.text
 
 
+@pytest.mark.parametrize("weights_only", [False, True])
 def test_the_newest_whole_checkpoint_is_loaded_and_what_is_wrong_with_newer_ones_is_told(
-    checkpoint, single_process, tmp_path, caplog
+    weights_only, checkpoint, single_process, tmp_path, caplog
 ):
     flip(checkpoint / "__0_0.distcp", 5000)
     (tmp_path / "step_00000003").mkdir()
     ours = trainer(single_process, directory=tmp_path, optimizer=ADAM)
     with caplog.at_level(logging.WARNING, "megatron_mimo"):
-        assert ours.load() == 1
+        assert ours.load(weights_only=weights_only) == (0 if weights_only else 1)
+    first = trainer(single_process, optimizer=ADAM)
+    first.load(tmp_path / "step_00000001", weights_only=True)
+    for name, weight in first.models[0].named_parameters():
+        assert torch.equal(ours.models[0].get_parameter(name), weight), name
     assert "step_00000003 was cut short while it was written" in caplog.text
     assert "step_00000002 is not whole" in caplog.text and "__0_0.distcp: changed since it was written" in caplog.text
     flip(tmp_path / "step_00000001" / "__0_0.distcp", 5000)
     with pytest.raises(Damaged, match="step_00000001 is not whole"):
-        ours.load()
+        ours.load(weights_only=weights_only)
 
 
 def test_all_differences_of_names_and_sizes_are_told_at_once(checkpoint, single_process):

@@ -10,6 +10,7 @@ import torch
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_mimo.training.checkpoints import manifest
 from megatron_mimo.training.checkpoints.directories import found_at
 from megatron_mimo.training.checkpoints.inert import check_inert, description_of
 
@@ -32,13 +33,16 @@ def export_weights(path: Path | str, file: Path | str) -> list[str]:
         file: `model.safetensors`, which is replaced once the new one is whole.
 
     Raises:
-        ValueError: loading the checkpoint would run what it says, or it has a dtype that the format lacks.
+        ValueError: loading the checkpoint would run what it says, or it has a dtype that the format lacks; `Damaged`
+            where a file is not as it was written.
 
     Example:
         >>> export_weights("run/step_00001000", "model.safetensors")              # doctest: +SKIP
     """
     path, file = found_at(Path(path)), Path(file)
     check_inert(path)
+    if (written := manifest.read(path)) is not None and (told := manifest.faults(path, written)):
+        raise manifest.Damaged(f"{path} is not whole, expected its files as they were written: {'; '.join(told)}")
     described = description_of(path / ".metadata").state_dict_metadata
     tensors = {name: kind for name, kind in described.items() if isinstance(kind, TensorStorageMetadata)}
     stored = {name: tensors[name] for name in sorted(tensors) if not name.startswith(_STATE)}
@@ -55,8 +59,8 @@ def export_weights(path: Path | str, file: Path | str) -> list[str]:
         header[name] = {"dtype": _DTYPES[dtype], "shape": size, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    written = file.with_name(f"writing_{file.name}")
-    with written.open("wb") as stream:
+    unfinished = file.with_name(f"writing_{file.name}")
+    with unfinished.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             tensor = torch.empty(stored[name].size, dtype=stored[name].properties.dtype)
@@ -64,5 +68,5 @@ def export_weights(path: Path | str, file: Path | str) -> list[str]:
             stream.write(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
         stream.flush()
         os.fsync(stream.fileno())
-    written.replace(file)
+    unfinished.replace(file)
     return names

@@ -8,7 +8,7 @@ are those of the same layout only, and start anew in another.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,13 +169,23 @@ def load(
             optimizer's state there is of other parameters than those that train now, or of an optimizer that is
             distributed otherwise. Nothing has changed then, on any rank.
     """
-    own = (chunks, optimizer, schedule, run, trained)
-    if path is not None:
-        return _load(Path(path), *own)
+
+    def from_one(found: Path) -> Loaded:
+        return _load(found, chunks, optimizer, schedule, run, trained)
+
+    return from_one(Path(path)) if path is not None else _newest_whole(directory, from_one)
+
+
+def _newest_whole[Read](directory: Path | str | None, load: Callable[[Path], Read]) -> Read | None:
+    """What `load` gives of the newest checkpoint that is whole; those before it are told. None where there is none.
+
+    Raises:
+        Damaged: there are some, and none is whole.
+    """
     problem = None
     for found in newest_first(Path(directory)) if directory is not None else ():
         try:
-            return _load(found, *own)
+            return load(found)
         except Damaged as error:
             logger.warning("%s", error)
             problem = error
@@ -232,7 +242,7 @@ def load_weights(
     """Reads a checkpoint's weights into the model, and nothing else. Collective over all ranks.
 
     Args:
-        path: of the checkpoint; None for the newest complete one in `directory`, if there is any.
+        path: of the checkpoint; None for the newest whole one in `directory`, if there is any, as `load` finds it.
         chunks, optimizer, run: what is read into.
         directory: of a run's checkpoints.
 
@@ -240,13 +250,17 @@ def load_weights(
         FileNotFoundError: there is no complete checkpoint at `path`.
         ValueError: as `load`, but for the optimizer. Nothing has changed then.
     """
-    found = latest(Path(directory)) if path is None and directory is not None else path
-    if found is None:
-        return
-    path = _complete(Path(found))
-    check(path, chunks[0].mimo_config)
-    _put(chunks, read(_state(chunks, None, run, _metadata(run, _ANY_LAYOUT), loading=True, random=False), path))
-    optimizer.reload_model_params()  # its own float32 copies of half-precision weights
+
+    def from_one(found: Path) -> None:
+        whole = _complete(found)
+        check(whole, chunks[0].mimo_config)
+        _put(chunks, read(_state(chunks, None, run, _metadata(run, _ANY_LAYOUT), loading=True, random=False), whole))
+        optimizer.reload_model_params()  # its own float32 copies of half-precision weights
+
+    if path is not None:
+        from_one(Path(path))
+    else:
+        _newest_whole(directory, from_one)
 
 
 def latest(directory: Path) -> Path | None:
