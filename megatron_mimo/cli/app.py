@@ -152,8 +152,7 @@ def ranks(nproc: int, tensor: int, pipeline: int, dtype: str | None = None) -> I
     """Within it, a run is in progress on so many ranks, which are started first where that is to be done."""
     from megatron_mimo.cli.recipe import Layout
 
-    if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise Refused(f"--dtype: expected float32, bfloat16 or float16, found {dtype!r}")
+    check_dtype(dtype)
     layout = Layout(tensor=tensor, pipeline=pipeline)
     if not under_torchrun():
         check_processes(layout, nproc)
@@ -259,6 +258,40 @@ def convert(
             write(place, target, to, run, dtype)
             if run.rank == 0:
                 print(target)
+
+
+@app.command()
+def inspect(
+    model: ModelName,
+    tensor: Tensor = 1,
+    pipeline: Pipeline = 1,
+    data: Annotated[int, typer.Option(min=1, help="Data-parallel ranks, for the distributed optimizer.")] = 1,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    frozen: Annotated[list[str] | None, typer.Option(help="A part that does not train; may be repeated.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Tell a model's parts, their parameters, the layouts that share it out, and a rank's memory; no weight is read.
+
+    The memory is that of weights, gradients and optimizer state, without activations.
+    """
+    with command(debug):
+        from megatron_mimo.cli.inspecting import sizes_of
+        from megatron_mimo.cli.inspecting import told as lines_of
+        from megatron_mimo.cli.models import find
+
+        check_dtype(dtype)
+        for line in lines_of(sizes_of(find(model)), tensor, pipeline, data, dtype, tuple(frozen or ())):
+            print(line)
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Refuses what is no dtype of weights.
+
+    Raises:
+        Refused: naming those that are.
+    """
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise Refused(f"--dtype: expected float32, bfloat16 or float16, found {dtype!r}")
 
 
 data_app = typer.Typer(no_args_is_help=True, help="Look at a recipe's data before it trains.", rich_markup_mode=None)

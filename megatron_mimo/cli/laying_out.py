@@ -21,6 +21,8 @@ from megatron_mimo.data import (
     SoundReader,
 )
 from megatron_mimo.data.messages import Kind
+from megatron_mimo.data.readers import Reader
+from megatron_mimo.data.writers import Writer
 from megatron_mimo.hf.blueprint import Origin
 from megatron_mimo.hf.encoder import rows_of_sound
 from megatron_mimo.hf.source import resolve
@@ -61,7 +63,7 @@ def _handling(name: str, modality: Modality, config: MimoModelConfig) -> Handlin
     if (reads := modality.reads) is not None:
         make = _image_reader if medium_of(name, modality) == "image" else _sound_reader
         reader = make(f"{name}.reads", reads, config.origin, f"{name}/encoders/{ENCODER}")
-    return Handling.of(config, name, reader=reader, writer=writer)
+    return Handling.of(config, name, reader=cast(Reader | None, reader), writer=cast(Writer | None, writer))
 
 
 def _image_reader(where: str, reads: Encoder, origin: object, path: str) -> ImageReader:
@@ -76,7 +78,7 @@ def _image_reader(where: str, reads: Encoder, origin: object, path: str) -> Imag
     side, patch = getattr(own, "image_size", None), getattr(own, "patch_size", None)
     if not isinstance(side, int) or not isinstance(patch, int):
         raise Refused(f"{where}: expected an encoder of images of one size, found {own.model_type!r} without one")
-    size = dict(getattr(processor, "crop_size", None) or processor.size)
+    size: dict[str, Any] = dict(getattr(processor, "crop_size", None) or processor.size)
     side = int(size.get("height", size.get("shortest_edge", side)))
     return ImageReader(processor, encoder=ENCODER, rows=(side // patch) ** 2 + _in_front(own, select))
 

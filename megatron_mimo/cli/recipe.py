@@ -204,7 +204,7 @@ class Layout(Strict):
     sequence_parallel: bool = False
 
     @property
-    def sizes(self) -> dict[str, int | None]:
+    def sizes(self) -> dict[str, Any]:
         """As `megatron_mimo.initialize` takes them."""
         return {
             "tensor_model_parallel_size": self.tensor,

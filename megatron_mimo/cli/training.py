@@ -80,6 +80,7 @@ def train(recipe: Recipe, run: Run) -> bool:
         recipe.directory.mkdir(parents=True, exist_ok=True)
         (recipe.directory / RECIPE).write_text(written(recipe), encoding="utf-8")
     before: Path | None = None
+    trainer: LoggedTrainer | None = None
     for stage in recipe.stages:
         directory = stage_directory(recipe, stage)
         done = [path for path in newest_first(directory) if path.name == f"step_{stage.steps:08d}"]
@@ -90,6 +91,7 @@ def train(recipe: Recipe, run: Run) -> bool:
         if trainer is None:
             return False
         before = newest_first(directory)[0]
+    assert trainer is not None  # of the last stage, which is never passed over
     save_pretrained(trainer.models, recipe.directory / MODEL)
     if run.rank == 0:
         (recipe.directory / MODEL / RECIPE).write_text(written(recipe), encoding="utf-8")

@@ -1,6 +1,7 @@
 """`generate`, `convert` and `data`: answers in order and once, the same weights in each form, data looked at."""
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -151,3 +152,24 @@ def test_evaluate_scores_a_data_set_and_shows_samples(tmp_path: Path) -> None:
     (tmp_path / "none.jsonl").write_text('{"messages": [{"role": "user", "content": "?"}]}\n')
     done = command("evaluate", trained(), tmp_path / "none.jsonl", "--output", tmp_path / "none", "--max-new-tokens", 1)
     assert done.returncode == 2 and "expected records that end with an answer" in done.stderr
+
+
+def test_inspect_counts_what_is_in_the_files_of_each_form_and_tells_layouts_and_memory(tmp_path: Path) -> None:
+    stored = load_file(trained() / "model" / "model.safetensors")
+    count = sum(one.numel() for name, one in stored.items() if name.startswith("language_model."))
+    for model in (trained(), next((trained() / "stages/whole").iterdir())):
+        done = command("inspect", model, "--tensor", 2, "--dtype", "float32", "--data", 4)
+        assert done.returncode == 0, done.stderr
+        told = done.stdout.splitlines()
+        assert f"language_model: {count:,} parameters" in told
+        assert "layouts: tensor [1, 2], pipeline [1, 2]" in told
+        whole = int(re.search(r"in all: ([\d,]+)", done.stdout)[1].replace(",", ""))
+        plain, spread = (whole / 2 * size / 2**20 for size in (16, 8 + 8 / 4))
+        assert f" {plain:.1f} MiB of weights" in told[-1] and f" {spread:.1f} MiB" in told[-1]
+    for words, told in (
+        (("--tensor", 3), "--tensor 3: expected one of .1, 2."),
+        (("--frozen", "images"), "--frozen: expected some of"),
+        (("--dtype", "int4"), "--dtype: expected float32"),
+    ):
+        done = command("inspect", trained(), *words)
+        assert done.returncode == 2 and re.search(told, done.stderr), done.stderr

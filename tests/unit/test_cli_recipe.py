@@ -5,11 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_mimo.cli import entry
+from megatron_mimo.cli.app import check_processes
 from megatron_mimo.cli.errors import Refused
 from megatron_mimo.cli.kept import check_kept
 from megatron_mimo.cli.reading import checked, read_recipe, shipped, written
+from megatron_mimo.cli.recipe import Layout
 from megatron_mimo.cli.settings import settings_of
 
 PLAIN = {
@@ -97,6 +100,17 @@ def test_a_directory_goes_on_with_its_own_recipe_alone(tmp_path: Path) -> None:
     check_kept(checked(given | {"layout": {"tensor": 2}, "processor": {"workers": 4}}, "recipe"))
     with pytest.raises(Refused, match="seed: 1234 then, 7 now"):
         check_kept(checked(given | {"seed": 7}, "recipe"))
+
+
+def test_a_layout_for_other_processes_and_more_processes_than_gpus_are_refused(monkeypatch) -> None:
+    check_processes(Layout(tensor=2), 4)
+    with pytest.raises(Refused, match="multiple of 4 processes, found 2; give --nproc 4"):
+        check_processes(Layout(tensor=2, pipeline=2), 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    check_processes(Layout(), 1)
+    with pytest.raises(Refused, match="--nproc 4: expected at most one process a GPU, found 1 GPUs here"):
+        check_processes(Layout(tensor=4), 4)
 
 
 @pytest.mark.parametrize("missing", ["typer", "pydantic", "yaml"])

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -34,12 +36,14 @@ main()
 """
 
 
-def cut_short(signal: str, words: list[str], step: int, steps: int) -> warm.Done:
+def cut_short(name: str, words: list[str], step: int, steps: int) -> warm.Done:
     """`train` that sends itself a signal before a step of the stage with so many."""
-    return warm.python("-c", KILLED.format(signal=signal, words=words, step=step, steps=steps))
+    return warm.python("-c", KILLED.format(signal=name, words=words, step=step, steps=steps))
 
 
 def lines(directory: Path) -> list[dict]:
+    if not (directory / "log.jsonl").exists():
+        return []
     return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
 
 
@@ -126,3 +130,36 @@ def test_nproc_starts_ranks_and_gives_their_status_in_one_line(tmp_path: Path) -
     assert "num_attention_heads (4) must be a multiple of tensor_model_parallel_size (3)" in refused.stderr
     done = subprocess.run([*run, *words, "--nproc", "2"], **options)
     assert done.returncode == 0 and done.stdout.splitlines() == [str(tmp_path / "run/model")], done.stderr
+
+
+def test_ctrl_c_and_a_killed_starter_leave_nothing_running(tmp_path: Path) -> None:
+    """Cold processes: signals and ends are the operating system's."""
+    words = caption(tmp_path / "run", "layout.tensor=2", "checkpoints.every=null", steps=100_000)
+    for sent, status, told in ((signal.SIGINT, 130, "interrupted"), (signal.SIGKILL, -signal.SIGKILL, "")):
+        started = subprocess.Popen(
+            [sys.executable, "-m", "megatron_mimo.cli", *words, "--nproc", "2"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        ended = time.monotonic() + 600
+        while not any(one["stage"] == "whole" for one in lines(tmp_path / "run")):
+            assert time.monotonic() < ended and started.poll() is None
+            time.sleep(0.2)
+        ranks = [int(each) for each in Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()]
+        assert len(ranks) >= 2
+        # As a terminal does: Ctrl-C goes to the whole group; kill -9 to the starter alone.
+        (os.killpg if sent == signal.SIGINT else os.kill)(started.pid, sent)
+        _, said = started.communicate(timeout=300)
+        assert started.returncode == status and told in said, said
+        while any(running(rank) for rank in ranks):
+            assert time.monotonic() < ended
+            time.sleep(0.1)
+        (tmp_path / "run" / "log.jsonl").unlink()
+
+
+def running(process: int) -> bool:
+    """Whether a process has not ended; one that waits to be asked for its status has."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -70,6 +70,8 @@ def test_the_wheel_trains_a_copied_recipe_where_torch_and_megatron_are_installed
     # A path that a .pth names has its own .pth files left alone: the checkout's editable installation is not seen.
     (own / "installed.pth").write_text(sysconfig.get_path("purelib"))
     assert (own / "megatron_mimo" / "py.typed").exists()
+    assert (own / "megatron_mimo" / "cli" / "recipes" / "caption.yaml").exists()
+    assert run(tmp_path / "env" / "bin" / "megatron-mimo", "--help", cwd=tmp_path).startswith("Usage: megatron-mimo")
     trains(python, tmp_path)
 
 
