@@ -320,6 +320,13 @@ class Recipe(Strict):
             weighted = [source.weight is not None for source in sources]
             if any(weighted) and not all(weighted):
                 raise ValueError(f"stages.{stage.name}: expected a weight for each source of data or for none")
+        layout = self.layout
+        answers = bool(self.evaluation.data) and self.evaluation.samples > 0
+        if answers and (layout.context > 1 or layout.expert > 1 or layout.virtual_pipeline is not None):
+            raise ValueError(
+                "evaluation.samples: answers need a layout without context, expert and virtual_pipeline, found "
+                f"{layout!r}; set evaluation.samples: 0"
+            )
         return self
 
     def data_of(self, stage: Stage) -> list[Source]:

@@ -48,13 +48,14 @@ def test_a_shipped_recipe_is_one_whose_resolved_form_says_the_same(name: str, tm
         ("model.modalities.images.reads={name: a, frozen: true}", "as_it_is: true"),
         ("data=[{path: a, weight: 1}, b]", "a weight for each source of data or for none"),
         ("data=[]", "stages.projector: expected data"),
+        ("layout={context: 2}", "evaluation.samples: answers need a layout without context"),
         ("stages", "'stages': expected key=value"),
         ("data=[", "data: expected YAML"),
     ],
 )
 def test_each_fault_of_a_recipe_is_one_line_that_names_the_key(change: str, told: str) -> None:
     with pytest.raises(Refused, match=told) as found:
-        read_recipe("caption", ["data=folder", change])
+        read_recipe("caption", ["data=folder", "evaluation.data=folder", change])
     assert "\n" not in str(found.value)
 
 

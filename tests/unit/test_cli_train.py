@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -155,6 +157,32 @@ def test_ctrl_c_and_a_killed_starter_leave_nothing_running(tmp_path: Path) -> No
             assert time.monotonic() < ended
             time.sleep(0.1)
         (tmp_path / "run" / "log.jsonl").unlink()
+
+
+def test_two_agents_of_torchrun_train_one_run_as_the_page_of_several_nodes_says(tmp_path: Path) -> None:
+    """Cold processes: the agents meet over a port, as those of two nodes do."""
+    page = Path(__file__).parents[2].joinpath("docs/cli.md").read_text()
+    (told,) = re.findall(r"srun torchrun (.*?) -m megatron_mimo.cli train", page.replace("\\\n", ""))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for name, value in {
+        '"$SLURM_NNODES"': "2", '"$HEAD:29500"': f"127.0.0.1:{port}", '"$SLURM_JOB_ID"': "7",
+        "--nproc-per-node 8": "--nproc-per-node 1",
+    }.items():  # fmt: skip
+        assert name in told
+        told = told.replace(name, value)
+    words = [*told.split(), "-m", "megatron_mimo.cli", *caption(tmp_path / "run", "layout.tensor=2", steps=2)]
+    agents = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *words],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    said = [agent.communicate(timeout=600) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
 def running(process: int) -> bool:
