@@ -24,6 +24,34 @@ logger = logging.getLogger(__name__)
 WARM_UP = 2
 
 
+class Prompts:
+    """Buffers of a pass over whole prompts of `S` positions.
+
+    Args:
+        rows: `[<= S, B, H]`, the first ones to read.
+        positions: `[k, B, <= S]` of a model with several sections, or None.
+        length: `S`.
+
+    Attributes:
+        rows: `[S, B, H]`; places: int64 `[B, S]`; positions: int64 `[k, B, S]` or None; hidden: `[S, B, H]`, what
+            comes of them.
+    """
+
+    def __init__(self, rows: Tensor, positions: Tensor | None, length: int) -> None:
+        self.rows = rows.new_zeros(length, *rows.shape[1:])
+        self.places = torch.arange(length, device=rows.device).repeat(rows.shape[1], 1)
+        self.positions = None if positions is None else positions.new_zeros(*positions.shape[:2], length)
+        self.hidden = torch.zeros_like(self.rows)
+
+    def take(self, rows: Tensor, positions: Tensor | None) -> None:
+        """Takes other prompts, of no more positions."""
+        self.rows.zero_()
+        self.rows[: len(rows)] = rows
+        if self.positions is not None and positions is not None:
+            self.positions.zero_()
+            self.positions[..., : positions.shape[-1]] = positions
+
+
 class Rows:
     """Buffers of the decode step, one entry for each of `count` rows of the cache.
 
@@ -54,6 +82,21 @@ class Rows:
         self.drawn = torch.zeros(3, count, dtype=torch.float64, device=device)
         self.allowed: Tensor | None = None
         self.sampler: Sampler | None = None
+        self._prompts: dict[int, Prompts | None] = {}
+
+    def prompts(self, rows: Tensor, positions: Tensor | None, length: int) -> Prompts | None:
+        """Buffers with prompts padded to `length` positions; None the first time that there are as many.
+
+        A call that does not come again is not worth a recording, which takes three passes.
+        """
+        if length not in self._prompts:
+            self._prompts[length] = None
+            return None
+        held = self._prompts[length]
+        if held is None:
+            held = self._prompts[length] = Prompts(rows, positions, length)
+        held.take(rows, positions)
+        return held
 
     def begin(self, sampler: Sampler, main: Sequence[int]) -> Sampler:
         """Takes the rules of a new call; gives the sampler whose buffers hold them."""

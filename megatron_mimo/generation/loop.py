@@ -112,9 +112,7 @@ class Loop:
             if not sample.done:
                 sample.output.error = ValueError(f"sample {sample.index}: {error}")
                 yield self.end(sample, "error")
-        places = torch.arange(length, device=self.stage.device).expand(self.rows, -1)
-        step = Step(places, places, places, bucketed(length), fresh=True)
-        hidden = self.stage.run(rows, step, self.rows, length, embedder.positions())
+        hidden = self._read_prompts(rows, length, embedder.positions())
         if self.stage.last:
             final = self.to_device([own - 1 for own in self.lengths])
             self.state.last.copy_(hidden[final, torch.arange(self.rows, device=hidden.device)])
@@ -124,6 +122,24 @@ class Loop:
         for sample in alive:
             if sample.request.opens is not None:
                 self._open(sample, sample.request.writes[sample.request.opens])
+
+    def _read_prompts(self, rows: Tensor | None, length: int, positions: Tensor | None) -> Any:
+        """Hidden states of whole prompts, `[>= length, B, H]`, on the last stage.
+
+        A session that reads as many positions for the second time, counted in buckets, records the pass.
+        """
+
+        def run(rows: Tensor | None, places: Tensor, positions: Tensor | None) -> Any:
+            step = Step(places, places, places, bucketed(places.shape[1]), fresh=True)
+            return self.stage.run(rows, step, self.rows, places.shape[1], positions)
+
+        if self._recorder is not None and rows is not None:
+            held = self.state.prompts(rows, positions, bucketed(length))
+            if held is not None:
+                key = ("prompts", *held.places.shape)
+                self._recorder.run(key, lambda: held.hidden.copy_(run(held.rows, held.places, held.positions)), [])
+                return held.hidden
+        return run(rows, torch.arange(length, device=self.stage.device).expand(self.rows, -1), positions)
 
     def _advance(self) -> None:
         """One new position of each sample that has one to run: its last token, or the next row of its span."""

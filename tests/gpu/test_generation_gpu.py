@@ -45,13 +45,27 @@ def test_fast_ways_say_what_the_eager_one_says(way, kind, options):
     with Session(model, graphs=False) as session:
         expected = model.generate(asked, NEW, modalities=(), session=session, **options)
     with Session(model, **WAYS[way]) as session:
-        for _ in range(2):  # captured, and then replayed alone
+        for calls in range(4):  # steps are captured, then replayed; so are the prompts' passes from the second on
             found = model.generate(asked, NEW, modalities=(), session=session, **options)
             assert said(found) == said(expected)
             for mine, theirs in zip(found, expected):
                 torch.testing.assert_close(mine.logprobs, theirs.logprobs, atol=1e-3, rtol=0)  # TF32 is off
+            assert session.recorder is None or len(session.recorder) == 1 + bool(calls)
         assert (session.stage.fused is not None) == bool(WAYS[way].get("compiled"))
-        assert session.recorder is None or len(session.recorder) == 1
+
+
+@pytest.mark.parametrize("kind", ["groups", "mrope"])
+def test_other_prompts_of_as_many_buckets_are_read_by_the_recorded_pass(kind):
+    model, sections = model_of(kind, **SWIGLU), 3 if kind == "mrope" else 1
+    asked = prompts(sections)
+    others = [{**one, "input_ids": one["input_ids"].flip(-1)} for one in asked]
+    with Session(model, graphs=False) as session:
+        expected = [said(model.generate(each, NEW, modalities=(), session=session)) for each in (asked, others)]
+    assert expected[0] != expected[1]
+    with Session(model, graphs=True) as session:
+        for each, theirs in [(asked, expected[0]), (others, expected[1])] * 2:
+            assert said(model.generate(each, NEW, modalities=(), session=session)) == theirs
+        assert len(session.recorder) == 2
 
 
 @pytest.mark.skipif(not HAVE_TE, reason="TransformerEngine is not installed")
