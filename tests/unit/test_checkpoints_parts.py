@@ -170,6 +170,20 @@ def test_megatrons_loop_finds_the_weights_of_a_trainer(single_process, tmp_path)
         check_resumed(loading(tmp_path, save=None), TrainingControl(), tiny.mimo_config())
 
 
+@pytest.mark.parametrize("harmed", ["__0_0.distcp", "mimo.json", "complete"])
+def test_megatrons_loop_takes_the_newest_whole_checkpoint_of_a_trainer(harmed, single_process, tmp_path, caplog):
+    trainer(single_process, steps=3, save_every=1, directory=tmp_path, optimizer=ADAM).train(one_batch)
+    (tmp_path / "step_00000004").mkdir()
+    flip(tmp_path / "step_00000003" / harmed, 200)
+    (tmp_path / "step_00000002" / "metadata.json").unlink()
+    args = loading(tmp_path, save=None)
+    with caplog.at_level(logging.WARNING, "megatron_mimo"):
+        check_resumed(args, TrainingControl(), tiny.mimo_config())
+    assert (Path(args.load) / "release").resolve().name == "step_00000001"
+    assert "step_00000004 was cut short" in caplog.text and "step_00000003 is not whole" in caplog.text
+    assert "step_00000002 is not whole, and the one before it is taken: metadata.json: missing" in caplog.text
+
+
 @pytest.mark.parametrize("there", [(), ("notes.txt",), ("iter_0000002/part",), ("model.safetensors",)])
 def test_megatrons_loop_does_not_begin_with_random_weights_where_a_checkpoint_was_asked_for(there, tmp_path):
     for name in there:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import shutil
 import tempfile
 from argparse import Namespace
@@ -31,6 +32,8 @@ from megatron_mimo.training.checkpoints.inert import check_inert
 from megatron_mimo.training.checkpoints.reading import agree, check, problems_of, read
 from megatron_mimo.training.checkpoints.writing import Saver
 from megatron_mimo.training.sources import write_state
+
+logger = logging.getLogger(__name__)
 
 
 class Reads(Protocol):
@@ -217,8 +220,28 @@ def check_loadable(args: Namespace, config: MimoModelConfig) -> None:
 
 
 def _of_a_trainer(given: Path) -> Path | None:
-    """The checkpoint of a `Trainer` that a directory is, or the newest one in it."""
-    return given if is_complete(given) else next(iter(newest_first(given)), None)
+    """The checkpoint of a `Trainer` that a directory is, or the newest whole one in it; warns of newer ones.
+
+    Files are hashed only where an older checkpoint can take the place. The oldest is given as it is: whoever loads it
+    refuses it if it has changed.
+    """
+    if is_complete(given):
+        return given
+    found = newest_first(given)
+    for path in found[:-1]:
+        if not (told := _damage(path)):
+            return path
+        logger.warning("%s is not whole, and the one before it is taken: %s", path, "; ".join(told))
+    return found[-1] if found else None
+
+
+def _damage(path: Path) -> list[str]:
+    """What of a checkpoint is not as it was written, a line a file. Rank-local: all of it is hashed."""
+    try:
+        written = manifest.read(path)
+    except manifest.Damaged as error:
+        return [str(error)]
+    return [] if written is None else manifest.faults(path, written)
 
 
 def _as_release(path: Path) -> str:
