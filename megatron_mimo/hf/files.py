@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -47,6 +46,8 @@ class Stored:
 
         The file is opened for this tensor alone: pages that were mapped for another one are given back.
         """
+        from safetensors import safe_open  # of the extra `hf`
+
         with safe_open(self.file, framework="pt", device="cpu") as opened:
             if dim is None or (start, stop) == (0, self.shape[dim]):
                 return opened.get_tensor(self.name).clone()
@@ -189,6 +190,8 @@ def read_header(file: Path) -> dict[str, Stored]:
             raise ValueError(f"{file}: expected a safetensors file, found a header that does not parse.") from None
     if 8 + length + end != size:
         raise ValueError(f"{file}: expected {8 + length + end} bytes, as its header says, found {size}. {_AGAIN}")
+    from safetensors import SafetensorError, safe_open  # of the extra `hf`
+
     try:
         with safe_open(file, framework="pt"):
             return tensors

@@ -79,7 +79,7 @@ class StopRequest:
         grace_s: float | None = None,
         saving: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._device, self._number = device, number
+        self._device, self.number = device, number
         self._pace, self._grace_s, self._saving = pace or Pace(), grace_s, saving
         self._flag = False
         self._agreed = False
@@ -88,7 +88,7 @@ class StopRequest:
         self._main = threading.get_ident()
         self._pace.ended()
         # None where another language's code had set it, which Python cannot set again.
-        self._before = signal.signal(self._number, self._note) or signal.SIG_DFL
+        self._before = signal.signal(self.number, self._note) or signal.SIG_DFL
         self._read, self._write = socket.socketpair()
         for end in (self._read, self._write):
             end.setblocking(False)
@@ -107,7 +107,7 @@ class StopRequest:
             return
         _watching.discard(self)
         signal.set_wakeup_fd(self._descriptor_before)
-        signal.signal(self._number, self._before)
+        signal.signal(self.number, self._before)
         self._done.set()
         # Closing alone would not wake the thread: forked workers of a reader of batches hold the descriptor too.
         with contextlib.suppress(BlockingIOError):  # full: it is awake
@@ -130,10 +130,10 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._flag = True
 
-    def _leave_in_child(self) -> None:
+    def leave_in_child(self) -> None:
         """Gives a forked process its signals back; else one to it would wake the thread of the process that forked."""
         signal.set_wakeup_fd(self._descriptor_before)  # whichever thread forked is the child's main thread
-        signal.signal(self._number, self._before)
+        signal.signal(self.number, self._before)
         self._write.close()
         self._read.close()
 
@@ -171,14 +171,14 @@ class StopRequest:
             time.sleep(_LOOK_S)
         if self._descriptor_before >= 0 and numbers != _WAKE:
             os.write(self._descriptor_before, numbers)  # whoever watched before goes on watching
-        return numbers.count(int(self._number))
+        return numbers.count(int(self.number))
 
     def _end(self, why: str) -> None:
         frame = sys._current_frames()[self._main]
         stack = traceback.extract_stack(frame)
         rank = dist.get_rank() if dist.is_initialized() else 0
         exit_now(
-            f"{''.join(traceback.format_list(stack))}rank {rank}: {self._number.name} came, and {why}. This rank was "
+            f"{''.join(traceback.format_list(stack))}rank {rank}: {self.number.name} came, and {why}. This rank was "
             f"in {place_of(stack)}. It ends without a checkpoint of this step; those before it are kept. Where a rank "
             "waits in a collective, look at what the others do."
         )
@@ -206,7 +206,7 @@ def place_of(stack: traceback.StackSummary) -> str:
 
 def _before_fork() -> None:
     """A signal to the child waits until the child is ready for it."""
-    _blocked.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {each._number for each in _watching})
+    _blocked.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {each.number for each in _watching})
 
 
 def _after_fork() -> None:
@@ -215,7 +215,7 @@ def _after_fork() -> None:
 
 def _after_fork_in_child() -> None:
     for each in list(_watching):
-        each._leave_in_child()
+        each.leave_in_child()
     _watching.clear()
     _after_fork()
 

@@ -132,3 +132,30 @@ def test_importing_the_training_package_loads_nothing_until_a_name_of_it_is_used
 def test_integer_rooms_and_losses_do_without_megatron():
     imports = "; ".join(f"import megatron_mimo.{room}" for room in WITHOUT_MEGATRON)
     assert python(f"import sys; {imports}; assert 'megatron' not in sys.modules") == ""
+
+
+#: What extras bring; the core is torch and Megatron-Core.
+EXTRAS = (
+    "safetensors", "transformers", "huggingface_hub", "tokenizers", "PIL", "av", "datasets", "soundfile", "soxr",
+    "torchvision", "jinja2", "typer", "yaml", "diffusers", "sklearn", "matplotlib",
+)  # fmt: skip
+
+
+@pytest.mark.process
+def test_what_extras_do_not_serve_is_imported_without_them():
+    """In a cold process; only the command line's modules may need more, and tell it by themselves."""
+    program = f"""
+import importlib, pkgutil, sys, warnings
+warnings.simplefilter("ignore")
+sys.modules.update(dict.fromkeys({EXTRAS}))  # None is what is not there
+import megatron_mimo
+for found in pkgutil.walk_packages(megatron_mimo.__path__, "megatron_mimo."):
+    if not found.name.startswith("megatron_mimo.cli."):
+        importlib.import_module(found.name)
+from megatron_mimo.training import Trainer, pretrain
+import examples.digits.train
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
