@@ -6,6 +6,7 @@ One process runs it many times, because starting takes longer than training.
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from megatron_mimo.training import (
     model_provider,
     pretrain,
 )
+from tests import evil
 from tests.distributed.harness import case, end_run, shared_directory
 
 STEPS = 4
@@ -290,6 +292,13 @@ def pretrain_resumes_no_other_trained_parts_and_a_second_stage_moves_the_rows_it
         patch.setattr(dist, "init_process_group", built)
         with pytest.raises(ValueError, match="written with .* frozen, this run freezes .*--finetune.*--no-load-optim"):
             run_recipe(where, *second)
+        own = where / f"evil{run.rank}"
+        shutil.copytree(where / "first", own)
+        evil.in_an_object(own / "iter_0000002", own / "marker")
+        evil.seal(own / "iter_0000002")
+        with pytest.raises(ValueError, match="is not data alone"):
+            run_recipe(where, "--load", str(own))
+        assert not (own / "marker").exists()
     for name, steps, go_on in (("finetune", 2, ["--finetune"]), ("no_load_optim", 4, ["--no-load-optim"])):
         saved = ["--save", str(where / name), "--save-interval", "100"]
         run_recipe(where, *second, *go_on, *saved, steps=steps)
