@@ -140,7 +140,7 @@ class Recorder:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def run(self, key: Hashable, step: Callable[[], None], changing: Sequence[Tensor]) -> None:
+    def run(self, key: Hashable, step: Callable[[], object], changing: Sequence[Tensor]) -> None:
         """Runs `step` once: recorded, where it was captured under that key.
 
         Args:
@@ -154,7 +154,7 @@ class Recorder:
             logger.info("generation: captured %s, %.0f MiB for %d graphs", key, self.bytes / 2**20, len(self._graphs))
         graph.replay()
 
-    def _captured(self, step: Callable[[], None], changing: Sequence[Tensor]) -> torch.cuda.CUDAGraph:
+    def _captured(self, step: Callable[[], object], changing: Sequence[Tensor]) -> torch.cuda.CUDAGraph:
         kept = [buffer.clone() for buffer in changing]
         before = torch.cuda.memory_allocated()
         for _ in range(WARM_UP):
