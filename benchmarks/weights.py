@@ -25,6 +25,7 @@ import transformers
 
 import megatron_mimo
 from megatron_mimo.hf import llava
+from megatron_mimo.hf.names import respelled
 from megatron_mimo.hf.writing import Outgoing, write
 
 #: Of the language model hidden and feed-forward width, layers, heads, vocabulary; of the tower image size at the end.
@@ -93,7 +94,7 @@ def make(directory: Path, shape: str) -> None:
         directory,
         [
             Outgoing(name, tuple(one.shape), DTYPE, lambda size=one.shape: tensor(size))
-            for name, one in llava.respelled(shapes).items()
+            for name, one in respelled(shapes, llava.SPELLINGS).items()
         ],
     )
     if dist.get_rank() == 0:
