@@ -267,33 +267,47 @@ def test_it_ends_while_a_forked_worker_lives_on() -> None:
     assert waited < 10
 
 
-@pytest.mark.parametrize("from_thread", [False, True], ids=["main thread", "another thread"])
-def test_a_signal_to_a_forked_worker_ends_the_worker_and_nothing_else(from_thread, ends, monkeypatch):
-    monkeypatch.setattr(stop, "_TOGETHER_S", 0.0)
-    forked = multiprocessing.get_context("fork")
-    with StopRequest(CPU, grace_s=0.2) as request:
-        workers = [forked.Process(target=time.sleep, args=(20,), daemon=True) for _ in range(2)]
+FORKING = """
+import multiprocessing, signal, sys, threading, time
+import torch
+from megatron_mimo.training import stop
 
-        def start() -> None:
-            for worker in workers:
-                worker.start()
+said = []
+stop.exit_now, stop._TOGETHER_S = said.append, 0.0
+forked = multiprocessing.get_context("fork")
+with stop.StopRequest(torch.device("cpu"), grace_s=0.2) as request:
+    workers = [forked.Process(target=time.sleep, args=(60,), daemon=True) for _ in range(2)]
 
-        if from_thread:
-            thread = threading.Thread(target=start)
-            thread.start()
-            thread.join()
-        else:
-            start()
-        for worker in workers:  # as a reader of batches does with workers that do not end by themselves
-            worker.terminate()
-            worker.join(2)
-            time.sleep(0.2)  # apart from the last, so that two would be a second signal
-        codes = [worker.exitcode for worker in workers]
+    def start():
         for worker in workers:
-            worker.kill()
-        assert codes == [-signal.SIGTERM] * 2
-        assert not request.received()
-    assert ends == []
+            worker.start()
+
+    if sys.argv[1] == "another thread":
+        thread = threading.Thread(target=start)
+        thread.start()
+        thread.join()
+    else:
+        start()
+    for worker in workers:  # as a reader of batches does with workers that do not end by themselves
+        worker.terminate()
+        worker.join(20)
+        time.sleep(0.2)  # apart from the last, so that two would be a second signal
+    codes = [worker.exitcode for worker in workers]
+    for worker in workers:
+        worker.kill()
+    assert codes == [-signal.SIGTERM] * 2, codes
+    assert not request.received()
+assert said == [], said
+print("neither heard it")
+"""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("forks", ["this thread", "another thread"])
+def test_a_signal_to_a_forked_worker_ends_the_worker_and_nothing_else(forks):
+    """In a process of its own: what other tests have imported has hooks around forks too."""
+    done = warm.python("-c", FORKING, forks)
+    assert done.returncode == 0 and "neither heard it" in done.stdout, done.stderr[-3000:]
 
 
 def test_a_fork_that_goes_on_with_the_program_leaves_its_parents_watch_alone(ends):
