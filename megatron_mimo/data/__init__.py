@@ -8,6 +8,7 @@ data-parallel rank and resumes exactly. Nothing here imports Megatron-Core.
 
 from megatron_mimo.data.blend import Order
 from megatron_mimo.data.chat import PLAIN_TEMPLATE, ChatText
+from megatron_mimo.data.energon import EnergonStream, load_energon_state
 from megatron_mimo.data.lengths import Lengths, prepare
 from megatron_mimo.data.loading import PackedData, ReadingOptions
 from megatron_mimo.data.media import Limits, Sound, Video
@@ -20,6 +21,7 @@ from megatron_mimo.data.readers import ImageReader, ProcessorReader, Reader, Rea
 from megatron_mimo.data.samples import Handling, Item, Sample, SampleProcessor
 from megatron_mimo.data.show import show
 from megatron_mimo.data.sources import Folder, JsonLines, Records, Source, Table, open_source
+from megatron_mimo.data.streams import DatasetsStream, Stream, Streamed
 from megatron_mimo.data.writers import ImageWriter, SoundWriter, Writer, Writing
 
 __all__ = [
@@ -27,6 +29,8 @@ __all__ = [
     "ChatText",
     "Constant",
     "Conversation",
+    "DatasetsStream",
+    "EnergonStream",
     "Folder",
     "GridPositions",
     "Handling",
@@ -57,6 +61,8 @@ __all__ = [
     "SoundWriter",
     "Source",
     "Span",
+    "Stream",
+    "Streamed",
     "Table",
     "TimeAligned",
     "Turn",
@@ -66,6 +72,7 @@ __all__ = [
     "conversation_of",
     "first_fit_decreasing",
     "joined_states",
+    "load_energon_state",
     "open_source",
     "packed",
     "padded",

@@ -8,34 +8,23 @@ from workers in the order they were asked for, so packs do not depend on how man
 from __future__ import annotations
 
 import logging
-import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, cast
-
-from torch.utils.data import DataLoader, Dataset
+from typing import Any, Literal
 
 from megatron_mimo.data.ahead import Ahead
-from megatron_mimo.data.blend import Order, Place
-from megatron_mimo.data.messages import Conversation, SampleError, conversation_of
+from megatron_mimo.data.feeds import Feed, IndexedFeed, Left, Made, Making, Read, Skipped
+from megatron_mimo.data.messages import SampleError
 from megatron_mimo.data.packing import Packer, PackShape
 from megatron_mimo.data.packs import Pack, packed
 from megatron_mimo.data.progress import Progress, State, redealt
-from megatron_mimo.data.samples import Policy, Sample, SampleProcessor, fitted
+from megatron_mimo.data.samples import Policy, SampleProcessor
 from megatron_mimo.data.sources import Source
-from megatron_mimo.data.transfer import from_bytes, to_bytes
+from megatron_mimo.data.streamed import StreamFeed
+from megatron_mimo.data.streams import Stream
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A sample that was left out, with the kind it is counted under and the reason."""
-
-    kind: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -71,64 +60,11 @@ class ReadingOptions:
             raise ValueError(f"expected workers >= 0 and prefetch >= 1, found {self.workers} and {self.prefetch}")
 
 
-@dataclass(frozen=True, eq=False)
-class _Read:
-    """A sample that came back, at its position."""
-
-    position: int
-    sample: Sample
-
-    @property
-    def tokens(self) -> int:
-        return len(self.sample)
-
-    @property
-    def cost(self) -> float:
-        return self.sample.cost
-
-
-@dataclass(frozen=True)
-class _Left:
-    """A position whose sample was left out."""
-
-    position: int
-    skipped: Skipped
-
-
-class _Samples(Dataset):
-    """Samples by place; what workers run."""
-
-    def __init__(self, sources: Sequence[Source], process: SampleProcessor, shape: PackShape, policy: Policy) -> None:
-        self._sources, self._process, self._shape, self._policy = sources, process, shape, policy
-
-    def __getitem__(self, asked: tuple[int, Place]) -> tuple[int, Any]:
-        position, place = asked
-        try:
-            _, sample, _ = self.made(place)
-        except SampleError as error:
-            where = self._sources[place.source].where(place.index)
-            return position, Skipped(error.kind, f"{where}: {error}")
-        # One flat buffer: each tensor that comes from a worker holds a file open until it is let go.
-        return position, to_bytes(sample)
-
-    def made(self, place: Place) -> tuple[Conversation, Sample, Path | None]:
-        """The conversation at a place, the sample that it makes, and where its media lie."""
-        source = self._sources[place.source]
-        conversation = conversation_of(source.record(place.index), columns=source.columns)
-        sample = self._process(conversation, source.media_root, source.where(place.index))
-        sample = fitted(sample, self._shape.length, self._shape.budget, self._policy)
-        return conversation, sample, source.media_root
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids."""
-        return self._process.chat.decode(ids)
-
-
 class PackedData:
     """Packs of one data-parallel rank, without end or for a number of samples.
 
     Args:
-        sources: one or more.
+        sources: one or more, or a stream, whose records come in its own order whatever `options` say.
         process: makes samples of conversations.
         shape: of the packs.
         weights: share of each source; None: one after another as one, each record once an epoch.
@@ -148,7 +84,7 @@ class PackedData:
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[Source] | Stream,
         process: SampleProcessor,
         shape: PackShape,
         *,
@@ -161,13 +97,23 @@ class PackedData:
     ) -> None:
         if not 0 <= rank < size:
             raise ValueError(f"expected a rank below the size of its group, found rank {rank} of {size}")
-        self._lengths = [len(source) for source in sources]
-        self._weights = None if weights is None else [float(weight) for weight in weights]
-        self._order = Order(self._lengths, weights=weights, seed=options.seed, shuffle=options.shuffle)
-        self._samples = _Samples(sources, process, shape, options.too_long)
-        self._shape, self._options, self._limit, self._pad_id = shape, options, samples, pad_id
-        self._rank, self._size = rank, size
-        self._progress = Progress(next=rank)
+        making = Making(process, shape, options.too_long)
+        if isinstance(sources, Stream):
+            if weights is not None:
+                raise ValueError(
+                    f"{sources.name}: a stream is one source, expected weights=None, found {list(weights)}"
+                )
+            self._feed: Feed = StreamFeed(sources, making, rank=rank, size=size, limit=samples)
+        else:
+            self._feed = IndexedFeed(
+                sources, making, weights=weights, seed=options.seed, shuffle=options.shuffle, size=size, limit=samples
+            )
+        self._process, self._shape, self._options = process, shape, options
+        self._limit, self._pad_id, self._rank, self._size = samples, pad_id, rank, size
+        # A stream that deals its records out itself counts them on each rank.
+        apart = isinstance(sources, Stream) and not sources.shared
+        self._first, self._stride, self._apart = (0, 1, True) if apart else (rank, size, False)
+        self._progress = Progress(next=self._first)
         self._taken = self._progress.state()
         self._running: Iterator[tuple[Pack, State]] | None = None
 
@@ -183,7 +129,8 @@ class PackedData:
         """
         if self._running is None:
             progress = Progress.of(self._progress.state())
-            made = self._made(progress, self._reads(progress))
+            reads = self._feed.reads(progress, self._options.workers, self._options.prefetch)
+            made = self._made(progress, reads)
             self._running = Ahead(made, self._options.prefetch) if self._options.workers else made
         pack, self._taken = next(self._running)
         return pack
@@ -195,7 +142,7 @@ class PackedData:
 
     def state_dict(self) -> State:
         """What this rank has behind it, as plain JSON: the order it stands for, and where in it."""
-        return {"order": self._identity(), "size": self._size, "ranks": {str(self._rank): self._taken}}
+        return {"order": self._feed.identity(), "size": self._size, "ranks": {str(self._rank): self._taken}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a state of all ranks, of as many ranks as now or of another number.
@@ -207,29 +154,34 @@ class PackedData:
             ValueError: the state is of other data or of another order, or lacks a rank.
         """
         found = state["order"]
-        if found != self._identity():
+        if found != self._feed.identity():
             raise ValueError(
-                f"this state is of other data: expected {self._identity()}, found {found}. Sources, weights, seed and "
-                "shuffling must be those of the run that wrote it."
+                f"this state is of other data: expected {self._feed.identity()}, found {found}. Sources, weights, seed "
+                "and shuffling must be those of the run that wrote it."
             )
         ranks = {int(rank): one for rank, one in state["ranks"].items()}
         if sorted(ranks) != list(range(state["size"])):
             raise ValueError(f"expected the states of {state['size']} ranks, found {sorted(ranks)}; see joined_states")
         same = state["size"] == self._size
+        if self._apart and not same:
+            raise ValueError(
+                f"this state is of {state['size']} data-parallel ranks, expected {self._size}: the stream deals its "
+                "records out to the ranks itself. Go on with as many."
+            )
         mine = ranks[self._rank] if same else redealt(ranks, self._rank, self._size, self._limit)
         self.restore(mine)
 
-    def sample_at(self, position: int) -> tuple[Conversation, Sample, Path | None]:
+    def sample_at(self, position: int) -> Made:
         """The conversation at a position of the order, the sample that it makes, and where its media lie.
 
         Raises:
             SampleError: it cannot be used.
         """
-        return self._samples.made(self._order.at(position))
+        return self._feed.made(position)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids."""
-        return self._samples.decode(ids)
+        return self._process.chat.decode(ids)
 
     def state(self) -> State:
         """Where this rank stands, for `restore`."""
@@ -248,20 +200,10 @@ class PackedData:
 
     # Below: reading and packing -------------------------------------------------------------------
 
-    def _identity(self) -> State:
-        options = self._options
-        return {
-            "lengths": self._lengths,
-            "weights": self._weights,
-            "seed": options.seed,
-            "shuffle": options.shuffle,
-            "limit": self._limit,
-        }
-
-    def _made(self, progress: Progress, reads: Iterator[_Read | _Left]) -> Iterator[tuple[Pack, State]]:
+    def _made(self, progress: Progress, reads: Iterator[Read | Left]) -> Iterator[tuple[Pack, State]]:
         """Packs, each with the state of a run that has taken it."""
         packer = Packer(self._shape)
-        ready: deque[list[_Read]] = deque()
+        ready: deque[list[Read]] = deque()
         for positions in progress.ready:
             if known := self._again(reads, positions, progress):
                 ready.append(known)
@@ -270,12 +212,12 @@ class PackedData:
             while ready:
                 samples = ready.popleft()
                 progress.ready = [[read.position for read in pack] for pack in ready]
-                yield self._packed(samples), progress.state()
+                yield self._packed(samples), self._feed.state(progress)
             read = next(reads, None)
             if read is None:
                 break
-            progress.passed(read.position, self._size)
-            if isinstance(read, _Left):
+            progress.passed(read.position, self._stride)
+            if isinstance(read, Left):
                 self._leave_out(read.skipped, progress)
                 continue
             ready.extend(packer.add(read))
@@ -285,17 +227,17 @@ class PackedData:
         while ready:
             samples = ready.popleft()
             progress.waiting, progress.ready = [], [[read.position for read in pack] for pack in ready]
-            yield self._packed(samples), progress.state()
+            yield self._packed(samples), self._feed.state(progress)
 
-    def _again(self, reads: Iterator[_Read | _Left], positions: Sequence[int], progress: Progress) -> list[_Read]:
+    def _again(self, reads: Iterator[Read | Left], positions: Sequence[int], progress: Progress) -> list[Read]:
         """Samples that were read before the run was resumed; one whose file is gone since is left out now."""
         found = [next(reads) for _ in positions]
         for read in found:
-            if isinstance(read, _Left):
+            if isinstance(read, Left):
                 self._leave_out(read.skipped, progress)
-        return [read for read in found if isinstance(read, _Read)]
+        return [read for read in found if isinstance(read, Read)]
 
-    def _packed(self, reads: Sequence[_Read]) -> Pack:
+    def _packed(self, reads: Sequence[Read]) -> Pack:
         return packed(
             [read.sample for read in reads],
             self._shape,
@@ -310,55 +252,3 @@ class PackedData:
         if progress.skipped[skipped.kind] == 0:
             logger.warning("data: left out as %s, and counted from now on: %s", skipped.kind, skipped.reason)
         progress.skipped[skipped.kind] += 1
-
-    def _reads(self, progress: Progress) -> Iterator[_Read | _Left]:
-        """Samples in order. Workers start now, in the caller's thread: a fork from another one may not end well."""
-        again = [position for pack in progress.ready for position in pack] + progress.waiting
-        asked = _Asked(self._order, [*again, *progress.backlog], progress.next, self._size, self._limit)
-        workers = self._options.workers
-        loader = DataLoader(
-            self._samples,
-            sampler=asked,
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=workers,
-            prefetch_factor=self._options.prefetch if workers else None,
-            worker_init_fn=_quiet_tokenizers,
-        )
-        read = iter(loader)
-        return (_read(position, found) for position, found in read)
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """Positions in the order in which they are read, each with its place."""
-
-    order: Order
-    first: Sequence[int]
-    start: int
-    size: int
-    limit: int | None
-
-    def __iter__(self) -> Iterator[tuple[int, Place]]:
-        for position in self.first:
-            yield position, self.order.at(position)
-        position = self.start
-        while self.limit is None or position < self.limit:
-            yield position, self.order.at(position)
-            position += self.size
-
-
-def _read(position: int, found: Any) -> _Read | _Left:
-    if isinstance(found, Skipped):
-        return _Left(position, found)
-    return _Read(position, cast(Sample, from_bytes(*found)))
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
-
-
-def _quiet_tokenizers(worker: int) -> None:
-    """A forked worker tokenises in one thread, and need not be told so for every sample."""
-    del worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"

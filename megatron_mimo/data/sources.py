@@ -36,8 +36,7 @@ class Source(ABC):
     """
 
     def __init__(self, path: Path | str, media_root: Path | str | None, columns: Columns) -> None:
-        if columns not in ("read", "write"):
-            raise ValueError(f"columns: expected 'read' or 'write', found {columns!r}")
+        check_columns(columns)
         self.path = Path(path)
         self.media_root = None if media_root is None else Path(media_root)
         self.columns: Columns = columns
@@ -57,6 +56,16 @@ class Source(ABC):
     def where(self, index: int) -> str:
         """How an error names record `index`."""
         return f"record {index} of {self.path}"
+
+
+def check_columns(columns: Columns) -> None:
+    """Refuses anything but "read" and "write".
+
+    Raises:
+        ValueError: naming both.
+    """
+    if columns not in ("read", "write"):
+        raise ValueError(f"columns: expected 'read' or 'write', found {columns!r}")
 
 
 class JsonLines(Source):
@@ -104,7 +113,7 @@ class JsonLines(Source):
         if self._file is None:
             self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         # pread has no position, so forked workers may share the open file.
-        return _parsed(os.pread(self._file, stop - start, start))
+        return parsed(os.pread(self._file, stop - start, start))
 
     def where(self, index: int) -> str:
         return f"line at byte {int(self._spans[index][0])} of {self.path}"
@@ -141,7 +150,12 @@ def _size(spans: np.ndarray, index: int) -> int:
     return int(spans[index, 1] - spans[index, 0])
 
 
-def _parsed(line: bytes) -> Mapping[str, Any]:
+def parsed(line: bytes) -> Mapping[str, Any]:
+    """The record that the bytes of a line or file of JSON hold.
+
+    Raises:
+        SampleError: no UTF-8, no JSON, or no object.
+    """
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -273,7 +287,7 @@ class Table(Source):
     def __init__(self, path: Path | str, *, media_root: Path | str | None = None, columns: Columns = "read") -> None:
         path = Path(path)
         super().__init__(path, (path if path.is_dir() else path.parent) if media_root is None else media_root, columns)
-        self._rows = _encoded(_opened(path))
+        self._rows = encoded(_opened(path))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -293,8 +307,8 @@ def _opened(path: Path) -> Any:
     return datasets.Dataset.from_parquet([str(file) for file in files])
 
 
-def _encoded(table: Any) -> Any:
-    """The table with its images and sounds as bytes or paths: an undecodable one is then one sample's fault."""
+def encoded(table: Any) -> Any:
+    """A table or stream of `datasets`, images and sounds as bytes or paths: a broken one is then one sample's fault."""
     import datasets
 
     features = table.features

@@ -20,7 +20,15 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from torch import nn
 
-from megatron_mimo.compat import checkpoints, hybrid, megatron, megatron_optimizers, megatron_training, notices
+from megatron_mimo.compat import (
+    checkpoints,
+    datasets,
+    hybrid,
+    megatron,
+    megatron_optimizers,
+    megatron_training,
+    notices,
+)
 from megatron_mimo.compat import torch as torch_names
 from tests import tiny
 
@@ -79,6 +87,7 @@ NAMES = {
     "megatron.writers_report_here": (
         "megatron.core.dist_checkpointing.strategies.filesystem_async.get_write_results_queue", ["mp_mode"]
     ),
+    "datasets.shuffles": ("datasets.IterableDataset", ["ex_iterable"]),
     "hybrid.StackWithNorm": (
         "megatron.core.models.hybrid.hybrid_block.HybridStack", ["config", "submodules", "pre_process"]
     ),
@@ -139,6 +148,7 @@ MODULES = {
     "megatron_training": megatron_training,
     "checkpoints": checkpoints,
     "hybrid": hybrid,
+    "datasets": datasets,
 }
 FUNCTIONS = [
     (module, name)

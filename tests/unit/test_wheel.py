@@ -94,7 +94,7 @@ import torch
 from torchvision.ops import nms
 from transformers import Qwen2VLVideoProcessor, Qwen2VLImageProcessor
 
-import megatron.core
+import megatron.core, megatron.energon
 import megatron_mimo.data, megatron_mimo.pretrained
 
 print("FROM", megatron_mimo.__file__, importlib.metadata.version("megatron-mimo"))
@@ -105,12 +105,13 @@ Qwen2VLVideoProcessor()
 
 @pytest.mark.long
 @pytest.mark.process
-def test_the_extras_hf_and_data_install_together_and_read_data(tmp_path):
+def test_the_extras_hf_data_and_energon_install_together_and_read_data(tmp_path):
     """Into an environment with nothing but pip; torch stays the one that the library is tested with."""
     wheel = build(tmp_path)
     run(sys.executable, "-m", "venv", tmp_path / "env", cwd=tmp_path)
     python = tmp_path / "env" / "bin" / "python"
-    run(python, "-m", "pip", "install", f"{wheel}[hf,data]", "--constraint", ROOT / "constraints.txt", cwd=tmp_path)
+    constraints = ["--constraint", ROOT / "constraints.txt"]
+    run(python, "-m", "pip", "install", f"{wheel}[hf,data,energon]", *constraints, cwd=tmp_path)
     run(python, "-m", "pip", "check", cwd=tmp_path)
     said = run(python, "-c", READS, cwd=tmp_path)
     assert Path(re.search(r"FROM (\S+)", said)[1]).is_relative_to(tmp_path / "env")
@@ -118,3 +119,10 @@ def test_the_extras_hf_and_data_install_together_and_read_data(tmp_path):
     printed = re.search(r"```text\n(.*?)```", ROOT.joinpath("docs/data.md").read_text(), re.S)[1]
     (tmp_path / "page.py").write_text(code)
     assert run(python, "page.py", cwd=tmp_path) == printed
+    # The suite skips Energon's tests where it is absent; here it is present.
+    run(python, "-m", "pip", "install", "pytest", "hypothesis", *constraints, cwd=tmp_path)
+    (tmp_path / "tests" / "unit").mkdir(parents=True)
+    for name in ("data_samples.py", "tiny.py", "unit/test_data_loading.py", "unit/test_data_energon.py"):
+        shutil.copy(ROOT / "tests" / name, tmp_path / "tests" / name)
+    said = run(python, "-m", "pytest", "-q", "tests/unit/test_data_energon.py", cwd=tmp_path)
+    assert re.search(r"\d+ passed", said) and "skipped" not in said
