@@ -13,7 +13,7 @@ from megatron_mimo.data.lengths import Lengths, prepare
 from megatron_mimo.data.loading import PackedData, ReadingOptions
 from megatron_mimo.data.media import Limits, Sound, Video
 from megatron_mimo.data.messages import Conversation, Medium, Part, SampleError, Turn, conversation_of
-from megatron_mimo.data.packing import Packer, PackShape, first_fit_decreasing
+from megatron_mimo.data.packing import Packer, PackShape, RowShape, first_fit_decreasing
 from megatron_mimo.data.packs import Pack, packed, padded
 from megatron_mimo.data.positions import Constant, GridPositions, Sequential, Span, TimeAligned, positions
 from megatron_mimo.data.progress import joined_states
@@ -52,6 +52,7 @@ __all__ = [
     "Reading",
     "ReadingOptions",
     "Records",
+    "RowShape",
     "Sample",
     "SampleError",
     "SampleProcessor",

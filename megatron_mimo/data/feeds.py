@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from megatron_mimo.data.blend import Order, Place
 from megatron_mimo.data.messages import Conversation, SampleError, conversation_of
-from megatron_mimo.data.packing import PackShape
+from megatron_mimo.data.packing import PackShape, RowShape
 from megatron_mimo.data.progress import Progress, State
 from megatron_mimo.data.samples import Policy, Sample, SampleProcessor, fitted
 from megatron_mimo.data.sources import Source
@@ -63,12 +63,12 @@ class Making:
 
     Args:
         process: of conversations.
-        shape: of packs.
+        shape: of packs or rows.
         policy: see `fitted`.
     """
 
     process: SampleProcessor
-    shape: PackShape
+    shape: PackShape | RowShape
     policy: Policy
 
     def sample(self, conversation: Conversation, root: Path | None, name: str) -> Sample:

@@ -16,8 +16,8 @@ from typing import Any, Literal
 from megatron_mimo.data.ahead import Ahead
 from megatron_mimo.data.feeds import Feed, IndexedFeed, Left, Made, Making, Read, Skipped
 from megatron_mimo.data.messages import SampleError
-from megatron_mimo.data.packing import Packer, PackShape
-from megatron_mimo.data.packs import Pack, packed
+from megatron_mimo.data.packing import Packer, PackShape, Rows, RowShape
+from megatron_mimo.data.packs import Pack, packed, padded
 from megatron_mimo.data.progress import Progress, State, redealt
 from megatron_mimo.data.samples import Policy, SampleProcessor
 from megatron_mimo.data.sources import Source
@@ -66,7 +66,7 @@ class PackedData:
     Args:
         sources: one or more, or a stream, whose records come in its own order whatever `options` say.
         process: makes samples of conversations.
-        shape: of the packs.
+        shape: of the packs; a `RowShape` makes batches of rows in place of packs.
         weights: share of each source; None: one after another as one, each record once an epoch.
         rank, size: of the data-parallel group. Ranks of one data-parallel rank share one `PackedData`.
         options: how samples are read.
@@ -86,7 +86,7 @@ class PackedData:
         self,
         sources: Sequence[Source] | Stream,
         process: SampleProcessor,
-        shape: PackShape,
+        shape: PackShape | RowShape,
         *,
         weights: Sequence[float] | None = None,
         rank: int = 0,
@@ -202,7 +202,8 @@ class PackedData:
 
     def _made(self, progress: Progress, reads: Iterator[Read | Left]) -> Iterator[tuple[Pack, State]]:
         """Packs, each with the state of a run that has taken it."""
-        packer = Packer(self._shape)
+        shape = self._shape
+        packer: Packer | Rows = Packer(shape) if isinstance(shape, PackShape) else Rows(shape)
         ready: deque[list[Read]] = deque()
         for positions in progress.ready:
             if known := self._again(reads, positions, progress):
@@ -238,12 +239,10 @@ class PackedData:
         return [read for read in found if isinstance(read, Read)]
 
     def _packed(self, reads: Sequence[Read]) -> Pack:
-        return packed(
-            [read.sample for read in reads],
-            self._shape,
-            pad_id=self._pad_id,
-            positions=[read.position for read in reads],
-        )
+        samples, positions = [read.sample for read in reads], [read.position for read in reads]
+        if isinstance(self._shape, RowShape):
+            return padded(samples, self._shape.length, pad_id=self._pad_id, positions=positions)
+        return packed(samples, self._shape, pad_id=self._pad_id, positions=positions)
 
     def _leave_out(self, skipped: Skipped, progress: Progress) -> None:
         stops = self._options.corrupt == "stop" and skipped.kind not in ("too_long", "too_costly")

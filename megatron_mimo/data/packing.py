@@ -1,4 +1,4 @@
-"""Samples -> packs: several samples end to end in one sequence of fixed length, with little left empty.
+"""Samples -> packs: several samples end to end in one sequence of fixed length, with little left empty; or rows.
 
 First-fit decreasing over a buffer, and the emptiest pack's samples go back into the buffer: on a mixture of text,
 images and videos with a mean of 1,100 tokens 0.8 % of the positions stay empty at 4,096, where batches padded to their
@@ -24,7 +24,8 @@ class Sized(Protocol):
         """What it costs beyond its positions."""
 
 
-T = TypeVar("T", bound=Sized)
+T = TypeVar("T")
+S = TypeVar("S", bound=Sized)
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,39 @@ class PackShape:
     def padded(self, tokens: int) -> int:
         """Positions that a sample of `tokens` takes in a pack."""
         return -(-tokens // self.multiple) * self.multiple
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """The batches of a run whose samples are not packed: a sample a row, in the order of the run.
+
+    Args:
+        length: positions of every row, S.
+        rows: samples of a batch, B; the last one of a run that ends may have fewer.
+
+    Raises:
+        ValueError: sizes that are not positive.
+
+    Example:
+        >>> RowShape(length=4096, rows=2).padded(13)
+        4096
+    """
+
+    length: int
+    rows: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("length", "rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"RowShape: {name} should be at least 1, found {getattr(self, name)}")
+
+    @property
+    def budget(self) -> None:
+        """A row has no bound but its length."""
+
+    def padded(self, tokens: int) -> int:
+        """Positions that a sample of `tokens` takes."""
+        return self.length
 
 
 def first_fit_decreasing(
@@ -122,7 +156,7 @@ class Packer:
         self.shape = shape
         self.waiting: list = []
 
-    def add(self, sample: T) -> list[list[T]]:
+    def add(self, sample: S) -> list[list[S]]:
         """The packs that are full now; often none.
 
         Raises:
@@ -152,4 +186,31 @@ class Packer:
             kept = packs.pop(emptiest)
         ready = [[self.waiting[index] for index in pack] for pack in packs]
         self.waiting = [self.waiting[index] for index in sorted(kept)]
+        return ready
+
+
+class Rows:
+    """Batches a stream of samples as `Packer` packs them: as they come, `shape.rows` at a time.
+
+    Args:
+        shape: of the batches.
+
+    Example:
+        >>> rows = Rows(RowShape(length=8, rows=2))
+        >>> [rows.add(sample) for sample in "abc"], rows.flush()
+        ([[], [['a', 'b']], []], [['c']])
+    """
+
+    def __init__(self, shape: RowShape) -> None:
+        self.shape = shape
+        self.waiting: list = []
+
+    def add(self, sample: T) -> list[list[T]]:
+        """The batch that is full now, or none."""
+        self.waiting.append(sample)
+        return self.flush() if len(self.waiting) == self.shape.rows else []
+
+    def flush(self) -> list[list]:
+        """The batch of what waits."""
+        ready, self.waiting = [self.waiting] if self.waiting else [], []
         return ready

@@ -36,7 +36,8 @@ class Pack:
         cu_seqlens_padded: int32 `[samples + 1]`, where each begins in `input_ids`; the last one holds the rest.
         padding_mask: bool `[B, S]`, True behind the samples of a batch; None where they are packed, since the
             boundaries tell.
-        spans: int32 `[S]`, the number of the item at positions that see the whole of it, else -1; None without any.
+        spans: int32 `[S]`, of rows `[B, S]`, the number of the item at positions that see the whole of it, else -1;
+            None without any.
         names: where the samples come from.
         positions: the samples' numbers in the run's order.
         deltas: of each sample, see `positions`.
@@ -75,6 +76,8 @@ class Pack:
         }
         if self.padding_mask is not None:
             given["padding_mask"] = self.padding_mask
+            if self.spans is not None:
+                given["attention_mask"] = ~_seen(self.spans)[:, None]
         if self.modality_inputs:
             given["modality_inputs"] = self.modality_inputs
         if self.modality_targets:
@@ -122,6 +125,8 @@ def packed(samples: Sequence[Sample], shape: PackShape, *, pad_id: int = 0, posi
 def padded(samples: Sequence[Sample], length: int, *, pad_id: int = 0, positions: Sequence[int] = ()) -> Pack:
     """A batch with a sample a row, each padded to `length`.
 
+    Where media see the whole of themselves the batch has an `attention_mask`, `[B, 1, S, S]`: packs need none.
+
     Raises:
         ValueError: no sample, or one that is longer.
     """
@@ -132,9 +137,9 @@ def padded(samples: Sequence[Sample], length: int, *, pad_id: int = 0, positions
         raise ValueError(f"a sample of {longest} tokens does not fit rows of {length}")
     rows = [_row(sample, length, pad_id) for sample in samples]
     ids, labels, position_ids = (list(parts) for parts in zip(*rows))
-    return _pack(
-        samples, torch.stack(ids), torch.stack(labels), torch.stack(position_ids, 1), (None, None, None), positions
-    )
+    spans = _spans(samples, torch.arange(len(samples) + 1) * length)
+    boundaries = (None, None, None if spans is None else spans.view(len(samples), length))
+    return _pack(samples, torch.stack(ids), torch.stack(labels), torch.stack(position_ids, 1), boundaries, positions)
 
 
 def _spans(samples: Sequence[Sample], padded: Tensor) -> Tensor | None:
@@ -147,6 +152,12 @@ def _spans(samples: Sequence[Sample], padded: Tensor) -> Tensor | None:
                 spans[start + item.start : start + item.start + item.length] = number
                 number += 1
     return spans if number else None
+
+
+def _seen(spans: Tensor) -> Tensor:
+    """Which positions each sees, bool `[B, S, S]`: those before it, and all of its own span."""
+    before = torch.ones(spans.shape[1], spans.shape[1], dtype=torch.bool).tril()
+    return before | ((spans[:, :, None] == spans[:, None]) & (spans >= 0)[:, None])
 
 
 def _row(sample: Sample, width: int, pad_id: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,8 +14,8 @@ import torch
 from megatron_mimo.data.blend import Order
 from megatron_mimo.data.loading import PackedData, ReadingOptions
 from megatron_mimo.data.messages import SampleError
-from megatron_mimo.data.packing import PackShape
-from megatron_mimo.data.packs import Pack
+from megatron_mimo.data.packing import PackShape, RowShape
+from megatron_mimo.data.packs import Pack, padded
 from megatron_mimo.data.progress import joined_states
 from megatron_mimo.data.sources import JsonLines, Records
 from tests import data_samples as made
@@ -315,3 +315,39 @@ def test_a_file_that_is_gone_when_a_run_resumes_is_left_out(tmp_path):
         seen += pack.positions
     assert resumed.skipped["missing"] == 12 - len(seen)
     assert len(rank["waiting"]) > 1
+
+
+# Rows -------------------------------------------------------------------------------------------------
+
+
+def rows_of(path: Path, workers: int = 0, **more) -> PackedData:
+    options = ReadingOptions(workers=workers)
+    return PackedData([JsonLines(path)], made.processor(), RowShape(length=64, rows=3), options=options, **more)
+
+
+def test_batches_of_rows_are_samples_in_their_order_and_go_on_exactly(path):
+    data = rows_of(path)
+    found = [next(data) for _ in range(8)]
+    for number, batch in enumerate(found):
+        assert batch.positions == tuple(range(3 * number, 3 * number + 3))
+        samples = [data.sample_at(position)[1] for position in batch.positions]
+        assert digest(batch) == digest(padded(samples, 64, positions=batch.positions))
+        assert batch.input_ids.shape == (3, 64) and batch.cu_seqlens is None
+    data = rows_of(path, workers=2)
+    for _ in range(3):
+        next(data)
+    state = json.loads(json.dumps(data.state_dict()))
+    data.close()
+    resumed = rows_of(path)
+    resumed.load_state_dict(state)
+    assert taken(resumed, 5) == [digest(batch) for batch in found[3:]]
+
+
+def test_the_last_batch_of_rows_has_what_is_left_and_a_sample_that_is_too_long_is_left_out(path):
+    assert [len(batch.input_ids) for batch in rows_of(path, samples=8)] == [3, 3, 2]
+    short = PackedData([Records(MIXED)], made.processor(), RowShape(length=32, rows=2), samples=len(MIXED))
+    assert sorted(position for batch in short for position in batch.positions) != list(range(len(MIXED)))
+    assert short.skipped["too_long"] == 1
+    for sizes in (dict(length=0), dict(length=8, rows=0)):
+        with pytest.raises(ValueError, match="RowShape: .* should be at least 1, found 0"):
+            RowShape(**sizes)

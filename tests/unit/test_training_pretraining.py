@@ -76,6 +76,15 @@ def test_arguments_of_megatrons_datasets_are_refused_by_name(name):
     check_data_arguments(Namespace(data_path=None))
 
 
+def test_what_is_evaluated_is_named_by_megatrons_own_arguments_with_data_of_files_alone():
+    named = dict(valid_data_path=["valid.jsonl"], test_data_path=["test.jsonl"])
+    check_data_arguments(Namespace(data=["train.jsonl"], **named))
+    with pytest.raises(ValueError, match="--train-data-path: the data is the recipe's, or --data"):
+        check_data_arguments(Namespace(data=["train.jsonl"], train_data_path=["other"]))
+    with pytest.raises(ValueError, match="--valid-data-path: the data is the recipe's"):
+        check_data_arguments(Namespace(data=None, **named))
+
+
 def test_multi_token_prediction_is_refused_and_nothing_else():
     check_supported(arguments())
     with pytest.raises(ValueError, match="--mtp-num-layers 2: multi-token prediction.*train with .*Trainer"):

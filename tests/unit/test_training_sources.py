@@ -115,3 +115,22 @@ def test_media_of_a_modality_that_asks_for_it_see_the_whole_of_themselves(tmp_pa
     media = (pack.input_ids[0] == tiny.READ) | (pack.input_ids[0] == tiny.WRITE)
     assert torch.equal(params.spans >= 0, media)
     assert next(made.tiny_data(path)).spans is None
+
+
+def test_media_that_see_the_whole_of_themselves_do_so_in_rows_too(single_process, tmp_path):
+    path = made.tiny_records(tmp_path)
+    data = made.tiny_data(path, whole=True)
+    pack = next(data)
+    rows = padded([data.sample_at(position)[1] for position in pack.positions], 32)
+    assert rows.spans.shape == (len(pack.positions), 32)
+    torch.manual_seed(0)
+    model = MimoModel(config())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "linear_qkv.weight" in name or "linear_proj.weight" in name:
+                parameter *= 10  # fresh attention is so small that nobody would see which positions it looks at
+    found, expected = (tiny.total(model, batch_of(one)) for one in (rows, pack))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    blind = batch_of(rows)
+    del blind["attention_mask"]
+    assert abs(tiny.total(model, blind) - expected) > 1e-3 * expected

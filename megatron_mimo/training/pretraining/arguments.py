@@ -65,15 +65,18 @@ def add_mimo_args(parser: ArgumentParser) -> ArgumentParser:
     )  # fmt: skip
     group.add_argument(
         "--data", nargs="+", default=None, metavar="PATH",
-        help="conversations to train on, in place of the recipe's datasets: .jsonl, .json, .parquet or a directory; "
-        "several are one after another",
+        help="conversations to train on, in place of the recipe's datasets: .jsonl, .json, .parquet, a directory, or "
+        "what Energon prepared; several are one after another. --valid-data-path and --test-data-path name such to "
+        "evaluate on",
     )  # fmt: skip
     group.add_argument(
         "--processor", default=None, metavar="NAME",
         help="a processor or tokenizer of transformers, by name or directory, that reads --data",
     )  # fmt: skip
     group.add_argument(
-        "--pack", action="store_true", help="lay samples of --data end to end in packs of --seq-length tokens"
+        "--pack",
+        action="store_true",
+        help="lay samples of --data end to end in packs of --seq-length tokens; without it each is a row of a batch",
     )
     group.add_argument(
         "--device-peak-tflops", type=float, default=None,

@@ -78,10 +78,13 @@ def check_data_arguments(args: Namespace) -> None:
     Raises:
         ValueError: naming the argument and what to do instead.
     """
+    # With --data they name what is evaluated.
+    followed = ("valid_data_path", "test_data_path") if getattr(args, "data", None) is not None else ()
     for name in DATA_ARGUMENTS:
-        if getattr(args, name, None):
+        if getattr(args, name, None) and name not in followed:
             raise ValueError(
-                f"{_option(name)}: the data is the recipe's. Leave the argument out, change the recipe's datasets()."
+                f"{_option(name)}: the data is the recipe's, or --data. Leave the argument out, change the recipe's "
+                "datasets()."
             )
 
 

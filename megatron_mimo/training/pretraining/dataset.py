@@ -13,7 +13,7 @@ from megatron_mimo.compat.megatron_training import optimizer_config_function
 from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.data.order import microbatches_of
 from megatron_mimo.training.pretraining.arguments import PartOverrides
-from megatron_mimo.training.pretraining.packs import processor_of
+from megatron_mimo.training.pretraining.packs import SPLITS, processor_of
 from megatron_mimo.training.pretraining.session import session_of
 
 #: To train, validate and test on; None where there is nothing.
@@ -80,7 +80,7 @@ def dataset_provider(recipe: Recipe, args: Namespace) -> DatasetProvider:
         )
 
     if args.data is not None:
-        return _packs_of(recipe, args)
+        return _batches_of(recipe, args)
 
     def provide(samples: Sequence[int | None], vp_stage: int | None = None) -> Microbatches:
         """Microbatches to train, validate and test on; None where there is no dataset."""
@@ -105,7 +105,7 @@ def dataset_provider(recipe: Recipe, args: Namespace) -> DatasetProvider:
     return provide
 
 
-def _packs_of(recipe: Recipe, args: Namespace) -> DatasetProvider:
+def _batches_of(recipe: Recipe, args: Namespace) -> DatasetProvider:
     if not isinstance(optimizer_config_function(), PartOverrides):
         raise ValueError(
             "--data: Megatron's checkpoints would not know how far the data is. Parse the arguments and call "
@@ -116,6 +116,6 @@ def _packs_of(recipe: Recipe, args: Namespace) -> DatasetProvider:
 
     def provide(samples: Sequence[int | None], vp_stage: int | None = None) -> Microbatches:
         del samples, vp_stage
-        return session.data.packs(process), None, None
+        return tuple(session.data.batches(process, split) for split in SPLITS)
 
     return provide

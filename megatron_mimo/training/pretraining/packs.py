@@ -1,10 +1,10 @@
-"""`--data`, `--processor` and `--pack`: packs of conversations in Megatron's loop, and how far they are."""
+"""`--data`, `--processor` and `--pack`: conversations in Megatron's loop, packed or in rows, and how far they are."""
 
 from __future__ import annotations
 
 import logging
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +14,27 @@ from megatron.core import parallel_state
 from megatron_mimo.batch import Batch
 from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.data.chat import ChatText
+from megatron_mimo.data.energon import EnergonStream, is_energon
 from megatron_mimo.data.loading import PackedData, ReadingOptions
 from megatron_mimo.data.messages import MEDIA_KINDS, Kind
-from megatron_mimo.data.packing import PackShape
+from megatron_mimo.data.packing import PackShape, RowShape
 from megatron_mimo.data.positions import SEQUENTIAL, GridPositions
 from megatron_mimo.data.progress import State, joined_states
 from megatron_mimo.data.readers import ProcessorReader
 from megatron_mimo.data.samples import Handling, SampleProcessor
-from megatron_mimo.data.sources import open_source
+from megatron_mimo.data.sources import Source, open_source
 from megatron_mimo.sharding import sequence_multiple
 from megatron_mimo.training.sources import batch_of, read_state
 
 logger = logging.getLogger(__name__)
 
 
+#: What a run reads, as Megatron calls the three.
+SPLITS = ("train", "valid", "test")
+
+
 class LoopData:
-    """Where the packs of a run of Megatron's loop are; on each rank that reads.
+    """Where the batches of a run of Megatron's loop are; on each rank that reads.
 
     Args:
         args: Megatron's, of the run.
@@ -37,7 +42,7 @@ class LoopData:
 
     def __init__(self, args: Namespace) -> None:
         self._args = args
-        self._data: PackedData | None = None
+        self._data: dict[str, PackedData] = {}
         self._found: State | None = None
 
     def loaded(self, checkpoint: Path) -> None:
@@ -45,60 +50,109 @@ class LoopData:
         if self._args.data is not None:
             self._found = read_state(checkpoint)
 
-    def packs(self, process: SampleProcessor) -> Iterator[Batch]:
-        """Packs without end, from where a checkpoint left them. Each pipeline stage and model chunk reads for itself.
+    def batches(self, process: SampleProcessor, split: str = "train") -> Iterator[Batch] | None:
+        """Batches without end, from where a checkpoint left them. Each pipeline stage and model chunk reads for itself.
 
         Args:
             process: makes samples of conversations.
+            split: train, valid or test.
+
+        Returns:
+            None where the run has no such data.
 
         Raises:
-            ValueError: the checkpoint is of other data.
+            ValueError: the checkpoint is of other data to train on.
         """
-        args = self._args
+        args, paths = self._args, paths_of(self._args, split)
+        if paths is None:
+            return None
         data = PackedData(
-            [open_source(path) for path in args.data],
+            opened(paths),
             process,
-            shape_of(args),
+            shape_of(args, training=split == "train"),
             rank=parallel_state.get_data_parallel_rank(),
             size=parallel_state.get_data_parallel_world_size(),
-            options=ReadingOptions(workers=args.num_workers, seed=args.seed),
+            # What is evaluated comes as it stands, the same for every run.
+            options=ReadingOptions(workers=args.num_workers, seed=args.seed, shuffle=split == "train"),
         )
-        goes_on = args.consumed_train_samples > 0  # --finetune counts from 0
-        if goes_on and self._found is not None:
-            data.load_state_dict(self._found)
-        elif goes_on:
-            logger.warning("--data: the checkpoint says nothing of its data, which begins anew.")
-        self._data = self._data or data  # at a step's end every chunk has taken the same
+        if args.consumed_train_samples > 0:  # --finetune counts from 0
+            self._go_on(data, split)
+        self._data.setdefault(split, data)  # at a step's end every chunk has taken the same
         return (batch_of(pack) for pack in data)
+
+    def _go_on(self, data: PackedData, split: str) -> None:
+        if split == "train" and self._found is not None:
+            data.load_state_dict(self._found)
+        elif split == "train":
+            logger.warning("--data: the checkpoint says nothing of its data, which begins anew.")
+        elif split == "valid" and self._found is not None and split in self._found:
+            try:
+                data.load_state_dict(self._found[split])
+            except ValueError as error:
+                logger.warning("--valid-data-path begins anew: %s", error)
 
     def beside(self) -> State | None:
         """Where all data-parallel ranks are; None without --data. Collective over all ranks with it."""
         if self._args.data is None:
             return None
-        states: list[State | None] = [None] * dist.get_world_size()
         inner = (
             parallel_state.get_tensor_model_parallel_rank(),
             parallel_state.get_context_parallel_rank(),
             parallel_state.get_pipeline_model_parallel_rank(),
         )
-        reads = self._data is not None and not any(inner)
-        dist.all_gather_object(states, self._data.state_dict() if reads and self._data is not None else None)
-        known = [state for state in states if state is not None]
-        return joined_states(known) if known else None
+        own = {} if any(inner) else {split: data.state_dict() for split, data in self._data.items() if split != "test"}
+        states: list[dict[str, State]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(states, own)
+        train, valid = ([state[split] for state in states if split in state] for split in SPLITS[:2])
+        if not train:
+            return None
+        return {**joined_states(train), **({"valid": joined_states(valid)} if valid else {})}
 
 
-def shape_of(args: Namespace) -> PackShape:
-    """Packs of --seq-length, cut as the layout cuts them.
+def paths_of(args: Namespace, split: str) -> Sequence[str] | None:
+    """What --data, --valid-data-path or --test-data-path names; None for nothing.
 
     Args:
         args: Megatron's.
+        split: train, valid or test.
     """
+    given = args.data if split == "train" else getattr(args, f"{split}_data_path", None)
+    return given or None
+
+
+def opened(paths: Sequence[str]) -> Sequence[Source] | EnergonStream:
+    """The sources that paths stand for, or what Energon reads.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: Energon's data beside other data.
+    """
+    energon = [path for path in paths if is_energon(Path(path))]
+    if not energon:
+        return [open_source(path) for path in paths]
+    if len(paths) > 1:
+        raise ValueError(
+            f"--data: expected {energon[0]} by itself, found {list(paths)}. A blend of Energon's data sets is a "
+            "MetadatasetV2 in a .yaml."
+        )
+    return EnergonStream(paths[0])
+
+
+def shape_of(args: Namespace, training: bool = True) -> PackShape | RowShape:
+    """Packs of --seq-length, cut as the layout cuts them; without --pack rows of that length.
+
+    Args:
+        args: Megatron's.
+        training: or else what is evaluated, whose microbatches may be of another size.
+    """
+    if not args.pack:
+        return RowShape(args.seq_length, args.micro_batch_size if training else args.eval_micro_batch_size)
     splits = args.tensor_model_parallel_size if args.sequence_parallel else 1
     multiple = sequence_multiple(context_parallel=args.context_parallel_size, sequence_parallel=splits)
     return PackShape(length=args.seq_length, multiple=multiple)
 
 
-def check_packed(args: Namespace) -> None:
+def check_data(args: Namespace) -> None:
     """Refuses arguments that do not go together with --data. Rank-local.
 
     Raises:
@@ -110,15 +164,29 @@ def check_packed(args: Namespace) -> None:
             if getattr(args, name):
                 raise ValueError(f"--{name} says how --data is read: give --data train.jsonl, or leave it out.")
         return
-    if not args.pack or args.micro_batch_size != 1:
+    sizes = {"--micro-batch-size": args.micro_batch_size, "--eval-micro-batch-size": args.eval_micro_batch_size}
+    for name, size in sizes.items():
+        if args.pack and size != 1:
+            raise ValueError(
+                f"--pack: expected {name} 1, since a microbatch is one pack of --seq-length tokens, found {size}. "
+                "Leave --pack out for rows, or take a longer --seq-length."
+            )
+    if args.eval_iters and paths_of(args, "valid") is None:
         raise ValueError(
-            "--data: expected --pack and --micro-batch-size 1, one pack of --seq-length tokens a microbatch, found "
-            f"--micro-batch-size {args.micro_batch_size} {'with' if args.pack else 'without'} --pack."
+            f"--data is to train on: with --eval-iters {args.eval_iters} give --valid-data-path too, or --eval-iters 0."
         )
-    if args.eval_iters:
-        raise ValueError(f"--data is to train on, expected --eval-iters 0, found {args.eval_iters}.")
-    for path in args.data:
-        open_source(path)
+    for split in SPLITS[1:]:
+        if paths_of(args, split) is not None and not args.eval_iters:
+            raise ValueError(
+                f"--{split}-data-path: nothing is evaluated with --eval-iters 0; expected a number of them."
+            )
+    if args.full_validation or args.multiple_validation_sets:
+        raise ValueError(
+            "--data: batches to evaluate on have no end; expected --eval-iters without --full-validation and "
+            "--multiple-validation-sets."
+        )
+    for split in SPLITS:
+        opened(paths_of(args, split) or ())
 
 
 def processor_of(recipe: object, config: MimoModelConfig, args: Namespace) -> SampleProcessor:

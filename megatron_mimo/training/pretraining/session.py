@@ -22,7 +22,7 @@ from megatron_mimo.training.pretraining.arguments import (
     with_loss_weights,
 )
 from megatron_mimo.training.pretraining.checks import check_in_effect, check_resumed, check_supported
-from megatron_mimo.training.pretraining.packs import LoopData, check_packed
+from megatron_mimo.training.pretraining.packs import LoopData, check_data
 from megatron_mimo.training.speed.flops import PartSize, part_sizes
 from megatron_mimo.training.speed.throughput import Throughput, log_to_megatron, peak_of_all
 
@@ -51,7 +51,7 @@ class Session:
         self.args = args
         #: Whether the run tells tokens/s, FLOPs and MFU.
         self.logs_throughput = False
-        #: Where the packs of --data are.
+        #: Where --data and what is evaluated are.
         self.data = LoopData(args)
         self._asked: tuple[ModelConfig, Asked] | None = None
         self._chunks: list[MimoModel] = []
@@ -71,7 +71,7 @@ class Session:
         if self._asked is None or self._asked[0] != model_config:
             check_in_effect(self.args, self.logs_throughput)
             check_supported(self.args)
-            check_packed(self.args)
+            check_data(self.args)
             layout, control = layout_from_args(self.args), control_from_args(self.args)
             model = with_loss_weights(model_config(self.args), self.args)
             check_layout(layout, model, self.args.seq_length)

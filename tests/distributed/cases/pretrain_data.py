@@ -1,4 +1,4 @@
-"""`pretrain --data train.jsonl --processor NAME --pack`: from files made on the spot, resumed exactly."""
+"""`pretrain --data train.jsonl --processor NAME`, packed and in rows: from files made on the spot, resumed exactly."""
 
 import json
 import re
@@ -66,11 +66,38 @@ def files(where, *, pictures: bool = True) -> list[str]:
             asked += [made.image(f"{number}.png")] if pictures and number % 2 else []
             records.append({"messages": [made.user(*asked), made.assistant(made.text("a cat " * (1 + number % 5)))]})
         made.lines(where / "train.jsonl", records)
+        made.lines(where / "valid.jsonl", records[:10])
     dist.barrier()
     return [
         "--data", str(where / "train.jsonl"), "--processor", str(where / "processor"), "--pack",
         "--vocab-size", "500", "--seq-length", "128", "--max-position-embeddings", "128",
     ]  # fmt: skip
+
+
+def evaluated(where) -> list[str]:
+    return [
+        "--valid-data-path", str(where / "valid.jsonl"), "--test-data-path", str(where / "valid.jsonl"),
+        "--eval-iters", "1", "--eval-interval", "2",
+    ]  # fmt: skip
+
+
+def seen_by(monkeypatch, split: str) -> list[tuple[int, ...]]:
+    """The positions of every batch that this rank reads of a split."""
+    seen: list[tuple[int, ...]] = []
+    batches = LoopData.batches
+
+    def noted(self, process, of="train"):
+        found = batches(self, process, of)
+        return found if of != split or found is None else _noted(found, self._data[of], seen)
+
+    monkeypatch.setattr(LoopData, "batches", noted)
+    return seen
+
+
+def _noted(found, data, seen):
+    for batch in found:
+        seen.append(tuple(batch["input_ids"].flatten().tolist()))
+        yield batch
 
 
 @case(ranks=2, timeout_s=240)
@@ -99,18 +126,53 @@ def pretrain_trains_on_packs_of_files_and_goes_on_exactly_from_a_checkpoint(run:
         assert losses(anew)["text loss"][3] != pytest.approx(losses(unbroken)["text loss"][3], rel=2e-5)
 
 
+@case(ranks=2, timeout_s=240)
+def pretrain_trains_and_evaluates_on_rows_of_files_and_goes_on_exactly_on_two_layouts(run: Run) -> None:
+    where = shared_directory() / "pretrain-rows"
+    given = [word for word in files(where) if word != "--pack"] + evaluated(where)
+    last = run.rank == run.world_size - 1
+    shutdown()
+    given += ["--micro-batch-size", "2", "--eval-micro-batch-size", "1", "--eval-global-batch-size", "2"]
+    tensor = ["--tensor-model-parallel-size", "2"]
+    saved = ["--save", str(where / "saved"), "--save-interval", "3"]
+    with pytest.MonkeyPatch.context() as patch:
+        read = seen_by(patch, "valid")
+        unbroken = run_recipe(where / "tp2", *given, *tensor, *saved, recipe=Reads())
+    with pytest.MonkeyPatch.context() as patch:
+        again = seen_by(patch, "valid")
+        on = ["--load", str(where / "saved"), "--ckpt-step", "3"]
+        resumed = run_recipe(where / "on", *given, *tensor, *on, recipe=Reads())
+    if run.rank == 0:  # which reads: two evaluations of two rows each in order, the last of the run once more
+        assert len(set(read)) == len(read) >= 4
+        assert again[:2] == read[2:4]
+    pipeline = ["--pipeline-model-parallel-size", "2"]
+    other = run_recipe(where / "pp2", *given, *pipeline, *on, recipe=Reads())
+    if last:
+        assert_close(resumed, unbroken, range(4, STEPS + 1))
+        assert_close(other, unbroken, range(4, STEPS + 1))
+        (tag,) = [tag for tag in unbroken if tag.startswith("text loss validation") and "ppl" not in tag and
+                  "vs samples" not in tag]  # fmt: skip
+        assert sorted(unbroken[tag]) == [2, 4]
+        for found in (resumed, other):
+            assert found[tag][4] == pytest.approx(unbroken[tag][4], rel=2e-5)
+
+
 @case(ranks=2, timeout_s=120)
 def pretrain_refuses_data_that_it_cannot_read_before_any_process_group(run: Run) -> None:
     where = shared_directory() / "pretrain-refused"
     given = files(where)
     shutdown()
     data, processor = given[:2], given[2:4]
+    (where / ".nv-meta").mkdir(exist_ok=True)  # as if Energon had prepared it
     refused = {
         "--processor says how --data is read": processor,
         "--pack says how --data is read": ["--pack"],
-        "expected --pack and --micro-batch-size 1": [*data, *processor],
-        "found --micro-batch-size 2 with --pack": [*given, "--micro-batch-size", "2"],
-        "expected --eval-iters 0, found 3": [*given, "--eval-iters", "3"],
+        "--pack: expected --micro-batch-size 1": [*given, "--micro-batch-size", "2"],
+        "--pack: expected --eval-micro-batch-size 1": [*given, "--eval-micro-batch-size", "2"],
+        "with --eval-iters 3 give --valid-data-path too": [*given, "--eval-iters", "3"],
+        "--valid-data-path: nothing is evaluated with --eval-iters 0": [*given, "--valid-data-path", data[1]],
+        "expected --eval-iters without --full-validation": [*given, *evaluated(where), "--full-validation"],
+        f"expected {where} by itself": [*given, "--data", data[1], str(where)],
         "expected --processor NAME": [*data, "--pack"],
         "tokens, expected at most the model's 64": [*data, *processor, "--pack"],
     }
