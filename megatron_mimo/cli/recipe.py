@@ -271,17 +271,33 @@ class Checkpoints(Strict):
     background: bool = False
 
 
+class WandbLogger(Strict):
+    """Weights & Biases.
+
+    Args:
+        project: that the run is of.
+        mode: "offline" writes `wandb/` of the run, for `wandb sync`; "online" sends too.
+    """
+
+    project: str
+    mode: Literal["offline", "online"] = "offline"
+
+
 class Loggers(Strict):
     """Where the losses go.
 
     Args:
         lines: `log.jsonl` of the run, a line a step.
         tensorboard: `tensorboard/` of the run.
+        wandb: a run of Weights & Biases for each stage; a string is the project.
         progress: a bar on the terminal.
     """
 
     lines: bool = True
     tensorboard: bool = False
+    wandb: Annotated[
+        WandbLogger | None, BeforeValidator(lambda given: {"project": given} if isinstance(given, str) else given)
+    ] = None
     progress: bool = True
 
 

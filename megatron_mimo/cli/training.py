@@ -17,7 +17,7 @@ from megatron_mimo.batch import Batch
 from megatron_mimo.cli.building import frozen_parts, model_config, weights_of
 from megatron_mimo.cli.errors import Refused
 from megatron_mimo.cli.laying_out import processor_of
-from megatron_mimo.cli.logs import LoggedTrainer, Logs
+from megatron_mimo.cli.logs import loggers_of
 from megatron_mimo.cli.prompts import Spoken, prompts_of
 from megatron_mimo.cli.reading import written
 from megatron_mimo.cli.recipe import Recipe, Source, Stage
@@ -28,7 +28,16 @@ from megatron_mimo.data.sources import Source as OpenSource
 from megatron_mimo.launch import Run
 from megatron_mimo.pretrained import save_pretrained
 from megatron_mimo.sharding import sequence_multiple
-from megatron_mimo.training import CheckpointSettings, PackSource, Samples, TrainerSettings, TrainingControl
+from megatron_mimo.training import (
+    CheckpointSettings,
+    Logger,
+    PackSource,
+    Samples,
+    TensorBoard,
+    Trainer,
+    TrainerSettings,
+    TrainingControl,
+)
 from megatron_mimo.training.agreement import agree, error_of
 from megatron_mimo.training.checkpoints.directories import newest_first
 from megatron_mimo.training.sources import batch_of
@@ -80,7 +89,7 @@ def train(recipe: Recipe, run: Run) -> bool:
         recipe.directory.mkdir(parents=True, exist_ok=True)
         (recipe.directory / RECIPE).write_text(written(recipe), encoding="utf-8")
     before: Path | None = None
-    trainer: LoggedTrainer | None = None
+    trainer: Trainer | None = None
     for stage in recipe.stages:
         directory = stage_directory(recipe, stage)
         done = [path for path in newest_first(directory) if path.name == f"step_{stage.steps:08d}"]
@@ -164,15 +173,15 @@ def _prepared(recipe: Recipe, run: Run) -> Prepared:
     return made[0]
 
 
-def _trained(prepared: Prepared, stage: Stage, before: Path | None) -> LoggedTrainer | None:
+def _trained(prepared: Prepared, stage: Stage, before: Path | None) -> Trainer | None:
     """A stage's trainer at its end; None where a SIGTERM stopped it."""
     recipe, run, settings = prepared.recipe, prepared.run, prepared.settings
     directory = stage_directory(recipe, stage)
     highest = max(stage.trains.values())
     optimizer: dict[str, Any] = {"weight_decay": stage.weight_decay, "clip_grad": stage.clip_grad, **settings.optimizer}
     begins = not newest_first(directory)
-    logs = Logs(recipe.directory, stage.name, recipe.loggers, writes=run.rank == 0)
-    trainer = LoggedTrainer(
+    loggers = loggers_of(recipe.directory, stage.name, recipe.loggers)
+    trainer = Trainer(
         prepared.config,
         run,
         TrainerSettings(
@@ -193,15 +202,14 @@ def _trained(prepared: Prepared, stage: Stage, before: Path | None) -> LoggedTra
             background=recipe.checkpoints.background, keep_last=recipe.checkpoints.keep_last
         ),
         pretrained=weights_of(recipe.model) if begins and before is None else None,
-        samples=_samples(prepared, stage, logs),
-        logs=logs,
+        samples=_samples(prepared, stage, loggers),
+        callbacks=loggers,
     )
     if begins and before is not None:
         trainer.load(before, weights_only=True)
-    logs.goes_on_from(trainer.load())
+    trainer.load()
     source = PackSource(packs_of(recipe, recipe.data_of(stage), prepared.process, run), stage.microbatches)
     history = trainer.train(source, _evaluation(prepared))
-    logs.close()
     return None if history.stopped else trainer
 
 
@@ -229,11 +237,12 @@ def _evaluation(prepared: Prepared):
     return batches
 
 
-def _samples(prepared: Prepared, stage: Stage, logs: Logs) -> Samples | None:
+def _samples(prepared: Prepared, stage: Stage, loggers: Sequence[Logger]) -> Samples | None:
     recipe = prepared.recipe
     wanted = recipe.evaluation.samples
     if not recipe.evaluation.data or not wanted:
         return None
+    boards = [each for each in loggers if isinstance(each, TensorBoard)]
     source, spoken = opened(recipe.evaluation.data[0]), Spoken(prepared.config)
     prompts = [prompt.given for prompt in islice(prompts_of(source, prepared.process), wanted) if prompt.given]
     return Samples(
@@ -241,5 +250,5 @@ def _samples(prepared: Prepared, stage: Stage, logs: Logs) -> Samples | None:
         recipe.evaluation.max_new_tokens,
         {"tokenizer": spoken, "stop_ids": spoken.ends},
         directory=recipe.directory / SAMPLES / stage.name,
-        board=logs.board,
+        board=boards[0] if boards else None,
     )

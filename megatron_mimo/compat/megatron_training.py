@@ -136,3 +136,38 @@ def with_printable_help(parser: ArgumentParser) -> ArgumentParser:
         except (ValueError, TypeError, KeyError):
             action.help = (action.help or "").replace("%", "%%")
     return parser
+
+
+@contextmanager
+def evaluations_told(tell: Callable[[str, int, dict[str, Any]], None]) -> Iterator[None]:
+    """Within it, Megatron's loop calls ``tell(prefix, iteration, losses)`` after each of its evaluations.
+
+    Undocumented: `megatron.training.training.evaluate_and_print_results`, looked up in that module, whose first
+    argument says which set it is on and whose fifth the iteration; and `evaluate`, which it calls and whose first
+    value are the losses by name, empty before the last pipeline stage, or None where time was up.
+    Reason: the loop prints its evaluations and tells nobody.
+    When it goes: read the losses from its TensorBoard writer.
+    """
+    from megatron.training import training
+
+    print_results, evaluate = training.evaluate_and_print_results, training.evaluate
+    found: list[dict[str, Any] | None] = []
+
+    def evaluate_kept(*given: Any, **named: Any) -> Any:
+        outcome = evaluate(*given, **named)
+        found.append(outcome[0])
+        return outcome
+
+    def evaluate_told(*given: Any, **named: Any) -> None:
+        found.clear()
+        print_results(*given, **named)
+        prefix = named.get("prefix", given[0] if given else "")
+        iteration = named.get("iteration", given[4] if len(given) > 4 else 0)
+        if found and found[0] is not None:
+            tell(prefix, iteration, found[0])
+
+    with (
+        _replaced(training, "evaluate", evaluate_kept),
+        _replaced(training, "evaluate_and_print_results", evaluate_told),
+    ):
+        yield

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from megatron_mimo.training.checkpoints.directories import CheckpointSettings
     from megatron_mimo.training.checkpoints.parts import LoadReport
     from megatron_mimo.training.forward import ForwardStep
+    from megatron_mimo.training.hooks import Began, Callback, FurtherLoss, Hooks
+    from megatron_mimo.training.loggers import Lines, Logger, TensorBoard, Wandb
     from megatron_mimo.training.parts.control import TrainingControl
     from megatron_mimo.training.pretraining.arguments import add_mimo_args
     from megatron_mimo.training.pretraining.configs import (
@@ -22,24 +24,33 @@ if TYPE_CHECKING:
     from megatron_mimo.training.pretraining.loop import adapt_megatron, pretrain
     from megatron_mimo.training.pretraining.provider import forward_step, model_provider
     from megatron_mimo.training.scale import StepScale, loss_func
-    from megatron_mimo.training.settings import StepReport, TrainerSettings
+    from megatron_mimo.training.settings import EarlyStopping, StepReport, TrainerSettings
     from megatron_mimo.training.showing import Samples
     from megatron_mimo.training.sources import DataSource, PackSource
     from megatron_mimo.training.trainer import Trainer
 
 _HOMES = {
+    "Began": "training.hooks",
+    "Callback": "training.hooks",
     "CheckpointSettings": "training.checkpoints.directories",
     "DataSource": "training.sources",
+    "EarlyStopping": "training.settings",
     "ForwardStep": "training.forward",
+    "FurtherLoss": "training.hooks",
+    "Hooks": "training.hooks",
+    "Lines": "training.loggers",
     "LoadReport": "training.checkpoints.parts",
+    "Logger": "training.loggers",
     "PackSource": "training.sources",
     "Recipe": "training.pretraining.dataset",
     "Samples": "training.showing",
     "StepReport": "training.settings",
     "StepScale": "training.scale",
+    "TensorBoard": "training.loggers",
     "Trainer": "training.trainer",
     "TrainerSettings": "training.settings",
     "TrainingControl": "training.parts.control",
+    "Wandb": "training.loggers",
     "adapt_megatron": "training.pretraining.loop",
     "add_mimo_args": "training.pretraining.arguments",
     "backend_from_args": "training.pretraining.configs",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from megatron_mimo.losses import LossTerm
 from megatron_mimo.model import MimoModel
 from megatron_mimo.output import MimoOutput, loss_terms
 from megatron_mimo.training.auxiliary import scale_mtp
+from megatron_mimo.training.hooks import FurtherLoss
 from megatron_mimo.training.reading import part_for, placed_batches
 from megatron_mimo.training.scale import StepScale, loss_func
 from megatron_mimo.training.speed import counts as names
@@ -38,6 +39,7 @@ class ForwardStep:
         seed: of the decoders' draws, which start anew at each microbatch.
         on_step: called on the last pipeline stage with the index and the counts of a training step,
             before it runs.
+        further_losses: added to those of the model.
 
     Example:
         >>> forward_step = ForwardStep(microbatches=lambda: 4, step=lambda: 0, seed=1234)
@@ -50,8 +52,10 @@ class ForwardStep:
         step: Callable[[], int],
         seed: int,
         on_step: Callable[[int, Counts], None] | None = None,
+        further_losses: Sequence[FurtherLoss] = (),
     ) -> None:
         self._microbatches, self._step, self._seed, self._on_step = microbatches, step, seed, on_step
+        self._further = tuple(further_losses)
         self._steps: dict[int | None, StepBatches] = {}
         self._agreed: set[tuple[str, bool]] = set()
         self._evaluated: dict[int | None, int] = {}
@@ -73,17 +77,23 @@ class ForwardStep:
         outputs, loss_mask = model(**batch)
         if not mimo.post_process:
             return outputs, None
+        further = {each.name: each.term(outputs, loss_mask, batch, mimo) for each in self._further}
         if scale is not None:
-            self._check_counts(loss_terms(outputs, loss_mask), counted, mimo)
+            self._check_counts(loss_terms(outputs, loss_mask) | further, counted, mimo)
         return outputs, partial(
             loss_func,
             loss_mask=loss_mask,
-            weights=mimo.loss_weights,
-            names=["text", *names.decoders_of(mimo)],
+            weights=self.weights(mimo),
+            names=self._terms(mimo),
+            further=further,
             scale=scale,
             # Told once of a batch whose parts several ranks have: only the sum over ranks is used.
             held=None if scale is None else int(counted[names.HELD]) if mimo.pg_collection.cp.rank() == 0 else 0,
         )
+
+    def weights(self, mimo: MimoModel) -> dict[str, float]:
+        """Modality or further loss -> weight of its terms, 1 where it is not named."""
+        return {**mimo.loss_weights, **{each.name: each.weight for each in self._further}}
 
     def start_evaluation(self) -> None:
         """The evaluation that follows draws what every one does; of two in a row nothing else tells."""
@@ -123,16 +133,23 @@ class ForwardStep:
             placed_batches(iterator, mimo),
             number,
             keep=partial(part_for, model=mimo),
-            count=partial(names.count_batch, model=mimo) if mimo.post_process else _nothing,
+            count=partial(self._count, mimo=mimo) if mimo.post_process else _nothing,
             tensor_group=groups.tp,
             data_group=groups.dp if mimo.post_process and mimo.training else None,
             device=next(mimo.parameters()).device,
         )
 
+    def _terms(self, mimo: MimoModel) -> list[str]:
+        """Every loss term that a microbatch may have, in one order."""
+        return ["text", *names.decoders_of(mimo), *(each.name for each in self._further)]
+
+    def _count(self, batch: Batch, mimo: MimoModel) -> Counts:
+        further = {names.term(each.name): float(each.count(batch)) for each in self._further}
+        return names.count_batch(batch, mimo) | further
+
     def _scale(self, counts: Counts, mimo: MimoModel) -> StepScale:
-        terms = ["text", *names.decoders_of(mimo)]
         return StepScale(
-            counts={name: counts[names.term(name)] for name in terms},
+            counts={name: counts[names.term(name)] for name in self._terms(mimo)},
             tokens=counts[names.HELD],
             parts=self._microbatches() * mimo.pg_collection.dp_cp.size(),
             per_token=mimo.config.calculate_per_token_loss,
@@ -154,8 +171,8 @@ class ForwardStep:
                 dist.all_reduce(found, group=mimo.pg_collection.cp)
             if abs(found.item() - expected) > 1e-3 * max(expected, 1.0):
                 raise ValueError(
-                    f"loss term {name!r} counted {found.item():g} but {expected:g} were told ahead. The "
-                    "decoder's loss_shape (or count) must say what its loss sums over."
+                    f"loss term {name!r} counted {found.item():g} but {expected:g} were told ahead. A "
+                    "decoder's loss_shape (or count), or a further loss's count, must say what its loss sums over."
                 )
 
 

@@ -55,6 +55,7 @@ def loss_func(
     names: Iterable[str],
     scale: StepScale | None,
     held: int | None = None,
+    further: Mapping[str, LossTerm] | None = None,
     non_loss_data: bool = False,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]] | Tensor | MimoOutput:
     """A microbatch's loss, as Megatron's schedules take it.
@@ -67,6 +68,7 @@ def loss_func(
             the mean of an interval.
         scale: of the step; None in evaluation, where nothing is divided.
         held: tokens that this rank reports of the microbatch; None for those that the language loss looks at.
+        further: terms beside the model's.
         non_loss_data: the schedule collects outputs: they come back as they are.
 
     Returns:
@@ -76,7 +78,7 @@ def loss_func(
     """
     if non_loss_data:
         return outputs
-    terms = loss_terms(outputs, loss_mask)
+    terms = loss_terms(outputs, loss_mask) | dict(further or {})
     tokens = _tokens(outputs, loss_mask)
     if scale is None:
         return total_loss(terms, weights), tokens, report(terms, names)

@@ -12,6 +12,34 @@ DECAYS = ("constant", "linear", "cosine")
 
 
 @dataclass(frozen=True)
+class EarlyStopping:
+    """A run ends where its evaluations get no better.
+
+    Args:
+        patience: evaluations in a row without a new best after which it ends.
+        term: whose mean counts, `"loss"` for the weighted sum.
+        least: by how much a value must be lower to be a new best.
+
+    Raises:
+        TypeError: a patience that is no whole number.
+        ValueError: one below 1, or a `least` that is negative or not finite.
+
+    Example:
+        >>> EarlyStopping(patience=3)
+        EarlyStopping(patience=3, term='loss', least=0.0)
+    """
+
+    patience: int
+    term: str = "loss"
+    least: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_whole("EarlyStopping: patience", self.patience, least=1)
+        if not 0 <= self.least < float("inf"):
+            raise ValueError(f"EarlyStopping: least must be finite and at least 0, got {self.least}")
+
+
+@dataclass(frozen=True)
 class TrainerSettings:
     """How long and how often.
 
@@ -28,6 +56,7 @@ class TrainerSettings:
         progress: show a progress bar on the last rank.
         stop_grace_s: seconds that a step may go on after a SIGTERM; then the process ends and says where it was. None
             for ten times the slowest step so far, and at least 10.
+        early_stopping: ends the run where its evaluations get no better; None never does.
 
     Raises:
         TypeError: a number of steps, or the seed, is no whole number; the grace is no number.
@@ -44,6 +73,7 @@ class TrainerSettings:
     directory: Path | str | None = None
     progress: bool = True
     stop_grace_s: float | None = None
+    early_stopping: EarlyStopping | None = None
 
     def __post_init__(self) -> None:
         if self.directory is not None:
@@ -64,6 +94,8 @@ class TrainerSettings:
             raise ValueError(
                 f"TrainerSettings: warmup_steps must lie in [0, steps = {self.steps}), got {self.warmup_steps}"
             )
+        if self.early_stopping is not None and self.evaluate_every is None:
+            raise ValueError("TrainerSettings: early_stopping compares evaluations and needs evaluate_every")
         if self.save_every is not None and self.directory is None:
             raise ValueError(f"TrainerSettings: save_every {self.save_every} needs a directory to save to")
 
@@ -100,11 +132,13 @@ class History:
         steps: a report for each step.
         evaluations: step -> losses of the evaluation after it.
         stopped: a SIGTERM ended the run before its last step.
+        ended_early: its evaluations got no better (`TrainerSettings.early_stopping`).
     """
 
     steps: list[StepReport] = field(default_factory=list)
     evaluations: dict[int, Mapping[str, float]] = field(default_factory=dict)
     stopped: bool = False
+    ended_early: bool = False
 
 
 def check_whole(name: str, value: object, least: int | None = None) -> None:

@@ -29,10 +29,11 @@ from megatron_mimo.modality.marks import check_orthogonalized
 from megatron_mimo.moved import names_of
 from megatron_mimo.pretrained import Source
 from megatron_mimo.training import auxiliary
-from megatron_mimo.training.agreement import agree, agree_on_microbatches, error_of, shared
+from megatron_mimo.training.agreement import agree_on_microbatches, error_of, shared
+from megatron_mimo.training.best import EARLY, KEPT, agreed, check_term, compared
+from megatron_mimo.training.checkpointed import Checkpointed
 from megatron_mimo.training.checkpoints import saving
 from megatron_mimo.training.checkpoints.directories import CheckpointSettings, newest_first
-from megatron_mimo.training.checkpoints.parts import LoadReport, load_parts
 from megatron_mimo.training.checkpoints.writing import Saver
 from megatron_mimo.training.chunks import (
     build_chunks,
@@ -41,8 +42,9 @@ from megatron_mimo.training.chunks import (
     wrap_chunks,
 )
 from megatron_mimo.training.course import schedule_of, with_precision_of
-from megatron_mimo.training.finite import Found, Gradients, check_weights, look, refuse
+from megatron_mimo.training.finite import Found, Gradients, look, refuse
 from megatron_mimo.training.forward import ForwardStep
+from megatron_mimo.training.hooks import Began, Callback, FurtherLoss, Told, check_hooks
 from megatron_mimo.training.masters import Masters
 from megatron_mimo.training.parts.control import TrainingControl
 from megatron_mimo.training.progress import Progress
@@ -58,7 +60,7 @@ from megatron_mimo.training.stop import Pace, StopRequest
 StepData = Callable[[int, int, int], Sequence[Batch]]
 
 
-class Trainer:
+class Trainer(Checkpointed):
     """A model with its optimizer, on the layout of a run.
 
     Args:
@@ -74,6 +76,8 @@ class Trainer:
         pretrained: what the weights begin from, as `megatron_mimo.load_pretrained` takes it: a directory or a name on
             the hub, or part -> one of these. Parts that it has not begin fresh.
         samples: prompts that the model answers at every evaluation.
+        callbacks: what is told of each step and evaluation, such as loggers.
+        further_losses: added to those of the model.
 
     Raises:
         FileNotFoundError, ConnectionError: as `load_pretrained`.
@@ -97,10 +101,16 @@ class Trainer:
         checkpoints: CheckpointSettings | None = None,
         pretrained: Source | None = None,
         samples: Samples | None = None,
+        callbacks: Sequence[Callback] = (),
+        further_losses: Sequence[FurtherLoss] = (),
     ) -> None:
         self.samples = samples
         self.run, self.settings, self.control = run, settings, control or TrainingControl()
         check_layout(run.layout, config)
+        check_hooks(callbacks, further_losses, list(config.modality_submodules))
+        self._best = compared(settings.early_stopping, checkpoints)
+        for option, best in self._best.items():
+            check_term(option, best.term, config, [each.name for each in further_losses])
         self.control.check(config)
         self.models = build_chunks(config, run, self.control, pretrained)
         ddp = ddp or DistributedDataParallelConfig()
@@ -125,7 +135,9 @@ class Trainer:
             step=lambda: self.steps_done,
             seed=settings.seed,
             on_step=self._keep_counts,
+            further_losses=further_losses,
         )
+        self._told = Told(callbacks)
         self._counts: Counts = {}
         self._saver, self._pace = Saver(checkpoints), Pace()
         self._trained = saving.Trained.by(self.control, config, optimizer.use_distributed_optimizer)
@@ -136,7 +148,8 @@ class Trainer:
         """Trains to `settings.steps`, from where the trainer stands.
 
         On several ranks an exception on one of them ends the job at once, and a SIGTERM to one
-        saves a checkpoint (where there is a directory) at the end of the current step. A step that does not end within
+        saves a checkpoint (where there is a directory) at the end of the current step. With `keep_best` an evaluation
+        that is the best so far is saved too. A step that does not end within
         `settings.stop_grace_s` of it ends the process with status 1, which prints in which collective it was.
 
         Args:
@@ -154,26 +167,31 @@ class Trainer:
                 "train(data, evaluation), or leave evaluate_every out."
             )
         settings, history, data = self.settings, History(), self._step_data(data)
+        history.ended_early = self._patience_is_over()
         shown = settings.progress and self.run.rank == self.run.world_size - 1
         asked = StopRequest(
             self.run.device, pace=self._pace, grace_s=settings.stop_grace_s, saving=lambda: self._saver.writing
         )
-        with exit_on_error(), asked as stop, Progress(settings.steps, shown) as bar:
-            while self.steps_done < settings.steps and not history.stopped:
+        began = Began(self.steps_done, settings.steps, writes=self.run.rank == 0)
+        with exit_on_error(), asked as stop, Progress(settings.steps, shown) as bar, self._told.of(began) as told:
+            while self.steps_done < settings.steps and not history.stopped and not history.ended_early:
                 report = self.train_step(data)
                 history.steps.append(report)
                 bar.show(self.steps_done, report.losses, report.seconds)
-                ended = self.steps_done == settings.steps
+                told.trained(report)
+                ended, best = self.steps_done == settings.steps, False
                 if evaluation is not None and (ended or due(self.steps_done, settings.evaluate_every)):
-                    history.evaluations[self.steps_done] = self.evaluate(evaluation)
+                    losses = history.evaluations[self.steps_done] = self.evaluate(evaluation)
+                    told.evaluated(self.steps_done, losses)
+                    best, history.ended_early = self._compare(losses)
                     if self.samples is not None:
-                        began = time.perf_counter()
+                        began_at = time.perf_counter()
                         self.samples.take(self.generate, self.steps_done, self.run)
-                        self._pace.ended(time.perf_counter() - began)
+                        self._pace.ended(time.perf_counter() - began_at)
                 history.stopped = stop.received()
-                if ended or history.stopped:
+                if ended or history.stopped or history.ended_early:
                     self.save(losses=history.evaluations.get(self.steps_done))
-                elif due(self.steps_done, settings.save_every):
+                elif best or due(self.steps_done, settings.save_every):
                     background = self._saver.settings.background
                     self.save(background=background, losses=history.evaluations.get(self.steps_done))
                 else:
@@ -227,7 +245,7 @@ class Trainer:
             for chunk in self.chunks:
                 chunk.train()
         losses, _, _ = shared(look(logged, self.run).losses, None, True, {}, self.run)
-        weights = self.models[-1].loss_weights
+        weights = self._forward_step.weights(self.models[-1])
         weighted = {name: weights.get(name.partition("/")[0], 1.0) * mean for name, mean in losses.items()}
         return losses | {"loss": sum(weighted.values())}
 
@@ -243,91 +261,6 @@ class Trainer:
             raise ValueError("Trainer.generate: expected stream=False, found True: answers come whole")
         with parameters_gathered(self.chunks, self.optimizer):
             return self.models[0].generate(prompts, max_new_tokens, **options) if len(prompts) else []
-
-    def save(self, *, background: bool = False, losses: Mapping[str, float] | None = None) -> Path | None:
-        """Writes a checkpoint of this moment to `settings.directory` and gives its path; None without one. Collective.
-
-        Args:
-            background: write while the run goes on, for the same layout but for data parallelism; otherwise for any.
-            losses: of an evaluation at this step, by which the best checkpoint is known.
-
-        Raises:
-            FloatingPointError: on every rank, where a weight that trains is NaN or infinite.
-            OSError: on every rank, where one of them could not write. The checkpoints before it stay.
-        """
-        if (directory := self.settings.directory) is None:
-            return None
-        agree(error_of(self._masters.follow), self.run)
-        with parameters_gathered(self.chunks, self.optimizer):
-            agree(error_of(lambda: check_weights(self.models)), self.run)
-            return saving.save(
-                Path(directory), self.steps_done, self.models, self.optimizer, self.schedule, self.run, self._trained,
-                self._reader.state() if self._reader is not None else self._data_state,
-                saver=self._saver, background=background, losses=losses,
-            )  # fmt: skip
-
-    def load(self, path: Path | str | None = None, *, weights_only: bool = False) -> int:
-        """Goes on from a checkpoint, and gives the number of steps that the run has behind it.
-
-        The learning rate follows this trainer's settings: with more `steps` a run goes on where one of
-        that length would stand. Collective over all ranks.
-
-        Args:
-            path: of the checkpoint; None for the newest whole one in `settings.directory`, if there is any.
-            weights_only: load the model's weights, and leave optimizer and step as they are: a run of its
-                own begins with them, such as the second stage of a training whose first one froze parts.
-
-        Raises:
-            FileNotFoundError: there is no complete checkpoint at `path`.
-            ValueError: loading it would run what the file says, it is not whole, or of another model. Or other
-                parts or embedding rows trained in the checkpoint's run, or its `use_distributed_optimizer` was
-                another, so its optimizer state is not this run's. Nothing has changed then.
-
-        Example:
-            >>> trainer.load("aligned/step_00001000", weights_only=True)              # doctest: +SKIP
-        """
-        self._saver.wait()
-        own = (self.models, self.optimizer, self.schedule, self.run, self._trained)
-        if weights_only:
-            saving.load_weights(path, self.models, self.optimizer, self.run, directory=self.settings.directory)
-        elif (loaded := saving.load(path, *own, directory=self.settings.directory)) is not None:
-            self.steps_done, self._reader, self._data_state = loaded.step, None, loaded.data
-        return self.steps_done
-
-    def sync_weights(self) -> None:
-        """Takes weights that other code changed into the optimizer's float32 copies (bf16 and fp16).
-
-        `load_state_dict` of the model or of any module in it needs no call. Not collective: every rank that holds the
-        weight changes it and calls this.
-
-        Example:
-            >>> trainer.models[0].language_model.output_layer.weight.data.mul_(0.5)   # doctest: +SKIP
-            >>> trainer.sync_weights()                                                # doctest: +SKIP
-        """
-        self._masters.sync()
-
-    def load_parts(self, path: Path | str, parts: Sequence[str] | None = None) -> LoadReport:
-        """Reads the weights that a checkpoint has of this model, and gives what became of each.
-
-        Such as a language model's into a model of several modalities. Optimizer and step stay. Collective.
-
-        Args:
-            path: of a checkpoint, of this loop, of Megatron's, or of a language model that was trained by itself.
-            parts: to load, as `TrainingControl` names them; None for all that there are.
-
-        Raises:
-            FileNotFoundError: there is no checkpoint at `path`.
-            ValueError: a part that the model does not have; a checkpoint that is not whole or would run something; a
-                weight of another size; none of these parts. Nothing has changed then.
-
-        Example:
-            >>> print(trainer.load_parts("pretrained/iter_0001000", ["language_model"]))    # doctest: +SKIP
-        """
-        config = self.models[0].mimo_config
-        chosen = None if parts is None else TrainingControl(frozen=parts).frozen_prefixes(config)
-        report = load_parts(Path(path), self.models, chosen)
-        self._masters.sync()
-        return report
 
     # Below: what a step needs ---------------------------------------------------------------
 
@@ -369,6 +302,16 @@ class Trainer:
         if self.models[0].config.num_moe_experts is not None:
             release_graphs_of_experts(module for model in self.models for module in model.modules())
         return logged
+
+    def _compare(self, losses: Mapping[str, float]) -> tuple[bool, bool]:
+        """Whether an evaluation is the best so far and shall be kept, and whether patience is over; on all ranks."""
+        found = {name: best.take(self.steps_done, losses) for name, best in self._best.items()}
+        best, over = agreed([found.get(KEPT, False), self._patience_is_over()], self.run)
+        return best, over
+
+    def _patience_is_over(self) -> bool:
+        early = self.settings.early_stopping
+        return early is not None and self._best[EARLY].waited >= early.patience
 
     def _keep_counts(self, step: int, counts: Counts) -> None:
         self._counts = counts

@@ -24,15 +24,15 @@ pytestmark = pytest.mark.process
 
 KILLED = """
 import os, signal, sys
-from megatron_mimo.cli.logs import LoggedTrainer
+from megatron_mimo.training import Trainer
 from megatron_mimo.cli.entry import main
 
-step = LoggedTrainer.train_step
+step = Trainer.train_step
 def until(self, data):
     if self.steps_done == {step} and self.settings.steps == {steps}:
         os.kill(os.getpid(), signal.{signal})
     return step(self, data)
-LoggedTrainer.train_step = until
+Trainer.train_step = until
 sys.argv[1:] = {words!r}
 main()
 """

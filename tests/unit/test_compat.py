@@ -99,6 +99,10 @@ NAMES = {
     "megatron_training.train_step_by": (
         "megatron.training.training.train_step", ["forward_step_func", "data_iterator", "model", "optimizer"]
     ),
+    "megatron_training.evaluations_told": (
+        "megatron.training.training.evaluate_and_print_results",
+        ["prefix", "forward_step_func", "data_iterator", "model", "iteration"],
+    ),
     "megatron_training.compiled_dataset_helpers": ("megatron.core.datasets.utils.compile_helpers", []),
     "megatron_training.initialized_on_the_cpu": ("megatron.training.training.initialize_megatron", []),
     "megatron_training.arguments_of_checkpoint": (

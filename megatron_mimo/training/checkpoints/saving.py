@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
@@ -74,10 +75,12 @@ class Loaded:
     Args:
         step: that it had behind it.
         data: where its data source was; None where it had none.
+        evaluations: what compares its evaluations -> its state; empty where nothing did.
     """
 
     step: int
     data: State | None
+    evaluations: Mapping[str, Any] = field(default_factory=dict)
 
 
 def save(
@@ -93,6 +96,7 @@ def save(
     saver: Saver | None = None,
     background: bool = False,
     losses: Mapping[str, float] | None = None,
+    evaluations: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes `directory/step_<step>` and gives its path. Collective over all ranks.
 
@@ -107,6 +111,7 @@ def save(
         saver: of the run; one that writes in the background is asked later whether it has. None for one of this call.
         background: write while the run goes on; the optimizer's state is then in the form that needs no gathering.
         losses: of an evaluation at this step.
+        evaluations: what compares evaluations -> its state, plain numbers.
 
     Raises:
         OSError: on every rank, where one of them could not write. The checkpoints before it stay.
@@ -126,6 +131,7 @@ def save(
             "layout": vars(run.layout),
             "schedule": schedule.state_dict(),
             "trained": vars(trained),
+            "evaluations": dict(evaluations or {}),
         }
         return planned(dist_checkpointing.save, state, written, content_metadata=_saved(metadata))
 
@@ -228,7 +234,7 @@ def _load(
     schedule.load_state_dict(state["schedule"])
     if same_layout:
         _set_random_state(state["random"])
-    return Loaded(state["step"], read_state(path))
+    return Loaded(state["step"], read_state(path), state.get("evaluations", {}))
 
 
 def load_weights(

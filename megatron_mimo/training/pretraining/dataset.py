@@ -27,6 +27,8 @@ class Recipe(Protocol):
 
     With --data only `model_config` is needed, and `sample_processor(args)`, which gives a
     `megatron_mimo.data.SampleProcessor`, is asked in place of --processor where the recipe has it.
+    `callbacks(args)` and `further_losses(args)`, where it has them, give objects of `Callback` and
+    `FurtherLoss` (`megatron_mimo.training`).
     """
 
     def model_config(self, args: Namespace) -> MimoModelConfig:

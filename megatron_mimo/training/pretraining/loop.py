@@ -19,6 +19,7 @@ from megatron.core.enums import ModelType
 from megatron_mimo.compat.cuda_on_cpu import disable_cpu_backend, enable_cpu_backend
 from megatron_mimo.compat.megatron_training import (
     compiled_dataset_helpers,
+    evaluations_told,
     initialized_on_the_cpu,
     optimizer_config_by,
     train_step_by,
@@ -27,12 +28,13 @@ from megatron_mimo.compat.megatron_training import (
 from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.launch import exit_on_error, initialize
 from megatron_mimo.training.checkpoints import loop as checkpoints
+from megatron_mimo.training.hooks import Hooks
 from megatron_mimo.training.pretraining.arguments import ModelConfig, PartOverrides, add_mimo_args
 from megatron_mimo.training.pretraining.checks import check_data_arguments
 from megatron_mimo.training.pretraining.dataset import Recipe, check_recipe, dataset_provider
 from megatron_mimo.training.pretraining.packs import LoopData
 from megatron_mimo.training.pretraining.provider import forward_step, model_provider
-from megatron_mimo.training.pretraining.session import Session, end_session, session_of
+from megatron_mimo.training.pretraining.session import Session, end_session, session_of, use_hooks
 
 
 def pretrain(recipe: Recipe, defaults: dict[str, object] | None = None) -> None:
@@ -50,7 +52,8 @@ def pretrain(recipe: Recipe, defaults: dict[str, object] | None = None) -> None:
             process group is built.
     """
     check_recipe(recipe, data=False)
-    with adapt_megatron(recipe.model_config):
+    hooks = Hooks(getattr(recipe, "callbacks", None), getattr(recipe, "further_losses", None))
+    with adapt_megatron(recipe.model_config, hooks):
         # Importing these configures logging; importing megatron_mimo does not.
         from megatron.training import pretrain as megatron_pretrain
         from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -78,7 +81,7 @@ def pretrain(recipe: Recipe, defaults: dict[str, object] | None = None) -> None:
 
 
 @contextmanager
-def adapt_megatron(model_config: ModelConfig) -> Iterator[None]:
+def adapt_megatron(model_config: ModelConfig, hooks: Hooks | None = None) -> Iterator[None]:
     """Within it `megatron.training` does for a `MimoModel` what it leaves no argument for.
 
     It follows --lr-factor, --weight-decay-factor and --train-embedding-rows, runs on gloo on the CPU
@@ -87,6 +90,7 @@ def adapt_megatron(model_config: ModelConfig) -> Iterator[None]:
 
     Args:
         model_config: as the recipe's; says what the parts are called.
+        hooks: callbacks and further losses of the run; None for none.
 
     Example:
         >>> with adapt_megatron(model_config):                                    # doctest: +SKIP
@@ -97,13 +101,19 @@ def adapt_megatron(model_config: ModelConfig) -> Iterator[None]:
     def asked_for(args: Namespace) -> MimoModelConfig:
         return session_of(args).ask(model_config).model
 
+    def told(train_step: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *given, **named: session_of(_running_args()).telling.step_by(train_step)(*given, **named)
+
     with exit_on_error(), ExitStack() as until_trained:
+        use_hooks(hooks or Hooks())
         until_trained.callback(end_session)
         if not torch.cuda.is_available():
             enable_cpu_backend()
             until_trained.callback(disable_cpu_backend)
             until_trained.enter_context(initialized_on_the_cpu(_initialize_cpu))
         until_trained.enter_context(optimizer_config_by(lambda ask: PartOverrides(ask, asked_for)))
+        until_trained.enter_context(train_step_by(told))
+        until_trained.enter_context(evaluations_told(_evaluated))
         until_trained.enter_context(compiled_dataset_helpers())
         until_trained.enter_context(checkpoints.adapted(lambda: asked_for(_running_args()), _data))
         yield
@@ -112,6 +122,12 @@ def adapt_megatron(model_config: ModelConfig) -> Iterator[None]:
 def _data() -> LoopData:
     """Where the data of the run in progress is."""
     return session_of(_running_args()).data
+
+
+def _evaluated(prefix: str, iteration: int, losses: dict[str, Any]) -> None:
+    """Tells of an evaluation, but of one on the test set."""
+    if not prefix.endswith("on test set"):
+        session_of(_running_args()).telling.evaluated(iteration, losses)
 
 
 def _running_args() -> Namespace:

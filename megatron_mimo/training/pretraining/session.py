@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,6 +15,7 @@ from megatron_mimo.layout import check_layout
 from megatron_mimo.modality.marks import check_orthogonalized
 from megatron_mimo.model import MimoModel
 from megatron_mimo.training.forward import ForwardStep
+from megatron_mimo.training.hooks import Callback, FurtherLoss, Hooks, Told, check_hooks
 from megatron_mimo.training.parts.control import TrainingControl
 from megatron_mimo.training.pretraining.arguments import (
     ModelConfig,
@@ -23,6 +25,7 @@ from megatron_mimo.training.pretraining.arguments import (
 )
 from megatron_mimo.training.pretraining.checks import check_in_effect, check_resumed, check_supported
 from megatron_mimo.training.pretraining.packs import LoopData, check_data
+from megatron_mimo.training.pretraining.telling import Telling
 from megatron_mimo.training.speed.flops import PartSize, part_sizes
 from megatron_mimo.training.speed.throughput import Throughput, log_to_megatron, peak_of_all
 
@@ -57,6 +60,9 @@ class Session:
         self._chunks: list[MimoModel] = []
         self._sizes: dict[str, PartSize] = {}
         self._counts: Counts = {}
+        self._weights: Mapping[str, float] = {}
+        #: What takes part in the run.
+        self.hooks = _hooks
 
     def ask(self, model_config: ModelConfig) -> Asked:
         """What the arguments ask for; checked the first time, later calls get the same.
@@ -77,6 +83,7 @@ class Session:
             check_layout(layout, model, self.args.seq_length)
             control.check(model)
             check_resumed(self.args, control, model)
+            check_hooks(self._callbacks, self._further_losses, list(model.modality_submodules))
             self._asked = model_config, Asked(model, control)
         return self._asked[1]
 
@@ -89,6 +96,7 @@ class Session:
             ValueError: an optimizer that would take a modality's attention apart by the language model's heads.
         """
         check_orthogonalized(chunk.modality_submodules, chunk.config, self.args.optimizer)
+        self._weights = chunk.loss_weights
         self._chunks.append(chunk)
         if len(self._chunks) == (self.args.virtual_pipeline_model_parallel_size or 1):
             self._sizes = part_sizes(self._chunks) if self.logs_throughput else {}
@@ -102,7 +110,22 @@ class Session:
             step=lambda: self.args.curr_iteration,
             seed=self.args.seed,
             on_step=self._keep_counts,
+            further_losses=self._further_losses,
         )
+
+    @cached_property
+    def telling(self) -> Telling:
+        """Tells the run's callbacks."""
+        weights = {each.name: each.weight for each in self._further_losses}
+        return Telling(self.args, Told(self._callbacks), lambda: {**self._weights, **weights})
+
+    @cached_property
+    def _callbacks(self) -> Sequence[Callback]:
+        return [] if self.hooks.callbacks is None else list(self.hooks.callbacks(self.args))
+
+    @cached_property
+    def _further_losses(self) -> Sequence[FurtherLoss]:
+        return [] if self.hooks.further_losses is None else list(self.hooks.further_losses(self.args))
 
     def stepped(self, seconds: float) -> None:
         """Takes note of how long a training step took; pipeline stages that count nothing keep silent."""
@@ -121,6 +144,13 @@ class Session:
 
 # Megatron keeps one set of arguments a process, and calls providers and forward step with nothing that tells the run.
 _session: Session | None = None
+_hooks = Hooks()
+
+
+def use_hooks(hooks: Hooks) -> None:
+    """What takes part in the run that begins."""
+    global _hooks
+    _hooks = hooks
 
 
 def session_of(args: Namespace) -> Session:
@@ -132,6 +162,9 @@ def session_of(args: Namespace) -> Session:
 
 
 def end_session() -> None:
-    """Forgets the run; the model's configuration and the last step's microbatches go with it."""
+    """Tells callbacks that the run ended, and forgets it, its model's configuration and its last microbatches."""
     global _session
-    _session = None
+    ended, _session = _session, None
+    use_hooks(Hooks())
+    if ended is not None and "telling" in vars(ended):
+        ended.telling.end()

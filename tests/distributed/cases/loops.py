@@ -1,0 +1,87 @@
+"""What trainers expect of both loops: callbacks, further losses, validation, norms by part, averages of weights."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from examples.recipes import any_to_any_small
+from megatron_mimo.launch import Run, shutdown
+from megatron_mimo.losses import LossTerm, language_term
+from megatron_mimo.output import MimoOutput
+from megatron_mimo.training import Callback, FurtherLoss, Lines
+from tests.distributed.cases.pretrain import run_recipe
+from tests.distributed.harness import case, shared_directory
+
+
+class Doubled(FurtherLoss):
+    """The language loss once more."""
+
+    def __init__(self) -> None:
+        super().__init__("doubled", 0.25)
+
+    def count(self, batch) -> float:
+        return float(batch["loss_mask"].sum())
+
+    def term(self, outputs, loss_mask, batch, model) -> LossTerm:
+        return language_term(outputs.language if isinstance(outputs, MimoOutput) else outputs, loss_mask)
+
+
+def recipe(**hooks) -> SimpleNamespace:
+    """The recipe `any_to_any_small` with hooks."""
+    named = {name: getattr(any_to_any_small, name) for name in ("model_config", "datasets", "collate")}
+    return SimpleNamespace(__name__="hooked", **named, **hooks)
+
+
+class Noted(Callback):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list = []
+
+    def began(self, run) -> None:
+        self.told.append(("began", run.step, run.steps, run.writes))
+
+    def trained(self, report) -> None:
+        self.told.append(("trained", report.step, set(report.losses)))
+
+    def evaluated(self, step, losses) -> None:
+        self.told.append(("evaluated", step, set(losses)))
+
+    def ended(self) -> None:
+        self.told.append(("ended",))
+
+
+@case(ranks=2, timeout_s=120)
+def pretrain_tells_callbacks_on_every_rank_and_adds_further_losses(run: Run) -> None:
+    shutdown()
+    where = shared_directory() / "hooks"
+    noted = Noted()
+    hooked = recipe(callbacks=lambda args: [noted, Lines(where / "log.jsonl")], further_losses=lambda args: [Doubled()])
+    pipeline = ["--pipeline-model-parallel-size", "2"]
+    evaluating = ["--eval-iters", "1", "--eval-interval", "2"]
+    saving = ["--save", str(where / "saved"), "--save-interval", "2"]
+    curves = run_recipe(where, *pipeline, *evaluating, *saving, recipe=hooked)
+    last = run.rank == 1
+    terms = {"text", "images/pixels", "tones/waves", "doubled", "loss"} if last else set()
+    step = [("trained", number, terms) for number in range(4)]
+    evaluations = [("evaluated", 2, terms), ("evaluated", 4, terms)]
+    assert noted.told == [
+        ("began", 0, 4, last), *step[:2], evaluations[0], *step[2:], evaluations[1], ("ended",)
+    ], noted.told  # fmt: skip
+    if last:
+        found = [json.loads(line) for line in (where / "log.jsonl").read_text().splitlines()]
+        steps = [one for one in found if one["kind"] == "train"]
+        assert {one["step"]: one["loss"] for one in steps} == pytest.approx(curves["loss"])
+        assert {one["step"]: one["learning_rate"] for one in steps}.keys() == curves["learning-rate"].keys()
+        assert {one["step"]: one["gradient_norm"] for one in steps} == pytest.approx(curves["grad-norm"])
+        for one in steps + [each for each in found if each["kind"] == "evaluation"]:
+            whole = one["text"] + one["images/pixels"] + one["tones/waves"] + 0.25 * one["doubled"]
+            assert one["doubled"] == pytest.approx(one["text"]) and one["loss"] == pytest.approx(whole)
+    shutdown()
+    resumed = Noted()
+    run_recipe(
+        where / "resumed", *pipeline, "--load", str(where / "saved"), "--ckpt-step", "2",
+        recipe=recipe(callbacks=lambda args: [resumed], further_losses=lambda args: [Doubled()]),
+    )  # fmt: skip
+    assert resumed.told[0] == ("began", 2, 4, last) and [each[1] for each in resumed.told[1:-1]] == [2, 3]
