@@ -1,12 +1,13 @@
 """The data of the demo: handwritten digits and dial tones, and the sequences that mix them.
 
-Five tasks over three modalities, one sequence each. `I` and `A` are read, `i` and `a` are generated:
+Six tasks over three modalities, one sequence each. `I` and `A` are read, `i` and `a` are generated:
 
     READ        I I I I  read 7                            image -> text
     HEAR        A A A A A A A A  hear 7                    tone  -> text
     DRAW        draw 7  i i i i                            text  -> image
     DIAL        dial 7  a a a a a a a a                    text  -> tone
     HEAR_DRAW   A A A A A A A A  draw  i i i i             tone  -> image
+    NEXT        I I I I  next 7  i i i i  a a a a a a a a  image -> text, and the next digit, 8, as image and tone
 
 The model that draws with codes has one task, DRAW with a generation token for each of 16 codes.
 
@@ -58,15 +59,15 @@ AUDIO_ROWS = 8
 """Positions of a clip, heard or dialled."""
 BAND = 64
 """Cosine coefficients of one dialled row: a band of 250 Hz."""
-LENGTH = 16
-"""Positions of every sequence: the longest takes 13, and 16 share out over any small layout."""
+LENGTH = 20
+"""Positions of every sequence: the longest takes 18, and 20 share out over 2 and 4 ranks."""
 
-WORDS = [*"0123456789", "read", "hear", "draw", "dial", "<pad>", "<image>", "<tone>", "<draw>", "<dial>"]
+WORDS = [*"0123456789", "read", "hear", "draw", "dial", "next", "<pad>", "<image>", "<tone>", "<draw>", "<dial>"]
 TOKEN = {word: index for index, word in enumerate(WORDS)}
 VOCABULARY = 24
 """`WORDS` rounded up, to be shared out over tensor-parallel ranks."""
 
-Task = IntEnum("Task", "READ HEAR DRAW DIAL HEAR_DRAW", start=0)
+Task = IntEnum("Task", "READ HEAR DRAW DIAL HEAR_DRAW NEXT", start=0)
 _DIGIT = -1  # the place of the digit in a template
 
 _SEEN = ["<image>"] * IMAGE_ROWS
@@ -79,24 +80,32 @@ _TEMPLATES = {
     Task.DRAW: ["draw", _DIGIT, *_DRAWN],
     Task.DIAL: ["dial", _DIGIT, *_DIALLED],
     Task.HEAR_DRAW: [*_HEARD, "draw", *_DRAWN],
+    Task.NEXT: [*_SEEN, "next", _DIGIT, *_DRAWN, *_DIALLED],
 }
 _IDS = torch.tensor(
     [[TOKEN.get(word, _DIGIT) for word in (*_TEMPLATES[task], *["<pad>"] * LENGTH)[:LENGTH]] for task in Task]
 )
 
-READS_IMAGE = (Task.READ,)
+READS_IMAGE = (Task.READ, Task.NEXT)
 READS_TONE = (Task.HEAR, Task.HEAR_DRAW)
-DRAWS = (Task.DRAW, Task.HEAR_DRAW)
-DIALS = (Task.DIAL,)
+DRAWS = (Task.DRAW, Task.HEAR_DRAW, Task.NEXT)
+DIALS = (Task.DIAL, Task.NEXT)
 
-SHARES = {Task.READ: 3, Task.HEAR: 1, Task.DRAW: 4, Task.DIAL: 5, Task.HEAR_DRAW: 3}
+SHARES = {Task.READ: 2, Task.HEAR: 1, Task.DRAW: 2, Task.DIAL: 3, Task.HEAR_DRAW: 3, Task.NEXT: 5}
 """Of the tasks in a batch. What is generated takes longer to learn than what is recognised."""
 
 TELLS_DIGIT = torch.zeros(VOCABULARY)
 """How much it counts, at each token, that the language model tells the digit."""
-TELLS_DIGIT[[TOKEN["read"], TOKEN["hear"]]] = 1
+TELLS_DIGIT[[TOKEN["read"], TOKEN["hear"], TOKEN["next"]]] = 1
 TELLS_DIGIT[TOKEN["<draw>"]] = 1 / IMAGE_ROWS
 TELLS_DIGIT[TOKEN["<dial>"]] = 1 / AUDIO_ROWS
+
+NEXT_LENGTH = len(_TEMPLATES[Task.NEXT])
+"""Positions that NEXT takes."""
+NEXT_PROMPT = IMAGE_ROWS + 1
+"""Positions of NEXT that are asked with; the model says, draws and dials the others."""
+_NEXT_DRAWS = NEXT_PROMPT  # place of the digit that is read, behind which the model begins to draw
+_NEXT_DIALS = NEXT_PROMPT + IMAGE_ROWS  # place of the last drawn row, behind which it begins to dial
 
 
 @dataclass(frozen=True)
@@ -104,8 +113,11 @@ class Samples:
     """Samples of any tasks, each with all that its task could ask for.
 
     Args:
-        task, digit: `[B]` int64.
-        image: `[B, 8, 8]`, read or to be drawn.
+        task: `[B]` int64.
+        digit: `[B]` int64, told, read or heard.
+        written: `[B]` int64, drawn and dialled: the same digit, and the next after it in NEXT.
+        image: `[B, 8, 8]`, to be read.
+        drawing: `[B, 8, 8]`, to be drawn.
         clip: `[B, CLIP]`, heard or to be dialled.
         image_time, audio_time: `[B]`, the flow's time draws.
         image_noise, audio_noise: `[B, rows, width]`, its noise draws.
@@ -113,7 +125,9 @@ class Samples:
 
     task: Tensor
     digit: Tensor
+    written: Tensor
     image: Tensor
+    drawing: Tensor
     clip: Tensor
     image_time: Tensor
     image_noise: Tensor
@@ -136,24 +150,35 @@ class Samples:
 def draw_samples(digits: Digits, count: int, seed: int, step: int) -> Samples:
     """The samples of one training step, the same whatever ranks they are then shared out over.
 
-    Most steps mix all five tasks; every eighth has no image, and every eighth no tone.
+    Most steps mix all six tasks; every eighth has no image, and every eighth no tone.
     """
     generator = torch.Generator().manual_seed(1_000_003 * seed + step)
     left_out = {3: (*READS_IMAGE, *DRAWS), 7: (*READS_TONE, *DIALS)}.get(step % 8, ())
     shares = torch.tensor([0 if task in left_out else SHARES[task] for task in Task]).float()
     task = torch.multinomial(shares, count, replacement=True, generator=generator)
     chosen = torch.randint(len(digits.labels), (count,), generator=generator)
-    digit = digits.labels[chosen]
+    digit, following = digits.labels[chosen], task == Task.NEXT
+    written = torch.where(following, (digit + 1) % 10, digit)
+    another = one_of_each(digits.labels, written, generator)
     return Samples(
         task=task,
         digit=digit,
+        written=written,
         image=digits.images[chosen],
-        clip=dial_tones(digit, generator),
+        drawing=digits.images[torch.where(following, another, chosen)],
+        clip=dial_tones(written, generator),
         image_time=torch.rand(count, generator=generator),
         image_noise=torch.randn(count, IMAGE_ROWS, PATCH * PATCH, generator=generator),
         audio_time=torch.rand(count, generator=generator),
         audio_noise=torch.randn(count, AUDIO_ROWS, BAND, generator=generator),
     )
+
+
+def one_of_each(labels: Tensor, wanted: Tensor, generator: torch.Generator) -> Tensor:
+    """For each digit of `wanted` `[B]` the place of one among `labels` `[n]` that is the same, drawn evenly."""
+    order, counts = labels.argsort(stable=True), labels.bincount(minlength=10)
+    place = (torch.rand(len(wanted), generator=generator) * counts[wanted]).long()
+    return order[counts.cumsum(0)[wanted] - counts[wanted] + place]
 
 
 def sequences(task: Task | Tensor, digit: Tensor) -> Tensor:
@@ -167,21 +192,27 @@ def training_batch(samples: Samples) -> dict:
 
     The language model learns the digit that answers READ and HEAR, and to name the digit at every position
     that it draws or dials: the decoder then finds it there. Each media item names its digit once in all.
+    In NEXT it also learns to begin: to draw behind the digit that it read, and to dial behind its drawing.
     """
     ids = sequences(samples.task, samples.digit)
     read, drawn, dialled = samples.of(READS_IMAGE), samples.of(DRAWS), samples.of(DIALS)
     # Noise on what is read stands in for more handwriting: a reader alone gets 0.982 of held-out digits right
     # with it and 0.973 without (means of 6 seeds).
     seen = read.image + 0.4 * read.image_noise.reshape(read.image.shape)
+    told = torch.isin(ids, torch.tensor([TOKEN["<draw>"], TOKEN["<dial>"]]))
+    labels = torch.where(told, samples.written[:, None], samples.digit[:, None])
+    counts, following = TELLS_DIGIT[ids], samples.task == Task.NEXT
+    for place, token in ((_NEXT_DRAWS, "<draw>"), (_NEXT_DIALS, "<dial>")):
+        labels[following, place], counts[following, place] = TOKEN[token], 1
     return {
         "input_ids": ids,
-        "labels": samples.digit[:, None].expand_as(ids),
-        "loss_mask": TELLS_DIGIT[ids],
+        "labels": labels,
+        "loss_mask": counts,
         "modality_inputs": model_inputs(seen, samples.of(READS_TONE).clip),
         "modality_targets": {
             "images": {
                 "pixels": {
-                    "target": images_to_patches(drawn.image[:, None], PATCH),
+                    "target": images_to_patches(drawn.drawing[:, None], PATCH),
                     "time": drawn.image_time,
                     "noise": drawn.image_noise.flatten(0, 1),
                 }

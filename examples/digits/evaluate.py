@@ -1,5 +1,6 @@
 """What the trained models can do: asked on held-out data, judged by `judges`, which never see them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -7,11 +8,22 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch import Tensor
 
 from examples.digits import judges
-from examples.digits.data import TOKEN, Digits, Task, code_sequences, model_inputs, sequences
-from examples.digits.tones import dial_tones
+from examples.digits.data import (
+    CODE_ROWS,
+    NEXT_LENGTH,
+    NEXT_PROMPT,
+    TOKEN,
+    Digits,
+    Task,
+    code_sequences,
+    model_inputs,
+    sequences,
+)
+from examples.digits.tones import CLIP, dial_tones
 from examples.digits.train import Trained
 from examples.digits.vq import CODES
-from megatron_mimo import MimoModel, MimoOutput, sample_one_by_one
+from megatron_mimo import MimoModel, MimoOutput
+from megatron_mimo.generation import GenerationOutput, TextPart, Writing
 
 NOTHING: Tensor = torch.empty(0)
 TEMPERATURE = 0.4
@@ -30,7 +42,7 @@ class Session:
     def __init__(self, model: MimoModel, seed: int) -> None:
         self.model = model.eval()
         self.device = next(model.parameters()).device
-        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.seed, self.generator = seed, torch.Generator(self.device).manual_seed(seed)
 
     def read(self, images: Tensor) -> Tensor:
         """The digits `[n]` in images `[n, 8, 8]`."""
@@ -53,6 +65,15 @@ class Session:
     def hear_then_draw(self, clips: Tensor) -> Tensor:
         """Images `[n, 8, 8]` of the digits in clips `[n, CLIP]`."""
         return self._images(self._run(_unanswered(Task.HEAR_DRAW, len(clips)), clips=clips))
+
+    def next_of(self, images: Tensor) -> "Answers":
+        """What the model says, draws and dials of its own accord when it is shown images `[n, 8, 8]`.
+
+        It chooses by itself when to draw and when to dial.
+        """
+        ids = _unanswered(Task.NEXT, 1)[0, :NEXT_PROMPT]
+        prompts = [{"input_ids": ids, "modality_inputs": model_inputs(image[None], NOTHING)} for image in images]
+        return Answers.of(self.model.generate(prompts, NEXT_LENGTH - NEXT_PROMPT, seed=self.seed))
 
     @torch.no_grad()
     def _run(self, ids: Tensor, images: Tensor = NOTHING, clips: Tensor = NOTHING) -> MimoOutput:
@@ -77,6 +98,42 @@ def _unanswered(task: Task, count: int) -> Tensor:
     return sequences(task, torch.full((count,), TOKEN["<pad>"]))
 
 
+@dataclass(frozen=True)
+class Answers:
+    """Answers in words, pictures and sound.
+
+    Args:
+        whole: bool `[n]`, which of them say something, then draw and then dial, and no more.
+        words: of each answer, the ids that it says.
+        drawn: `[n, 8, 8]` in [-1, 1], blank where none was drawn.
+        dialled: `[n, CLIP]`, silent where nothing was dialled.
+    """
+
+    whole: Tensor
+    words: list[list[int]]
+    drawn: Tensor
+    dialled: Tensor
+
+    @classmethod
+    def of(cls, outputs: Sequence[GenerationOutput]) -> "Answers":
+        """Of what `generate` gave."""
+        drawn, dialled = torch.full((len(outputs), 8, 8), -1.0), torch.zeros(len(outputs), CLIP)
+        words: list[list[int]] = [[] for _ in outputs]
+        for index, part in ((index, part) for index, output in enumerate(outputs) for part in output.parts):
+            if isinstance(part, TextPart):
+                words[index] += part.ids
+            elif part.kind == "image":
+                drawn[index] = part.value.view(8, 8).clamp(-1, 1)
+            else:
+                dialled[index] = part.value.view(CLIP)
+        whole = [[part.kind for part in output.parts] == ["text", "image", "audio"] for output in outputs]
+        return cls(torch.tensor(whole), words, drawn, dialled)
+
+    def accuracy(self, found: Sequence, expected: Sequence) -> float:
+        """The share of whole answers of which `found` is what was expected; others are wrong whatever they hold."""
+        return judges.accuracy([one if whole else None for one, whole in zip(found, self.whole.tolist())], expected)
+
+
 # Figures ---------------------------------------------------------------------------------
 
 
@@ -89,6 +146,8 @@ class FlowResults:
         asked: `[n]`, the digits asked for.
         drawn, heard_drawn: `[n, 8, 8]` in [-1, 1], asked for by word and by tone.
         dialled: `[n, CLIP]`.
+        shown: digits that were read, the next after which was to be drawn and dialled.
+        answers: to them.
     """
 
     figures: dict[str, float]
@@ -96,6 +155,8 @@ class FlowResults:
     drawn: Tensor
     heard_drawn: Tensor
     dialled: Tensor
+    shown: Digits
+    answers: Answers
 
 
 @dataclass(frozen=True)
@@ -123,20 +184,29 @@ def evaluate_flow(trained: Trained, train: Digits, held_out: Digits, *, seed: in
     clips = dial_tones(asked, torch.Generator().manual_seed(-1 - seed))
     drawn, heard_drawn = session.draw(asked), session.hear_then_draw(clips)
     dialled = session.dial(asked)
+    answers = session.next_of(held_out.images)
+    after = (held_out.labels + 1) % 10
 
     svm = judges.train_svm(train)
-    keys = [judges.detect_key(clip) for clip in dialled.double().numpy()]
     figures = {
         "read_accuracy": judges.accuracy(session.read(held_out.images), held_out.labels),
         "hear_accuracy": judges.accuracy(session.hear(clips), asked),
         "draw_accuracy": judges.accuracy(judges.recognise(svm, drawn), asked),
         "draw_diversity": judges.diversity(Digits(drawn, asked), held_out),
         "draw_novelty": judges.novelty(drawn, train, held_out),
-        "dial_accuracy": judges.accuracy(keys, [str(digit) for digit in asked.tolist()]),
+        "dial_accuracy": judges.accuracy(keys_of(dialled), [str(digit) for digit in asked.tolist()]),
         "hear_then_draw_accuracy": judges.accuracy(judges.recognise(svm, heard_drawn), asked),
+        "next_read_accuracy": answers.accuracy(answers.words, [[digit] for digit in held_out.labels.tolist()]),
+        "next_draw_accuracy": answers.accuracy(judges.recognise(svm, answers.drawn), after.tolist()),
+        "next_dial_accuracy": answers.accuracy(keys_of(answers.dialled), [str(digit) for digit in after.tolist()]),
         "train_seconds": round(trained.seconds, 1),
     }
-    return FlowResults(figures, asked, drawn, heard_drawn, dialled)
+    return FlowResults(figures, asked, drawn, heard_drawn, dialled, held_out, answers)
+
+
+def keys_of(clips: Tensor) -> list[str | None]:
+    """The keys `[n]` that the detector hears in clips `[n, CLIP]`."""
+    return [judges.detect_key(clip) for clip in clips.double().numpy()]
 
 
 def evaluate_codes(trained: Trained, train: Digits, held_out: Digits, *, seed: int, per_digit: int = 50) -> CodeResults:
@@ -162,12 +232,8 @@ def evaluate_codes(trained: Trained, train: Digits, held_out: Digits, *, seed: i
 
 
 def draw_with_codes(model: MimoModel, digits: Tensor, seed: int) -> Tensor:
-    """Images `[n, 8, 8]` of digits `[n]`: the model runs once for each code, and sees those before it."""
-    device = next(model.parameters()).device
-    codes = sample_one_by_one(
-        model.eval(),
-        code_sequences(digits).to(device),
-        "images",
-        options={"temperature": TEMPERATURE, "generator": torch.Generator(device).manual_seed(seed)},
-    )
-    return model.modality_submodules["images"].finish(codes).squeeze(1).cpu()
+    """Images `[n, 8, 8]` of digits `[n]`, each code drawn by a model that sees those before it."""
+    prompts = [{"input_ids": ids} for ids in code_sequences(digits)[:, : -CODE_ROWS + 1]]
+    how = {"images": Writing(options={"temperature": TEMPERATURE})}
+    outputs = model.generate(prompts, CODE_ROWS, modalities=how, seed=seed)
+    return torch.stack([output.parts[0].value.view(8, 8) for output in outputs])

@@ -59,14 +59,14 @@ def detect_key(clip: np.ndarray) -> str | None:
     """The telephone key that a clip `[n]` sounds, or None where none is clear.
 
     Listens to the frames at least half as loud as the loudest. One frequency of each group must stand 6 dB
-    above the group's others, and the two together must carry at least half of the energy.
+    above the group's others, and the two together must carry at least half of the energy. In silence none is.
     """
     frames = np.lib.stride_tricks.sliding_window_view(clip, FRAME)[:: FRAME // 4]
     energy = (frames**2).sum(-1)
     loud = energy >= 0.5 * energy.max()
     power = goertzel(frames[loud], LOW_HZ + HIGH_HZ).sum(0)
     low, high = power[: len(LOW_HZ)], power[len(LOW_HZ) :]
-    clear = all(np.sort(group)[-1] >= 4 * np.sort(group)[-2] for group in (low, high))
+    clear = energy.any() and all(np.sort(group)[-1] >= 4 * np.sort(group)[-2] for group in (low, high))
     if not clear or low.max() + high.max() < 0.5 * energy[loud].sum():
         return None
     return KEY_OF_HZ[LOW_HZ[low.argmax()], HIGH_HZ[high.argmax()]]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_mimo.decoders.discrete import DiscreteDecoder
 from megatron_mimo.decoders.guidance import guided
-from megatron_mimo.decoders.rectified_flow import integrate
+from megatron_mimo.decoders.rectified_flow import RectifiedFlowDecoder, integrate
 from megatron_mimo.generation.events import Sample
 from megatron_mimo.generation.sampling import Sampler, Sampling, generator_seed, uniform
 from megatron_mimo.generation.spans import SpanRule
@@ -83,15 +83,39 @@ class Drawing:
         )  # fmt: skip
 
     def whole(self, rule: SpanRule, samples: Sequence[Sample], states: Tensor) -> Iterator[Tensor]:
-        """What is drawn for each sample's whole span, from states `[rows, R, H]`, mains first."""
+        """What is drawn for each sample's whole span, from states `[rows, R, H]`, mains first.
+
+        Rectified flows are integrated side by side, each from its own sample's noise.
+        """
         submodule = self._model.modality_submodules[rule.modality]
         decoder = submodule.decoders[rule.decoder]
+        if type(decoder).sample is RectifiedFlowDecoder.sample:
+            yield from self._flows(rule, decoder, samples, states)
+            return
         for place, sample in enumerate(samples):
             rows = submodule.rows_for(rule.decoder, states[place])
             null = None
             if sample.twin is not None:
                 null = submodule.rows_for(rule.decoder, states[len(samples) + place])
             yield self._sampled(rule, decoder, rows, null, sample, 0)
+
+    def _flows(
+        self, rule: SpanRule, decoder: RectifiedFlowDecoder, samples: Sequence[Sample], states: Tensor
+    ) -> Iterator[Tensor]:
+        submodule = self._model.modality_submodules[rule.modality]
+        options: dict[str, Any] = dict(rule.writing.options)
+        if samples[0].twin is not None and rule.guidance != 1:
+            twins = states[len(samples) :].flatten(0, 1)
+            options["unconditional_rows"] = submodule.rows_for(rule.decoder, twins)
+        rows = submodule.rows_for(rule.decoder, states[: len(samples)].flatten(0, 1))
+        targets = rule.rows // decoder.rows_per_item * decoder.targets_per_item
+        drawn = decoder.sample(rows, noise=self._noise(samples, targets, decoder.target_width), **options)
+        yield from drawn.split(targets)
+
+    def _noise(self, samples: Sequence[Sample], rows: int, width: int) -> Tensor:
+        """Noise `[b * rows, width]`, each sample's from its own seed."""
+        device = self._stage.device
+        return torch.cat([torch.randn(rows, width, generator=self._generator(s, 0), device=device) for s in samples])
 
     def _sampled(
         self, rule: SpanRule, decoder: Any, rows: Tensor, null: Tensor | None, sample: Sample, place: int
@@ -157,11 +181,6 @@ class Drawing:
         self, rule: SpanRule, samples: Sequence[Sample], velocity: Callable[[Tensor, Tensor], Tensor]
     ) -> Tensor:
         """Targets `[b * R, D]` of a flow, float32, from each sample's own noise."""
-        noise = torch.cat(
-            [
-                torch.randn(rule.rows, rule.width, generator=self._generator(s, 0), device=self._stage.device)
-                for s in samples
-            ]
-        )
+        noise = self._noise(samples, rule.rows, rule.width)
         given = {name: rule.writing.options[name] for name in ("solver", "shift") if name in rule.writing.options}
         return integrate(velocity, noise, steps=rule.writing.options.get("steps", 25), **given)

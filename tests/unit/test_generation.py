@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from megatron.core.ssm.mamba_layer import MambaLayer
 
 from megatron_mimo.cached_attention import CachedAttention, Turn, cache_bytes
 from megatron_mimo.generation.borrow import attentions_of, borrowed
@@ -301,17 +302,33 @@ def test_options_that_mean_nothing_are_refused_before_anything_runs(single_proce
 LAYERS = {
     "attention sinks": (dict(softmax_type="off-by-one"), "softmax_type='vanilla'"),
     "graphs of layers": (dict(cuda_graph_impl="local"), "cuda_graph_impl='none'"),
+    "interleaved stages": (
+        dict(virtual_pipeline_model_parallel_size=2),
+        "expected virtual_pipeline_model_parallel_size=None, found virtual_pipeline_model_parallel_size=2",
+    ),
     "a window that reaches ahead": (dict(window_size=(2, 2)), "expected a window that does not reach ahead"),
 }
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_layers_that_the_cache_does_not_serve_are_refused(single_process, name):
+def test_layers_that_the_cache_does_not_serve_are_refused_before_anything_runs(single_process, monkeypatch, name):
     changes, message = LAYERS[name]
     model = model_of("rope")
+    monkeypatch.setattr(model, "embed", None)
     for attribute, value in changes.items():  # set after the build: some need a GPU to be built
         setattr(model.config, attribute, value)
     with pytest.raises(ValueError, match=message):
+        model.generate([bad()], 5, modalities=())
+
+
+def test_layers_with_a_state_of_their_own_are_refused_by_name_before_anything_runs(single_process, monkeypatch):
+    """Megatron's Mamba layers need kernels of a GPU to be built: one that was never given its weights stands here."""
+    model = model_of("hybrid")
+    layers = model.language_model.decoder.layers
+    layers[1] = MambaLayer.__new__(MambaLayer)
+    torch.nn.Module.__init__(layers[1])
+    monkeypatch.setattr(model, "embed", None)
+    with pytest.raises(ValueError, match=r"expected a pattern of attention .* found \['MambaLayer'\]"):
         model.generate([bad()], 5, modalities=())
 
 

@@ -1,5 +1,6 @@
 """Generation on several ranks says what one rank says, on training layouts, and leaves the model as it was."""
 
+from argparse import Namespace
 from collections.abc import Callable
 
 import pytest
@@ -9,11 +10,13 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig
 
 import megatron_mimo
+from examples.recipes import any_to_any_small
 from megatron_mimo.generation import Writing
-from megatron_mimo.launch import Run
+from megatron_mimo.launch import Run, shutdown
 from megatron_mimo.training import Trainer, TrainerSettings
 from tests import tiny, writing
-from tests.distributed.harness import case, relayout
+from tests.distributed.cases import pretrain
+from tests.distributed.harness import case, relayout, shared_directory
 from tests.distributed.shards import load_whole_weights, whole_weights
 from tests.generating import LOGPROBS, check_greedy, language, model_of, one_by_one, prompts
 
@@ -196,6 +199,77 @@ def context_parallelism_is_refused_before_any_work(run: Run) -> None:
 @case(ranks=2, timeout_s=120, expert_model_parallel_size=2)
 def expert_parallelism_is_refused_before_any_work(run: Run) -> None:
     refused(run, "expected expert_model_parallel_size=1, found expert_model_parallel_size=2")
+
+
+@case(ranks=2, timeout_s=120, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
+def interleaved_stages_are_refused_by_a_trainer_before_any_work(run: Run) -> None:
+    config = tiny.mimo_config(
+        language(
+            "groups",
+            num_layers=4,
+            pipeline_model_parallel_size=2,
+            virtual_pipeline_model_parallel_size=2,
+            pipeline_dtype=torch.float32,
+            overlap_p2p_comm=True,
+            batch_p2p_comm=False,
+        )
+    )
+    trainer = Trainer(config, run, TrainerSettings(steps=1), optimizer=OptimizerConfig(lr=1e-3))
+    asked = prompts()
+    for model in trainer.models:
+        model.embed = None
+    with pytest.raises(ValueError, match="found virtual_pipeline_model_parallel_size=2"):
+        trainer.generate(asked, NEW)
+
+
+class Recipe:
+    """The recipe, which keeps the arguments that its model was made of."""
+
+    datasets, collate = staticmethod(any_to_any_small.datasets), staticmethod(any_to_any_small.collate)
+
+    def __init__(self) -> None:
+        self.args: Namespace | None = None
+
+    def model_config(self, args: Namespace) -> megatron_mimo.MimoModelConfig:
+        self.args = args
+        return any_to_any_small.model_config(args)
+
+
+@case(ranks=2, timeout_s=120)
+def a_model_answers_from_a_checkpoint_of_pretrain(run: Run) -> None:
+    saved, recipe = shared_directory() / "generation-pretrain", Recipe()
+    shutdown()
+    pretrain.run_recipe(saved, "--save", str(saved), "--save-interval", "2", steps=2, recipe=recipe)
+    assert recipe.args is not None
+    run = relayout()
+    trainer = Trainer(any_to_any_small.model_config(recipe.args), run, TrainerSettings(steps=1))
+    model, token = trainer.models[0], any_to_any_small.TOKEN
+    first = model.language_model.embedding.word_embeddings.weight.detach().clone()
+    trainer.load(saved / "iter_0000002", weights_only=True)
+    table = model.language_model.embedding.word_embeddings.weight
+    assert torch.equal(table, pretrain.embedding(saved, 2)) and not torch.equal(table, first)
+
+    seen = torch.randn(1, 3, any_to_any_small.SIDE, any_to_any_small.SIDE)
+    looked = [token["look"], *[token["<image>"]] * any_to_any_small.IMAGE_ROWS]
+    asked = [
+        {"input_ids": looked, "modality_inputs": {"images": {"vit": {"images": seen}}}},
+        {"input_ids": [token[word] for word in ("sing", "high", "soft", "<sing>")]},
+    ]
+    _, sung = trainer.generate(asked, [4, any_to_any_small.FRAMES])
+    placeholders = [token[word] for word in ("<image>", "<tone>", "<draw>", "<sing>")]
+    (told,) = trainer.generate(asked[:1], 4, modalities=())
+    ids = torch.tensor(looked)
+    model.eval()
+    with torch.no_grad():
+        for said in told.ids:
+            logits = model(ids[None], modality_inputs=asked[0]["modality_inputs"])[0].language[0, -1]
+            logits[placeholders] = -torch.inf
+            assert said == int(logits.argmax())
+            ids = torch.cat([ids, torch.tensor([said])])
+        whole = torch.tensor([*asked[1]["input_ids"], *[token["<sing>"]] * (any_to_any_small.FRAMES - 1)])
+        waves = model.decode(model(whole[None])[0])["tones"]["waves"]
+    assert [part.kind for part in sung.parts] == ["audio"]
+    torch.testing.assert_close(sung.parts[0].samples, waves.view_as(sung.parts[0].samples), atol=1e-5, rtol=0)
 
 
 @case(ranks=2, timeout_s=120)
