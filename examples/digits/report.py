@@ -31,6 +31,9 @@ GOALS = {
     "draw_diversity": 0.50,
     "dial_accuracy": 0.95,
     "hear_then_draw_accuracy": 0.85,
+    "next_read_accuracy": 0.90,
+    "next_draw_accuracy": 0.90,
+    "next_dial_accuracy": 0.90,
     "draw_codes_accuracy": 0.90,
     "draw_codes_diversity": 0.50,
 }
@@ -43,6 +46,9 @@ SAYS = {
     "draw_novelty": "distance from a drawing to the nearest training image, over that of unseen handwriting",
     "dial_accuracy": "dialled tones that a Goertzel detector decodes",
     "hear_then_draw_accuracy": "digits drawn from a tone that the SVM recognises",
+    "next_read_accuracy": "held-out handwriting read as the digit it is, in one answer with the next two",
+    "next_draw_accuracy": "the digit after it, drawn in that answer, that the SVM recognises",
+    "next_dial_accuracy": "the digit after it, dialled in that answer, that the Goertzel detector decodes",
     "train_seconds": "time of the training on this machine",
     "draw_codes_accuracy": "digits drawn with codes that the SVM recognises",
     "draw_codes_diversity": "distance between two of them, over that of real handwriting",
@@ -123,18 +129,19 @@ def draw_losses(losses: Losses, terms: dict[str, tuple[str, str]]) -> Figure:
 
 def draw_flow(results: FlowResults, held_out: Digits) -> Figure:
     """Real and drawn digits, and below each the spectrogram of its dialled tone."""
-    figure = Figure(figsize=(10, 6))
+    figure = Figure(figsize=(10, 7))
     grid = figure.add_gridspec(
-        4, 10, height_ratios=(3, 4, 2, 4.5), left=0.1, right=0.99, top=0.95, bottom=0.02, hspace=0.1, wspace=0.1
+        5, 10, height_ratios=(3, 4, 2, 2, 4.5), left=0.1, right=0.99, top=0.95, bottom=0.02, hspace=0.1, wspace=0.1
     )
     blocks = (
         ("real", held_out.images, held_out.labels, 3),
         ("drawn", results.drawn, results.asked, 4),
         ("drawn on\nhearing\nits tone", results.heard_drawn, results.asked, 2),
+        ("drawn on\nreading the\none before", results.answers.drawn, (results.shown.labels + 1) % 10, 2),
     )
     _draw_blocks(figure, grid, blocks)
     for digit in range(10):
-        axis = figure.add_subplot(grid[3, digit])
+        axis = figure.add_subplot(grid[4, digit])
         _draw_spectrogram(axis, results.dialled[results.asked == digit][0], labelled=digit == 0)
     return figure
 
@@ -233,13 +240,17 @@ def flow_section(results: FlowResults, losses: Losses, picture: bytes) -> str:
     return f"""
 <h2>By flow: one model draws and dials</h2>
 {_picture(picture, "Real digits, drawn digits, and spectrograms of dialled tones")}
-<p>Every drawing starts from other noise. In the last two rows of digits the model was told no digit: it heard
-its tone. Below, a dialled tone of each digit, from left to right in time.</p>
+<p>Every drawing starts from other noise. In the last four rows of digits the model was told no digit: in two it
+heard its tone, in two it read the digit before it. Below, a dialled tone of each digit, from left to right in time.</p>
 <h3>Listen</h3>
 <p>Tones as the model made them, 128 ms each: it chooses level, phases, duration and noise anew every time.</p>
 <div class="keys">{"".join(_key(results, digit) for digit in range(10))}</div>
 <p>A number, dialled digit by digit: {"".join(map(str, PHONE_NUMBER))}</p>
 {_player(_dialled_number(results))}
+<h3>In one answer: read this, draw the next, dial it</h3>
+<p>Each of these is one answer to a held-out digit. The model says the digit, begins to draw the next by itself, and
+then to dial it.</p>
+<div class="keys">{"".join(_answer(results, digit) for digit in range(10))}</div>
 <h3>Losses of its {len(losses)} steps</h3>
 {_picture(png(draw_losses(losses, FLOW_TERMS)), "Loss of every term over the steps")}
 """
@@ -293,6 +304,24 @@ def _key(results: FlowResults, digit: int) -> str:
     clip = results.dialled[results.asked == digit][0]
     low, high = KEY_HZ[str(digit)]
     return f"<figure>{_player(clip)}<figcaption>{digit} <small>{low:.0f} + {high:.0f} Hz</small></figcaption></figure>"
+
+
+def _answer(results: FlowResults, digit: int) -> str:
+    """The answer to the first of the digits that were shown and are `digit`."""
+    place = int((results.shown.labels == digit).nonzero()[0])
+    words = "".join(map(str, results.answers.words[place]))
+    figure = Figure(figsize=(2, 1))
+    for axis, (title, image) in zip(
+        figure.subplots(1, 2),
+        (("shown", results.shown.images[place]), ("drawn", results.answers.drawn[place])),
+    ):
+        axis.imshow(-image.numpy(), cmap="gray", vmin=-1, vmax=1)
+        axis.set_title(title, fontsize=8)
+        axis.set_axis_off()
+    return (
+        f"<figure>{_picture(png(figure), f'The digit {digit} as it was shown, and what was drawn')}"
+        f"{_player(results.answers.dialled[place])}<figcaption>says {html.escape(words)}</figcaption></figure>"
+    )
 
 
 def _dialled_number(results: FlowResults) -> Tensor:

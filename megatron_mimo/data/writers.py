@@ -93,7 +93,7 @@ class ImageWriter:
             raise ValueError(f"ImageWriter: a grid of {grid[0]} x {grid[1]} has not {rows} rows")
         self._decoder, self._size, self._rows, self._span = decoder, size, rows, span
         self._mode = "RGB" if channels == 3 else "L"
-        self._grid = None if grid is None else (1, *grid)
+        self.grid = None if grid is None else (1, *grid)
         self._patch, self.limits = patch, limits
 
     def __call__(self, medium: Image) -> Writing:
@@ -105,7 +105,7 @@ class ImageWriter:
         low, high = self._span
         media = torch.from_numpy(np.ascontiguousarray(pixels * (high - low) + low))[None]
         targets = {"media": media} if self._patch is None else {"target": self._patches(media[0])}
-        return Writing(self._rows, {self._decoder: targets}, self._grid, float(media.numel()))
+        return Writing(self._rows, {self._decoder: targets}, self.grid, float(media.numel()))
 
     def _patches(self, image: Tensor) -> Tensor:
         """`[rows, C * patch * patch]` of an image `[C, H, W]`: patches row by row, `(channel, y, x)` within one."""

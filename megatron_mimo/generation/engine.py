@@ -15,7 +15,7 @@ import torch
 from megatron_mimo.cached_attention import bucketed
 from megatron_mimo.generation.events import Event, Finished
 from megatron_mimo.generation.loop import Loop
-from megatron_mimo.generation.messages import prompt_of
+from megatron_mimo.generation.messages import placed_as_trained, prompt_of
 from megatron_mimo.generation.prompts import Request, per_sample, request_of
 from megatron_mimo.generation.rescore import rescored
 from megatron_mimo.generation.results import GenerationOutput
@@ -100,7 +100,7 @@ def generate(
     tokenizer = tokenizer or getattr(processor, "chat", None) or getattr(processor, "tokenizer", None)
     if stop_strings and tokenizer is None:
         raise ValueError("stop_strings: expected a tokenizer beside them, found none; give tokenizer=...")
-    rules = span_rules(model, modalities, known)
+    rules = placed_as_trained(span_rules(model, modalities, known), processor, known)
     given = dict(zip(_SAMPLING, (temperature, top_k, top_p, min_p, repetition_penalty, seed)))
     requests: dict[int, Request] = {}
     errors: dict[int, ValueError] = {}

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from megatron_mimo.data.positions import Span as Placed
 from megatron_mimo.generation.prompts import Request
 from megatron_mimo.generation.results import GenerationOutput, MediaPart, TextPart
 from megatron_mimo.generation.spans import SpanRule
@@ -95,6 +96,7 @@ class Sample:
         learned: places of its text tokens in `sequence`.
         shown: what written spans show the language model, in order.
         read: what was read again, as `modality_inputs`.
+        placed: spans of `sequence` behind the prompt whose positions follow a rule.
     """
 
     index: int
@@ -116,6 +118,7 @@ class Sample:
     learned: list[int] = field(default_factory=list)
     shown: list[tuple[SpanRule, Tensor]] = field(default_factory=list)
     read: list[Mapping[str, Any]] = field(default_factory=list)
+    placed: list[Placed] = field(default_factory=list)
 
     @property
     def done(self) -> bool:

@@ -160,7 +160,7 @@ class Loop:
             self._number(speaking)
             self._say(reach)
         else:
-            self._switch(writing, reach)
+            self._switch(writing, reach, self.writer.next_positions(writing, places))
         for row in runs:
             self.lengths[row] += 1
         if writing:
@@ -190,7 +190,7 @@ class Loop:
         key = (reach, self._sampler.greedy, self._switches)
         self._recorder.run(key, step, self.state.changing)
 
-    def _switch(self, writing: Sequence[Sample], reach: int) -> None:
+    def _switch(self, writing: Sequence[Sample], reach: int, positions: Tensor | None) -> None:
         """A step in which some rows read what a decoder has drawn for them."""
         fed = self.writer.next_rows(writing)
         rows = None
@@ -199,13 +199,13 @@ class Loop:
         if fed is not None and rows is not None:
             index, values = fed
             rows = rows.index_copy(1, index, values[None].to(rows.dtype))
-        self._run(rows, reach)
+        self._run(rows, reach, positions)
 
-    def _run(self, rows: Tensor | None, reach: int) -> Tensor:
+    def _run(self, rows: Tensor | None, reach: int, positions: Tensor | None = None) -> Tensor:
         """Runs the model on one position of each row; gives bool `[rows]`, which had one."""
         state = self.state
         slots, sees, places = (column[:, None] for column in state.packed)
-        hidden = self.stage.run(rows, Step(slots, sees, places, reach), self.rows, 1)
+        hidden = self.stage.run(rows, Step(slots, sees, places, reach), self.rows, 1, positions)
         ran = slots[:, 0] != self.slots - 1
         if self.stage.last:
             if self._switches:
@@ -263,7 +263,8 @@ class Loop:
     def _allowed_in(self, size: int) -> Tensor:
         """Bool `[rows, V]`: what each row may say."""
         if self._allowed is None:
-            sayable = torch.stack([self._sayable(request.writes, size) for request in self._prompts])
+            device = self.stage.device
+            sayable = torch.stack([self.known.sayable(r.writes, size, device) for r in self._prompts])
             self._allowed = self.state.allow(sayable)
             for row, tokens in self._restricted.items():
                 self._allowed[row] = self._only(tokens, size)
@@ -274,13 +275,6 @@ class Loop:
         allowed[list(tokens)] = True
         return allowed
 
-    def _sayable(self, writes: Mapping[str, SpanRule], size: int) -> Tensor:
-        allowed = torch.arange(size, device=self.stage.device) < self.known.vocabulary
-        own = {*self.known.special.values(), *self.known.generation.values(), *self.known.begin.values()}
-        hidden = own - {rule.opening for rule in writes.values()}
-        allowed[[token for token in hidden if 0 <= token < size]] = False
-        return allowed
-
     def restrict(self, sample: Sample, tokens: Sequence[int] | None) -> None:
         """From now on a sample may say these tokens alone; None for all that its request allows."""
         if tokens is None and self._restricted.pop(sample.row, None) is None:
@@ -289,8 +283,8 @@ class Loop:
             self._restricted[sample.row] = list(tokens)
         if self._allowed is not None:
             size = self._allowed.shape[1]
-            own = self._sayable(sample.request.writes, size) if tokens is None else self._only(tokens, size)
-            self._allowed[sample.row] = own
+            everything = self.known.sayable(sample.request.writes, size, self.stage.device)
+            self._allowed[sample.row] = everything if tokens is None else self._only(tokens, size)
 
     def _seen_in(self, size: int) -> Tensor | None:
         """Bool `[rows, V]`, tokens of prompts and answers, where anybody penalises them."""

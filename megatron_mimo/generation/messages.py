@@ -11,8 +11,12 @@ from torch import Tensor
 
 from megatron_mimo.data.messages import Conversation, SampleError, conversation_of
 from megatron_mimo.data.packs import joined
+from megatron_mimo.data.positions import SEQUENTIAL
 from megatron_mimo.data.readers import TEXT_OUTPUTS
 from megatron_mimo.data.samples import SampleProcessor
+from megatron_mimo.generation.placing import check_positions
+from megatron_mimo.generation.prompts import Known
+from megatron_mimo.generation.spans import SpanRule
 
 
 def prompt_of(prompt: object, processor: Any, model: Any) -> object:
@@ -61,6 +65,29 @@ def laid_out(conversation: Conversation, processor: SampleProcessor, media_root:
     if len(sample.position_ids) > 1 or sample.delta:
         prompt |= {"position_ids": sample.position_ids, "delta": sample.delta}
     return prompt
+
+
+def placed_as_trained(rules: Mapping[str, SpanRule], processor: Any, known: Known) -> dict[str, SpanRule]:
+    """The rules, each with the positions that its processor gives such spans in training, where it names none.
+
+    Raises:
+        ValueError: positions that its spans cannot have.
+    """
+    found = dict(rules)
+    handlings = processor.handling.values() if isinstance(processor, SampleProcessor) and known.sections > 1 else ()
+    for handling in handlings:
+        rule = found.get(handling.modality)
+        if rule is None or handling.writer is None or rule.writing.positions is not None:
+            continue
+        if handling.rule != SEQUENTIAL:
+            placed = replace(rule.writing, positions=handling.rule, grid=getattr(handling.writer, "grid", None))
+            found[handling.modality] = replace(rule, writing=placed)
+    for name, rule in found.items():
+        try:
+            check_positions(rule, known.sections)
+        except ValueError as error:
+            raise ValueError(f"modalities[{name!r}]: {error}") from error
+    return found
 
 
 def _of_transformers(messages: Sequence[object], processor: Any, model: Any) -> dict[str, Any]:

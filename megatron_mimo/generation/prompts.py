@@ -54,6 +54,14 @@ class Known(NamedTuple):
             config.end_token_ids,
         )
 
+    def sayable(self, writes: Mapping[str, SpanRule], size: int, device: torch.device) -> Tensor:
+        """Bool `[size]`: text, and what opens a modality of `writes`."""
+        allowed = torch.arange(size, device=device) < self.vocabulary
+        own = {*self.special.values(), *self.generation.values(), *self.begin.values()}
+        hidden = own - {rule.opening for rule in writes.values()}
+        allowed[[token for token in hidden if 0 <= token < size]] = False
+        return allowed
+
 
 @dataclass
 class Request:

@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_mimo.generation.borrow import evaluating
 from megatron_mimo.generation.drawing import Drawing
 from megatron_mimo.generation.events import Finished, Sample
+from megatron_mimo.generation.placing import following
 from megatron_mimo.generation.prompts import Batch, Known, Request, batched, joined
 from megatron_mimo.generation.results import TextPart
 from megatron_mimo.generation.stage import Stage
@@ -36,7 +37,8 @@ def rescored(
     """
     said = [sample for sample in samples if sample.learned]
     multiple = model.pg_collection.tp.size() if model.config.sequence_parallel else 1
-    whole = [_whole(sample, Drawing(model, stage) if stage.first else None) for sample in said]
+    drawing = Drawing(model, stage) if stage.first else None
+    whole = [_whole(sample, drawing, known.sections) for sample in said]
     together = batched(whole, known, stage.device, multiple) if whole else None
     fits = stage.told(together is not None)
     batches = [together] if fits else [batched([request], known, stage.device, multiple) for request in whole]
@@ -48,7 +50,7 @@ def rescored(
     yield from finished
 
 
-def _whole(sample: Sample, drawing: Drawing | None) -> Request:
+def _whole(sample: Sample, drawing: Drawing | None, sections: int) -> Request:
     """The request that a sample's whole sequence would make."""
     request, inputs, shown = sample.request, sample.request.inputs, sample.request.shown
     for read in sample.read:
@@ -57,10 +59,10 @@ def _whole(sample: Sample, drawing: Drawing | None) -> Request:
         if drawing is not None and rule.style != "pass":
             shown = joined([shown, {rule.modality: drawing.shown(rule, drawn)}])
     positions = request.positions
+    if positions is None and sample.placed:
+        positions = torch.arange(len(request.ids)).expand(sections, -1)
     if positions is not None:
-        own = positions.shape[1]
-        later = torch.arange(own, len(sample.sequence)).expand(len(positions), -1) + request.delta
-        positions = torch.cat([positions, later], dim=1)
+        positions = following(positions, request.delta, len(sample.sequence), sample.placed)
     return replace(request, ids=list(sample.sequence), inputs=inputs, shown=shown, positions=positions)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_mimo.data.positions import Grid, PositionRule
 from megatron_mimo.decoders.arguments import check_sample_options
 from megatron_mimo.decoders.base import Decoder
 from megatron_mimo.decoders.inputs import NoisedTargetInput
@@ -29,12 +30,14 @@ class Reread:
             `modality_inputs` has them.
         rows: positions that the encoder's rows fill.
         before, after: text ids around them, the written span's end token included.
+        grid: `(t, h, w)` of the rows, where `Writing.positions` reads it.
     """
 
     inputs: Callable[[Tensor], Mapping[str, Mapping[str, Any]]]
     rows: int
     before: Sequence[int] = ()
     after: Sequence[int] = ()
+    grid: Grid | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,9 @@ class Writing:
             without which it would have no end.
         whole: whether all positions of a span see the whole of it.
         reread: what is read after it; None for nothing.
+        positions: the rule by which training places this modality's spans under mrope, `data.GridPositions()` for
+            example; None takes that of the call's `SampleProcessor`, and without one counts on as text does.
+        grid: `(t, h, w)` of a written span's rows, where the rule reads it.
     """
 
     decoder: str | None = None
@@ -57,6 +63,8 @@ class Writing:
     rows: int | None = None
     whole: bool = False
     reread: Reread | None = None
+    positions: PositionRule | None = None
+    grid: Grid | None = None
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,17 @@ Shapes: `b` samples that write together, `R` rows of a span, `H` hidden width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from megatron_mimo.cached_attention import Step, bucketed
+from megatron_mimo.data.positions import Span as Placed
 from megatron_mimo.generation.drawing import Drawing
 from megatron_mimo.generation.events import Finished, Medium, Sample, Span
+from megatron_mimo.generation.placing import read_again, run_of, written
 from megatron_mimo.generation.results import MediaPart
 from megatron_mimo.generation.spans import SpanRule
 
@@ -149,6 +152,8 @@ class Writer:
                     self._loop.restrict(sample, [rule.end])
                 asked.append(sample)
                 continue
+            if span.full:
+                self._place(sample, written(rule), rule.rows, len(sample.sequence) - rule.rows)
             span.full = span.full or not sample.room
             if span.full:
                 self._full.append(sample)
@@ -191,7 +196,7 @@ class Writer:
         elif self._stage.first:
             ids = torch.full((len(rows), length), rule.token, device=self._stage.device)
             fed = self._stage.embed_tokens(ids, step.positions)
-        hidden = self._stage.run(fed, step, len(rows), length)
+        hidden = self._stage.run(fed, step, len(rows), length, self._positions(rows, written(rule), length))
         drawn: list[Tensor | None] = [None] * len(samples)
         if self._stage.last:
             states = self._read_states(rule, samples, hidden)
@@ -202,14 +207,14 @@ class Writer:
     def _flow(self, samples: Sequence[Sample]) -> list[Tensor]:
         """Draws by a flow that the language model sees at every solver step; the same slots are written each time."""
         rule, rows, step = samples[0].writing.rule, rows_of(samples), self._step(samples)
-        copies = len(samples[0].rows)
+        copies, positions = len(samples[0].rows), self._positions(rows, written(rule), rule.rows)
 
         def run(x: Tensor, time: Tensor) -> Tensor | None:
             fed = None
             if self._stage.first:
                 fed = self._drawing.noised(rule, x, time).view(len(samples), rule.rows, -1).transpose(0, 1)
                 fed = fed.repeat(1, copies, 1)
-            return self._stage.run(fed, step, len(rows), rule.rows)
+            return self._stage.run(fed, step, len(rows), rule.rows, positions)
 
         def velocity(x: Tensor, time: Tensor) -> Tensor:
             hidden = run(x, time)
@@ -234,6 +239,40 @@ class Writer:
         reach = bucketed(max(loop.lengths[row] for row in rows) + length)
         return Step(slots, sees, slots + starts[:, 1:], reach, rows=loop.to_device(rows))
 
+    def _positions(self, rows: Sequence[int], spans: Sequence[Placed], length: int) -> Tensor | None:
+        """Int64 `[k, rows, length]` of a run that these rows add; None where it counts on as text."""
+        if not spans:
+            return None
+        loop = self._loop
+        run = run_of(spans, length, loop.known.sections)[0]
+        return loop.to_device(
+            [[[at + loop.lengths[r] + loop.deltas[r] for at in one] for r in rows] for one in run.tolist()]
+        )
+
+    def _place(self, sample: Sample, spans: Sequence[Placed], length: int, start: int) -> None:
+        """A run that began at `start` of the sample's sequence stays: what follows it stands where its rule says."""
+        if not spans:
+            return
+        sample.placed += [replace(span, start=span.start + start) for span in spans]
+        for row in sample.rows:
+            self._loop.deltas[row] += run_of(spans, length, self._loop.known.sections)[1] - length
+
+    def next_positions(self, writing: Sequence[Sample], places: Sequence[int]) -> Tensor | None:
+        """Int64 `[k, rows, 1]` of a step in which these write a row each; None where all count on.
+
+        `places`: of every row, by counting.
+        """
+        if all(sample.writing.rule.writing.positions is None for sample in writing):
+            return None
+        sections = self._loop.known.sections
+        held = torch.tensor(places).expand(sections, -1).clone()
+        for sample in writing:
+            rule, done = sample.writing.rule, len(sample.writing.drawn)
+            ahead = run_of(written(rule), rule.rows, sections)[0][:, done] - done
+            for row in sample.rows:
+                held[:, row] += ahead
+        return self._loop.to_device(held.tolist())[..., None]
+
     def _read_states(self, rule: SpanRule, samples: Sequence[Sample], hidden: Tensor) -> Tensor:
         """States `[rows, R, H]` that decoders read, mains first: at the positions, or at those before."""
         if not rule.own:
@@ -246,6 +285,9 @@ class Writer:
         loop, rows = self._loop, rows_of(samples)
         for row in rows:
             loop.lengths[row] += samples[0].writing.rule.rows if length is None else length
+        if length is None:
+            for sample in samples:
+                self._place(sample, written(sample.writing.rule), sample.writing.rule.rows, len(sample.sequence))
         if hidden is not None:
             index = loop.to_device(rows)
             loop.state.last.index_copy_(0, index, hidden[-1])
@@ -278,14 +320,20 @@ class Writer:
         fed = None
         if self._stage.first:
             batch = torch.tensor([ids], device=self._stage.device)
+            start = loop.lengths[sample.row] + loop.deltas[sample.row]
+            places = torch.arange(start, start + len(ids), device=self._stage.device)[None]
             step_positions = None
-            if loop.known.learned:
-                start = loop.lengths[sample.row] + loop.deltas[sample.row]
-                step_positions = torch.arange(start, start + len(ids), device=self._stage.device)[None]
+            if loop.known.sections > 1:
+                step_positions = places.expand(loop.known.sections, 1, -1)  # embedding reads none of them
+            elif loop.known.learned:
+                step_positions = places
             fed = self._model.embed(batch, step_positions, inputs).repeat(1, len(sample.rows), 1)
             self._model.finish_checks()
-        hidden = self._stage.run(fed, self._step([sample], len(ids), False), len(sample.rows), len(ids))
+        spans = read_again(rule, again, len(ends))
+        positions = self._positions(sample.rows, spans, len(ids))
+        hidden = self._stage.run(fed, self._step([sample], len(ids), False), len(sample.rows), len(ids), positions)
         self._keep([sample], hidden, len(ids))
+        self._place(sample, spans, len(ids), len(sample.sequence) - counted)
         sample.used += len(ids) - counted
         sample.sequence += ids[counted:]
         sample.read.append(inputs)

@@ -13,12 +13,14 @@ import torch
 
 from examples.digits import data, judges
 from examples.digits.data import TOKEN, Digits, Task
-from examples.digits.evaluate import CodeResults, FlowResults, draw_with_codes
-from examples.digits.model import CosineBands, codes_config
+from examples.digits.evaluate import Answers, CodeResults, FlowResults, Session, draw_with_codes
+from examples.digits.model import CosineBands, codes_config, flow_config
 from examples.digits.report import GOALS, SAYS, wav, write_report
 from examples.digits.tones import CLIP, KEY_HZ, RATE, dial_tones
+from examples.digits.train import train
 from examples.digits.vq import CODES, GRID, DigitCodec, MovingCodebook, train_codec
 from megatron_mimo import MimoModel
+from megatron_mimo.generation import GenerationOutput, MediaPart, TextPart
 from megatron_mimo.launch import initialize
 
 
@@ -76,6 +78,10 @@ def test_the_detector_hears_no_key_in_other_sounds(hertz):
     assert judges.detect_key(noise + sum(np.sin(2 * np.pi * f * time) for f in hertz)) is None
 
 
+def test_silence_is_no_key():
+    assert judges.detect_key(np.zeros(CLIP)) is None
+
+
 def test_goertzel_gives_a_sine_all_of_its_energy():
     frame = np.sin(2 * np.pi * 1000 * np.arange(200) / RATE)  # 25 whole periods
     energy = judges.goertzel(frame, (1000.0, 1200.0))
@@ -119,6 +125,37 @@ def test_training_batches_come_with_and_without_each_modality(split):
     assert tasks[7] == {Task.READ, Task.DRAW}
 
 
+def test_the_next_digit_is_what_is_drawn_and_dialled_behind_the_one_that_is_read(split):
+    train, _ = split
+    samples = data.draw_samples(train, 64, 1, 0)
+    follows = samples.task == Task.NEXT
+    assert torch.equal(samples.written, (samples.digit + follows) % 10)
+    kept = {image.numpy().tobytes(): int(label) for image, label in zip(train.images, train.labels)}
+    assert [kept[one.numpy().tobytes()] for one in samples.image] == samples.digit.tolist()
+    assert [kept[one.numpy().tobytes()] for one in samples.drawing] == samples.written.tolist()
+    heard = [judges.detect_key(one) for one in samples.clip.double().numpy()]
+    assert heard == [str(digit) for digit in samples.written.tolist()]
+
+    batch = data.training_batch(samples)
+    for row in follows.nonzero().flatten().tolist():
+        learned = batch["labels"][row][batch["loss_mask"][row] > 0].tolist()
+        digit, written = int(samples.digit[row]), int(samples.written[row])
+        begins = [digit, TOKEN["<draw>"], *[written] * 3, TOKEN["<dial>"], *[written] * 8]
+        assert learned == begins
+    # Others tell their own digit, wherever they are asked for it.
+    told = batch["labels"] == samples.digit[:, None]
+    assert told[~follows][batch["loss_mask"][~follows] > 0].all()
+
+
+def test_another_handwriting_of_a_digit_is_drawn_evenly():
+    labels = torch.tensor([4, 1, 4, 0, 1, 4])
+    wanted = torch.tensor([4, 1, 0]).repeat(3000)
+    places = data.one_of_each(labels, wanted, torch.Generator().manual_seed(0))
+    assert torch.equal(labels[places], wanted)
+    shares = torch.bincount(places, minlength=6) / 3000
+    torch.testing.assert_close(shares, torch.tensor([1 / 3, 1 / 2, 1 / 3, 1, 1 / 2, 1 / 3]), atol=0.03, rtol=0)
+
+
 def test_shares_of_a_step_are_the_step(split):
     samples = data.draw_samples(split[0], 64, 1, 0)
     whole = data.training_batch(samples)
@@ -155,7 +192,8 @@ def test_the_report_needs_no_other_file(split, clips, tmp_path):
     drawn = torch.stack([held_out.images[held_out.labels == digit][0] for digit in asked.tolist()])
     flow_figures = dict.fromkeys([name for name in SAYS if "codes" not in name and "vq" not in name], 0.93)
     code_figures = dict.fromkeys([name for name in SAYS if name not in flow_figures], 0.81)
-    flow = FlowResults(flow_figures, asked, drawn, drawn, dialled)
+    answers = Answers(torch.ones(100, dtype=torch.bool), asked[:, None].tolist(), drawn, dialled)
+    flow = FlowResults(flow_figures, asked, drawn, drawn, dialled, Digits(drawn, asked), answers)
     codes = CodeResults(code_figures, asked, drawn, held_out.images)
     losses = {
         "flow": [{"text": 1 / (1 + step), "images/pixels": 1.0, "audio/bands": 1.0} for step in range(50)],
@@ -168,7 +206,7 @@ def test_the_report_needs_no_other_file(split, clips, tmp_path):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "report.html").read_text()
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
-    assert len(sources) == 2 + 10 + 1 + 2
+    assert len(sources) == 2 + 10 + 1 + 2 + 10 + 10
     assert all(source.startswith("data:") for source in sources)
     sounds = [source.partition(",")[2] for source in sources if source.startswith("data:audio/wav")]
     assert all(base64.b64decode(sound).startswith(b"RIFF") for sound in sounds)
@@ -176,6 +214,20 @@ def test_the_report_needs_no_other_file(split, clips, tmp_path):
     assert page.count('class="number missed"') == sum(
         (flow_figures | code_figures)[name] < goal for name, goal in GOALS.items()
     )
+
+
+def test_an_answer_is_judged_only_where_it_says_draws_and_dials_in_this_order():
+    text, image, clip = TextPart([3]), torch.full((1, 8, 8), 2.0), torch.ones(CLIP)
+    picture = MediaPart("image", "images", "pixels", [1] * 4, image, torch.zeros(0))
+    sound = MediaPart("audio", "audio", "bands", [1] * 8, clip, torch.zeros(0))
+    parts = [[text, picture, sound], [text, sound, picture], [text, picture], [picture, sound], []]
+    answers = Answers.of([GenerationOutput(parts=one) for one in parts])
+    assert answers.whole.tolist() == [True, False, False, False, False]
+    assert answers.words == [[3], [3], [3], [], []]
+    assert (answers.drawn[0] == 1).all() and (answers.drawn[4] == -1).all()
+    assert torch.equal(answers.dialled[1], clip) and not answers.dialled[2].any()
+    assert answers.accuracy(answers.words, [[3]] * 5) == 0.2
+    assert answers.accuracy([7] * 5, [7] * 5) == 0.2
 
 
 def test_the_report_of_one_model_leaves_out_the_other(split, clips, tmp_path):
@@ -296,3 +348,22 @@ def test_a_code_is_predicted_from_the_prompt_and_the_codes_before_it(painter):
     assert (moved[:6] == 0).all() and (moved[6:] > 0).all()
     other_digit = data.code_sequences(torch.tensor([4]))
     assert ((logits(ids, codes) - logits(other_digit, codes)).abs().amax(1) > 0).all()
+
+
+# One answer of text, picture and sound ------------------------------------------------------
+
+
+def test_a_model_that_learned_the_task_for_a_moment_switches_by_itself(split, no_run):
+    """Forty steps teach when to draw and when to dial, not yet what; the demo itself is judged on that."""
+    run = initialize(seed=0)
+
+    def steps(step: int, rank: int, size: int) -> list[dict]:
+        return [data.training_batch(data.draw_samples(split[0], 32, 1, step).part(rank, size))]
+
+    trained = train(flow_config(), run, steps, steps=40, seed=1, title="test")
+    session = Session(trained.model, seed=3)
+    answers, again = (session.next_of(split[1].images[:6]) for _ in range(2))
+    assert answers.whole.all() and all(len(words) == 1 for words in answers.words)
+    assert answers.drawn.shape == (6, 8, 8) and answers.dialled.shape == (6, CLIP)
+    assert torch.equal(answers.drawn, again.drawn) and torch.equal(answers.dialled, again.dialled)
+    assert len(rows_of(answers.drawn)) == 6
