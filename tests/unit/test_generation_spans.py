@@ -113,6 +113,27 @@ def test_guidance_of_rows_in_one_pass_contrasts_with_the_second_prompt_where_the
     torch.testing.assert_close(output.parts[0].samples, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [ROWS, 2 * ROWS], ids=["one item", "two items"])
+@pytest.mark.parametrize("second", [False, True], ids=["null condition", "second prompt"])
+def test_flows_of_several_samples_are_integrated_together_and_each_draws_what_it_draws_alone(
+    single_process, monkeypatch, second, rows
+):
+    model = model_of("flow-queries")
+    asked, seeds = begun(model, 4, 9, 6), [5, 6, 5]
+    if second:
+        asked = [prompt | {"unconditional": {"input_ids": [1, BEGIN]}} for prompt in asked]
+    wanted = {"images": Writing(options={"steps": 2, "guidance": 3.0}, rows=rows)}
+    alone = [model.generate([one], rows, seed=[seed], modalities=wanted)[0] for one, seed in zip(asked, seeds)]
+    decoder, calls = model.modality_submodules["images"].decoders["out"], []
+    velocity = decoder.velocity
+    monkeypatch.setattr(decoder, "velocity", lambda states, x, time: calls.append(len(x)) or velocity(states, x, time))
+    together = model.generate(asked, rows, seed=seeds, modalities=wanted)
+    assert calls == [3 * rows] * 4  # two steps, each with and without the condition
+    for mine, theirs in zip(together, alone):
+        torch.testing.assert_close(mine.parts[0].samples, theirs.parts[0].samples, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(together[0].parts[0].samples, together[1].parts[0].samples, atol=1e-2)
+
+
 @pytest.mark.parametrize("labelled", [False, True], ids=["begin token", "first generation token"])
 @pytest.mark.parametrize("kind", ["codes", "queries", "flow"])
 def test_samples_switch_when_they_say_so_each_at_its_own_time(single_process, kind, labelled):
