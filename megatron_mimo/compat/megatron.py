@@ -114,18 +114,24 @@ def tracker_without_forks() -> Iterator[None]:
     """Within it, Megatron's RNG tracker stays where it is, whatever asks it for another generator.
 
     Undocumented: that layers ask the one tracker of `get_cuda_rng_tracker()` for `fork()` and that an attribute of the
-    object hides its method.
+    object hides its method. TransformerEngine's attention keeps the method that it finds when it is built; for that one
+    `megatron.core.tensor_parallel.random._get_cuda_rng_state` and `_set_cuda_rng_state`, which it calls, do nothing,
+    and the tracker's `states_` are put back.
     Reason: switches between generators can neither be captured in a CUDA graph nor compiled. What runs within it must
     draw nothing.
     When it goes: a tracker of Megatron's with `use_cudagraphable_rng` can be captured, though not compiled.
     """
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker, random
 
     tracker = get_cuda_rng_tracker()
+    states, read, write = dict(tracker.states_), random._get_cuda_rng_state, random._set_cuda_rng_state
     tracker.fork = _stay
+    random._get_cuda_rng_state = random._set_cuda_rng_state = lambda *args, **options: None
     try:
         yield
     finally:
+        random._get_cuda_rng_state, random._set_cuda_rng_state = read, write
+        tracker.states_ = states
         del tracker.fork
 
 

@@ -140,6 +140,54 @@ def unflatten(leaves: Sequence[Any], form: Any) -> Any:
     return _pytree.tree_unflatten(leaves, form)
 
 
+def run_watched(call: Callable[[], Any], device: torch.device) -> tuple[Any, str | None]:
+    """What a call gives, and the first operation in it for which host and `device` wait for each other, or None.
+
+    Those are reads of a tensor's values, outputs whose size depends on values, and moves from device to device: what a
+    CUDA graph cannot record. Work that goes past torch's operations is not seen.
+
+    Private: `torch.utils._python_dispatch.TorchDispatchMode`, since torch 1.13, of this thread alone.
+    Reason: a capture that fails may leave its stream and memory pool behind; `torch.cuda.set_sync_debug_mode` tells
+    too, but all threads of the process at once.
+    When it goes: record only encoders that the user names.
+
+    Example:
+        >>> cpu = torch.device("cpu")
+        >>> run_watched(lambda: torch.ones(2).sum().item(), cpu)
+        (2.0, 'aten._local_scalar_dense.default')
+        >>> run_watched(lambda: torch.ones(2).sum(), cpu)
+        (tensor(2.), None)
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watcher(TorchDispatchMode):
+        found: str | None = None
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            output = func(*args, **(kwargs or {}))
+            if self.found is None and _waits(func, [*flatten((args, kwargs))[0], *flatten(output)[0]], device.type):
+                self.found = str(func)
+            return output
+
+    with Watcher() as watcher:
+        output = call()
+    return output, watcher.found
+
+
+def _waits(function: Any, values: Sequence[Any], kind: str) -> bool:
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    kinds, aten = {tensor.device.type for tensor in tensors}, torch.ops.aten
+    if kind not in kinds:
+        return False
+    if len(kinds) > 1:
+        # A single number of the host goes along with the launch, unless it is what is moved.
+        moves = function in (aten._to_copy.default, aten.copy_.default)
+        return moves or any(tensor.device.type != kind and tensor.dim() for tensor in tensors)
+    if function in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
+        return any(tensor.dtype in (torch.bool, torch.uint8) for tensor in tensors[1:])
+    return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(function.tags))
+
+
 def forget_compiled_names() -> None:
     """Has `torch.compile` look up torch's functions anew.
 

@@ -82,8 +82,8 @@ class Loop:
         return time.perf_counter() - self._began
 
     def to_device(self, values: Any, dtype: torch.dtype = torch.int64) -> Tensor:
-        """Numbers of the host on the device, without waiting for it."""
-        held = torch.tensor(values, dtype=dtype)
+        """Numbers, or a tensor, of the host on the device, without waiting for it."""
+        held = values if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype)
         if self.stage.device.type == "cpu":
             return held
         return held.pin_memory().to(self.stage.device, non_blocking=True)
@@ -263,16 +263,17 @@ class Loop:
     def _allowed_in(self, size: int) -> Tensor:
         """Bool `[rows, V]`: what each row may say."""
         if self._allowed is None:
-            device = self.stage.device
-            sayable = torch.stack([self.known.sayable(r.writes, size, device) for r in self._prompts])
-            self._allowed = self.state.allow(sayable)
-            for row, tokens in self._restricted.items():
-                self._allowed[row] = self._only(tokens, size)
+            sayable = torch.stack([self._sayable(row, size) for row in range(self.rows)])
+            self._allowed = self.state.allow(self.to_device(sayable))
         return self._allowed
 
-    def _only(self, tokens: Sequence[int], size: int) -> Tensor:
-        allowed = torch.zeros(size, dtype=torch.bool, device=self.stage.device)
-        allowed[list(tokens)] = True
+    def _sayable(self, row: int, size: int) -> Tensor:
+        """Bool `[size]` on the host: what a row may say."""
+        tokens = self._restricted.get(row)
+        if tokens is None:
+            return self.known.sayable(self._prompts[row].writes, size)
+        allowed = torch.zeros(size, dtype=torch.bool)
+        allowed[tokens] = True
         return allowed
 
     def restrict(self, sample: Sample, tokens: Sequence[int] | None) -> None:
@@ -283,17 +284,17 @@ class Loop:
             self._restricted[sample.row] = list(tokens)
         if self._allowed is not None:
             size = self._allowed.shape[1]
-            everything = self.known.sayable(sample.request.writes, size, self.stage.device)
-            self._allowed[sample.row] = everything if tokens is None else self._only(tokens, size)
+            self._allowed[sample.row] = self.to_device(self._sayable(sample.row, size))
 
     def _seen_in(self, size: int) -> Tensor | None:
         """Bool `[rows, V]`, tokens of prompts and answers, where anybody penalises them."""
         if not self._sampler.penalises:
             return None
         if self._seen is None:
-            self._seen = torch.zeros(self.rows, size, dtype=torch.bool, device=self.stage.device)
+            seen = torch.zeros(self.rows, size, dtype=torch.bool)
             for row, request in enumerate(self._prompts):
-                self._seen[row, [token for token in request.ids if 0 <= token < size]] = True
+                seen[row, [token for token in request.ids if 0 <= token < size]] = True
+            self._seen = self.to_device(seen)
         return self._seen
 
     def _remember(self, speaking: Sequence[Sample]) -> None:

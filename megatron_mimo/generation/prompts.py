@@ -54,9 +54,9 @@ class Known(NamedTuple):
             config.end_token_ids,
         )
 
-    def sayable(self, writes: Mapping[str, SpanRule], size: int, device: torch.device) -> Tensor:
-        """Bool `[size]`: text, and what opens a modality of `writes`."""
-        allowed = torch.arange(size, device=device) < self.vocabulary
+    def sayable(self, writes: Mapping[str, SpanRule], size: int) -> Tensor:
+        """Bool `[size]` on the host: text, and what opens a modality of `writes`."""
+        allowed = torch.arange(size) < self.vocabulary
         own = {*self.special.values(), *self.generation.values(), *self.begin.values()}
         hidden = own - {rule.opening for rule in writes.values()}
         allowed[[token for token in hidden if 0 <= token < size]] = False
@@ -158,7 +158,7 @@ def _ids(given: object) -> list[int]:
         if given.dim() != 1 or given.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"input_ids: expected integers [S], found {given.dtype} {list(given.shape)}")
         given = given.tolist()
-    if not isinstance(given, Sequence) or not all(isinstance(i, int) and not isinstance(i, bool) for i in given):
+    elif not isinstance(given, Sequence) or not all(isinstance(i, int) and not isinstance(i, bool) for i in given):
         raise ValueError(f"input_ids: expected a list or tensor of integers, found {type(given).__name__}")
     if not given:
         raise ValueError("input_ids: expected at least one token, found an empty prompt")

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from megatron_mimo.cached_attention import Turn, cache_bytes
 from megatron_mimo.generation.borrow import attentions_of, borrowed, check_cacheable, free_bytes
+from megatron_mimo.generation.encoders import recorded_encoders
 from megatron_mimo.generation.fused import FusedLayers, why_not
 from megatron_mimo.generation.graphs import Recorder, Rows
 from megatron_mimo.generation.prompts import Known
@@ -26,8 +27,9 @@ class Session:
         model: a `MimoModel`, this rank's part.
         compiled: make few kernels of each layer's decode step with `torch.compile`, which takes a minute at first; or
             the name of one of its backends. Layers of which nothing is known run as they are, and a message says why.
-        graphs: record decode steps that only say text as CUDA graphs; None where that works: on a GPU, without
-            pipeline stages and experts.
+        graphs: record decode steps that only say text as CUDA graphs, and what prompts bring from the second time on
+            that it has the same shapes: their pass through the layers, and encoders that do not wait for the host; None
+            where that works: on a GPU, without pipeline stages and experts.
         memory: bytes that the cache may take on this rank; None for what is free.
 
     Attributes:
@@ -96,6 +98,7 @@ class Session:
                 logger.warning("generation: layers are not compiled, because of %s", problem)
         if self._records:
             self.recorder = Recorder(self.model.pg_collection.tp)
+            opened.enter_context(recorded_encoders(self.model, self.recorder))
         return self.state, slots
 
     def close(self) -> None:

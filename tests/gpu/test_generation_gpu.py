@@ -32,6 +32,16 @@ def model_of(kind: str, backend: str = "torch", **changes) -> megatron_mimo.Mimo
     return model
 
 
+def with_media(prompt: dict, factor: float) -> dict:
+    """The prompt with other media of the same shapes."""
+    given = prompt.get("modality_inputs", {})
+    scaled = {
+        modality: {encoder: {key: factor * x for key, x in inputs.items()} for encoder, inputs in encoders.items()}
+        for modality, encoders in given.items()
+    }
+    return prompt | {"modality_inputs": scaled} if scaled else prompt
+
+
 def said(outputs) -> list[list[int]]:
     return [output.ids for output in outputs]
 
@@ -50,7 +60,8 @@ def test_fast_ways_say_what_the_eager_one_says(way, kind, options):
             assert said(found) == said(expected)
             for mine, theirs in zip(found, expected):
                 torch.testing.assert_close(mine.logprobs, theirs.logprobs, atol=1e-3, rtol=0)  # TF32 is off
-            assert session.recorder is None or len(session.recorder) == 1 + bool(calls)
+            # From the second call on the prompts' pass and two encoders are recorded too.
+            assert session.recorder is None or len(session.recorder) == (4 if calls else 1)
         assert (session.stage.fused is not None) == bool(WAYS[way].get("compiled"))
 
 
@@ -58,14 +69,29 @@ def test_fast_ways_say_what_the_eager_one_says(way, kind, options):
 def test_other_prompts_of_as_many_buckets_are_read_by_the_recorded_pass(kind):
     model, sections = model_of(kind, **SWIGLU), 3 if kind == "mrope" else 1
     asked = prompts(sections)
-    others = [{**one, "input_ids": one["input_ids"].flip(-1)} for one in asked]
+    others = [with_media(one | {"input_ids": one["input_ids"].flip(-1)}, -1.0) for one in asked]
     with Session(model, graphs=False) as session:
         expected = [said(model.generate(each, NEW, modalities=(), session=session)) for each in (asked, others)]
     assert expected[0] != expected[1]
     with Session(model, graphs=True) as session:
         for each, theirs in [(asked, expected[0]), (others, expected[1])] * 2:
             assert said(model.generate(each, NEW, modalities=(), session=session)) == theirs
-        assert len(session.recorder) == 2
+        assert len(session.recorder) == 4
+
+
+def test_media_go_through_recorded_encoders_each_as_it_is():
+    model = model_of("groups", **SWIGLU)
+    asked = [[with_media(one, factor) for one in prompts()] for factor in (1.0, -2.0, 0.5)]
+    with Session(model, graphs=False) as session:
+        expected = [model.generate(each, 4, modalities=(), session=session) for each in asked]
+    with Session(model) as session:
+        for _ in range(3):
+            for each, theirs in zip(asked, expected):
+                found = model.generate(each, 4, modalities=(), session=session)
+                assert said(found) == said(theirs)
+                for mine, wanted in zip(found, theirs):
+                    torch.testing.assert_close(mine.logprobs, wanted.logprobs, atol=1e-4, rtol=0)
+    assert len({tuple(map(tuple, said(each))) for each in expected}) == 3
 
 
 @pytest.mark.skipif(not HAVE_TE, reason="TransformerEngine is not installed")

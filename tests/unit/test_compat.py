@@ -199,6 +199,35 @@ def test_hooks_on_the_output_are_found(register) -> None:
     assert not torch_names.has_output_hooks(layer)
 
 
+HOST = {
+    "reads a number": lambda x: x.sum().item(),
+    "reads whether": lambda x: bool(x.any()),
+    "leaves": lambda x: x.to("meta"),
+    "counts": lambda x: x.nonzero(),
+    "picks by a mask": lambda x: x[x > 0],
+    "puts by a mask": lambda x: x.index_put_((x > 0,), torch.tensor(1.0)),
+    "repeats": lambda x: x.repeat_interleave(torch.tensor([1, 2])),
+    "moves": lambda x: torch.empty(2, device="meta").copy_(x),
+}
+DEVICE = {
+    "computes": lambda x: (x @ x).softmax(0),
+    "picks by numbers": lambda x: x[torch.tensor([1, 0])],
+    "puts": lambda x: x.index_copy_(0, torch.tensor([0]), torch.ones(1)),
+    "chooses": lambda x: torch.where(x > 0, x, 0.0),
+    "casts": lambda x: x.to(torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", [*HOST, *DEVICE])
+def test_what_the_host_waits_for_is_seen(name: str) -> None:
+    output, found = torch_names.run_watched(lambda: (HOST | DEVICE)[name](torch.ones(2)), torch.device("cpu"))
+    assert output is not None
+    assert (found is not None) == (name in HOST)
+    # What the host does with tensors of its own meanwhile is its own affair.
+    alone = torch_names.run_watched(lambda: (HOST | DEVICE)[name](torch.ones(2)), torch.device("cuda"))[1]
+    assert alone is None
+
+
 def test_own_state_has_parameters_and_persistent_buffers_and_no_child_s() -> None:
     norm = nn.BatchNorm1d(2)
     norm.register_buffer("passing", torch.ones(1), persistent=False)
@@ -386,11 +415,17 @@ def test_layers_ask_the_tracker_for_forks(single_process) -> None:
 
     tracker = get_cuda_rng_tracker()
     assert tracker is megatron_random.get_cuda_rng_tracker()
-    before = torch.get_rng_state()
-    with megatron.tracker_without_forks(), tracker.fork():
+    before, kept = torch.get_rng_state(), tracker.fork
+    # TransformerEngine's attention keeps the method from when it was built.
+    for fork in (lambda: tracker.fork(), kept):
+        states = dict(tracker.states_)
+        with megatron.tracker_without_forks(), fork():
+            assert torch.equal(torch.get_rng_state(), before)
+        assert tracker.states_.keys() == states.keys()
+        assert all(tracker.states_[name] is state for name, state in states.items())
+        with fork():
+            assert not torch.equal(torch.get_rng_state(), before)
         assert torch.equal(torch.get_rng_state(), before)
-    with tracker.fork():
-        assert not torch.equal(torch.get_rng_state(), before)
 
 
 def test_norms_chosen_at_import_are_those_of_megatron_s_own_specs(single_process) -> None:

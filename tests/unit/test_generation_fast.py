@@ -102,8 +102,8 @@ def test_replayed_steps_say_what_run_ones_say_and_serve_the_next_call(single_pro
     with Session(model, graphs=True, compiled=compiled) as session:
         for number, (asked, wanted) in enumerate(zip(calls * 2, expected * 2)):
             same(model.generate(asked, NEW, modalities=(), session=session, **options), wanted)
-            # Prompts of as many positions are recorded the second time that they come.
-            assert session.recorder is not None and len(session.recorder) == 1 + bool(number)
+            # Prompts of as many positions are recorded the second time that they come, and so are two encoders.
+            assert session.recorder is not None and len(session.recorder) == (1, 2, 4, 4)[number]
     assert [o.ids for o in expected[0]] != [o.ids for o in expected[1]]
 
 
@@ -111,9 +111,11 @@ def test_each_way_to_draw_has_a_graph_and_a_penalty_has_none(single_process, rec
     model = model_of("groups")
     with Session(model, graphs=True) as session:
         for options, count in (({}, 1), ({"temperature": 1.0}, 2), ({"repetition_penalty": 1.3}, 2), ({}, 2)):
-            prompted = session.recorder is not None  # whose pass is recorded from the second call on
+            prompted = (
+                session.recorder is not None
+            )  # whose pass, and two encoders, are recorded from the second call on
             model.generate(prompts(), NEW, modalities=(), session=session, **options)
-            assert len(session.recorder) == count + prompted
+            assert len(session.recorder) == count + 3 * prompted
 
 
 def test_samples_that_switch_between_replays_write_what_they_write_alone(single_process, recorded):
