@@ -1,4 +1,4 @@
-"""Sampling with the language model in the loop: what was drawn so far is shown to it at every step.
+"""Sampling with the language model in the loop by whole passes. Deprecated: `generate` does it with a cache.
 
 Both loops run `MimoModel.forward` on the whole sequence each time, as in training, on any layout with one
 pipeline stage. Every tensor- and context-parallel rank calls them with the same arguments and gets the
@@ -10,6 +10,7 @@ target.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -38,6 +39,8 @@ def sample_one_by_one(
 ) -> Tensor:
     """Samples for every generation token, each drawn from a language model that saw those before it.
 
+    Deprecated, goes with version 0.3: `generate` draws them with a cache, and begins spans by itself.
+
     For a generation input that shows each position's own sample, `CodeInput` or `TargetInput`. The model
     runs as often as a sample of the batch has generation tokens; samples go on side by side.
 
@@ -61,6 +64,7 @@ def sample_one_by_one(
         ValueError: a model in training mode or cut into pipeline stages, a generation input that shows
             no samples, a decoder that draws several rows together, or guidance of another form.
     """
+    _warn("sample_one_by_one")
     writer = _Writer.of(model, input_ids, modality, decoder, inputs)
     chosen: dict[str, Any] = dict(options or {})
     check_sample_options(writer.decoder, chosen, "options")
@@ -106,6 +110,8 @@ def sample_flow(
 ) -> Tensor:
     """Samples of a flow that the language model takes part in: it sees the state at every solver step.
 
+    Deprecated, goes with version 0.3: `generate` draws them with a cache, and begins spans by itself.
+
     For a decoder of rectified flow whose generation input is `NoisedTargetInput`. The model runs once a
     step, with `"heun"` twice.
 
@@ -131,6 +137,7 @@ def sample_flow(
         ValueError: a model in training mode or cut into pipeline stages, a decoder or generation input
             of another kind, spans that do not fit the decoder, or unconditional ids that do not fit.
     """
+    _warn("sample_flow")
     writer = _Writer.of(model, input_ids, modality, decoder, inputs)
     finite("sample_flow", guidance=guidance)
     writer.check_unconditional(input_ids, unconditional_ids, guidance)
@@ -161,6 +168,15 @@ def sample_flow(
         return guided(conditional, network.velocity(contrast, x, time), guidance)
 
     return integrate(velocity, noise, steps=steps, solver=solver, shift=shift)
+
+
+def _warn(name: str) -> None:
+    warnings.warn(
+        f"{name} runs the whole sequence at every step and goes with version 0.3: model.generate(prompts, rows, "
+        "modalities={name: Writing(rows=rows, options=...)}) draws the same with a cache",
+        DeprecationWarning,
+        stacklevel=4,  # past the caller's decorator
+    )
 
 
 @dataclass(frozen=True)

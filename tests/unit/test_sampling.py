@@ -155,6 +155,13 @@ def test_a_prompt_without_generation_tokens_draws_nothing(single_process):
     assert sample_flow(model_of(FLOW), text, "images", steps=1).shape == (0, 4)
 
 
+@pytest.mark.parametrize(("loop", "kind"), [(sample_one_by_one, CODES), (sample_flow, FLOW)], ids=["codes", "flow"])
+def test_the_loops_of_whole_passes_say_that_they_go_and_where_they_are_called(single_process, loop, kind):
+    with pytest.warns(DeprecationWarning, match=rf"^{loop.__name__} runs .* model.generate") as told:
+        loop(model_of(kind), ids(), "images")
+    assert [one.filename for one in told if "model.generate" in str(one.message)] == [__file__]
+
+
 def test_what_is_shown_counts_nothing(single_process):
     for model in (model_of(CODES), model_of(CODES).train()):
         codes = torch.zeros(9, 2, dtype=torch.int64)
