@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
 import megatron_mimo
-from megatron_mimo.data.messages import conversation_of
+from megatron_mimo.data.media import open_video
+from megatron_mimo.data.messages import Medium, conversation_of
 from megatron_mimo.data.packing import PackShape
 from megatron_mimo.data.packs import packed, padded
 from megatron_mimo.data.samples import Sample
@@ -23,6 +25,7 @@ from tests import checkpoints, tiny
 from tests import data_samples as made
 from tests.checkpoints import TOLERANCE, difference
 from tests.parity.test_hf_language import same_bytes, stored
+from tests.unit.test_data_sources import video
 
 HIDDEN, VOCABULARY = 32, 512
 SIZES = [(40, 24), (16, 16), (20, 60)]
@@ -62,7 +65,7 @@ def model_of(kind: str, tied: bool = False) -> Any:
 def processor_of(kind: str) -> Any:
     images = Qwen2VLImageProcessor(patch_size=4, merge_size=2, min_pixels=64, max_pixels=64 * 40)
     whole = transformers.Qwen2VLProcessor if kind == "qwen2_vl" else transformers.Qwen2_5_VLProcessor
-    videos = Qwen2VLVideoProcessor(patch_size=4, merge_size=2)
+    videos = Qwen2VLVideoProcessor(patch_size=4, merge_size=2, min_pixels=64, max_pixels=64 * 20)
     return whole(images, made.tokenizer(), videos, chat_template=made.CHATML)
 
 
@@ -117,6 +120,74 @@ def test_logits_from_files_are_transformers_alone_and_packed(single_process, tmp
         found = ours(padded([sample], len(sample)))
         assert difference(found, logits) < TOLERANCE
     together = packed(samples, PackShape(length=128, multiple=4))
+    found = ours(together)
+    for start, sample, logits in zip(together.cu_seqlens_padded.tolist(), samples, expected):
+        assert difference(found[:, start : start + len(sample)], logits) < TOLERANCE
+
+
+RATE = 2.0  # frames a second
+
+
+def with_videos(root: Path) -> list[dict]:
+    """A video of five frames at that rate, and one of four behind an image."""
+    for name, seconds in (("a.mp4", 2.4), ("b.mp4", 2.0)):
+        (root / name).write_bytes(video(seconds, rate=10, size=(24, 16)))
+    shown = [{"type": "video", "video": name} for name in ("a.mp4", "b.mp4")]
+    asked = [[shown[0]], [made.image("0.png"), made.text("and"), shown[1], made.text("then"), shown[0]]]
+    said = made.assistant(made.text("a cat"))
+    return [{"messages": [made.user(*parts, made.text("What is it")), said]} for parts in asked]
+
+
+def their_inputs(processor: Any, record: dict, root: Path) -> dict[str, Tensor]:
+    """As transformers' own processor makes them of the same frames."""
+    media = [part for turn in record["messages"] for part in turn["content"] if part["type"] != "text"]
+    films = [open_video(Medium(path=part["video"]), RATE, root) for part in media if "video" in part]
+    frames = [torch.from_numpy(film.frames).permute(0, 3, 1, 2) for film in films]
+    images = [Image.open(root / part["image"]) for part in media if "image" in part] or None
+    told = [
+        dict(total_num_frames=len(each), fps=RATE, duration=len(each) / RATE, frames_indices=list(range(len(each))))
+        for each in frames
+    ]
+    text = processor.apply_chat_template(record["messages"], tokenize=False)
+    return dict(
+        processor(
+            text=[text], images=images, videos=frames, video_metadata=told, do_sample_frames=False, fps=RATE,
+            return_tensors="pt",
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_videos_from_files_to_logits_are_transformers_alone_and_packed(single_process, tmp_path, kind) -> None:
+    theirs, directory = files(tmp_path / "model", kind)
+    model = megatron_mimo.from_pretrained(directory)
+    processor = transformers.AutoProcessor.from_pretrained(directory)
+    records(tmp_path)
+    process = sample_processor(megatron_mimo.load_processor(model), model.mimo_config)
+    samples = [process(conversation_of(record), tmp_path) for record in with_videos(tmp_path)]
+    inputs = [their_inputs(processor, record, tmp_path) for record in with_videos(tmp_path)]
+    expected = []
+    for sample, given in zip(samples, inputs, strict=True):
+        steps = given.get("second_per_grid_ts")
+        assert (steps is not None) == (kind == "qwen2_5_vl")
+        timed = {} if steps is None else {"second_per_grid_ts": torch.as_tensor(steps)}
+        positions, delta = theirs.model.get_rope_index(
+            given["input_ids"], mm_token_type_ids=given["mm_token_type_ids"], video_grid_thw=given["video_grid_thw"],
+            image_grid_thw=given.get("image_grid_thw"), **timed,
+        )  # fmt: skip
+        assert torch.equal(sample.position_ids, positions[:, 0]) and sample.delta == int(delta)
+        assert int(given["video_grid_thw"][0, 0]) == 3 - (len(given["video_grid_thw"]) == 2)
+        with torch.no_grad():
+            expected.append(theirs(**given).logits)
+
+    def ours(pack: Any) -> Tensor:
+        given: Any = {name: value for name, value in batch_of(pack).items() if name not in ("labels", "loss_mask")}
+        with torch.no_grad():
+            return model(**given)[0]
+
+    for sample, logits in zip(samples, expected, strict=True):
+        assert difference(ours(padded([sample], len(sample))), logits) < TOLERANCE
+    together = packed([*samples, samples_of(model, tmp_path)[0]], PackShape(length=256, multiple=4))
     found = ours(together)
     for start, sample, logits in zip(together.cu_seqlens_padded.tolist(), samples, expected):
         assert difference(found[:, start : start + len(sample)], logits) < TOLERANCE

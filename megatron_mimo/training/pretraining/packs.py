@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_mimo.batch import Batch
 from megatron_mimo.config import MimoModelConfig
@@ -23,6 +25,8 @@ from megatron_mimo.data.progress import State, joined_states
 from megatron_mimo.data.readers import ProcessorReader
 from megatron_mimo.data.samples import Handling, SampleProcessor
 from megatron_mimo.data.sources import Source, open_source
+from megatron_mimo.hf.encoder import HFEncoder, encoder_of
+from megatron_mimo.hf.towers import source
 from megatron_mimo.sharding import sequence_multiple
 from megatron_mimo.training.sources import batch_of, read_state
 
@@ -222,7 +226,7 @@ def sample_processor(processor: Any, config: MimoModelConfig) -> SampleProcessor
 
     Raises:
         ValueError: a token outside the vocabulary, a modality that reads and whose token the processor does not have,
-            several encoders in one, or videos for mrope, whose seconds the processor does not know.
+            or several encoders in one.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     sections = 3 if config.language_model.params.get("position_embedding_type") == "mrope" else 1
@@ -230,17 +234,20 @@ def sample_processor(processor: Any, config: MimoModelConfig) -> SampleProcessor
     modalities = {id: modality for modality, id in config.special_token_ids.items()}
     handling: dict[Kind, Handling] = {}
     for kind, reader in readers.items():
-        if reader.token_id not in modalities or (kind == "video" and sections == 3):
+        tower = _tower_of_both(config, reader.token_id) if kind == "video" else None
+        if reader.token_id not in modalities and tower is None:
             continue
-        modality = modalities[reader.token_id]
+        modality = modalities[reader.token_id] if tower is None else tower.modality
         encoders = list(_encoders(config, modality))
         if len(encoders) != 1:
             raise ValueError(
                 f"--processor: {modality} has the encoders {encoders}, expected one; give the recipe a "
                 "sample_processor(args)."
             )
-        named = ProcessorReader(processor, kind, encoder=encoders[0])
-        rule = GridPositions() if sections == 3 else SEQUENTIAL
+        keywords = None if tower is None else _AS_IMAGES
+        named = ProcessorReader(processor, kind, encoder=encoders[0], keywords=keywords)
+        per_second = 0.0 if tower is None else tower.per_second
+        rule = GridPositions(per_second=per_second) if sections == 3 else SEQUENTIAL
         handling[kind] = Handling.of(config, modality, reader=named, rule=rule)
     _check_tokens(config, tokenizer, readers, {one.modality for one in handling.values()})
     template = getattr(processor, "chat_template", None) or tokenizer.chat_template
@@ -249,6 +256,36 @@ def sample_processor(processor: Any, config: MimoModelConfig) -> SampleProcessor
     return SampleProcessor(
         ChatText(tokenizer, template=template, placeholders=placeholders), handling, sections=sections
     )
+
+
+# The tower of Qwen-VL reads a video as it reads an image, by its grid.
+_AS_IMAGES = {"pixel_values_videos": "pixel_values", "video_grid_thw": "image_grid_thw"}
+
+
+@dataclass(frozen=True)
+class _Tower:
+    """The tower of transformers that reads videos of a modality of images.
+
+    Attributes:
+        modality: whose special token stands at the positions of videos too: rows are placed there, whatever the token.
+        per_second: positions that a second takes; 0 where a step in time takes one.
+    """
+
+    modality: str
+    per_second: float
+
+
+def _tower_of_both(config: MimoModelConfig, video_id: int) -> _Tower | None:
+    """The tower whose model knows `video_id` as its token of videos, None where no encoder is of such a model."""
+    for modality in config.special_token_ids:
+        for spec in _encoders(config, modality).values():
+            if not isinstance(spec, ModuleSpec) or spec.module is not HFEncoder:
+                continue
+            params = spec.params or {}
+            _, whole = source(params.get("name_or_path"), params.get("config"))
+            if getattr(whole, "video_token_id", None) == video_id and encoder_of(spec).has_grids:
+                return _Tower(modality, float(getattr(whole.vision_config, "tokens_per_second", 0.0)))
+    return None
 
 
 def _encoders(config: MimoModelConfig, modality: str) -> Mapping[str, object]:
