@@ -42,6 +42,8 @@ class MimoModelConfig:
         loss_where_counted: whether output layer and language loss run on the positions whose label counts alone, where
             the host knows them; off, on every position.
         origin: what the pretrained parts came from, of `from_pretrained`; `save_pretrained` reads it.
+        whole_spans: modalities of whose media all positions see the whole medium, and not what is before them alone
+            (PaliGemma, BAGEL, Transfusion). `data.Handling.of` lays them out so. Refused where attention cannot do it.
 
     Raises:
         TypeError: an argument, a spec or an id has the wrong type.
@@ -66,6 +68,7 @@ class MimoModelConfig:
     begin_token_ids: Mapping[str, int] = field(default_factory=dict)
     end_token_ids: Mapping[str, int] = field(default_factory=dict)
     loss_where_counted: bool = True
+    whole_spans: Collection[str] = ()
 
     def __post_init__(self) -> None:
         _check_spec("language_model", self.language_model)
@@ -84,6 +87,9 @@ class MimoModelConfig:
             self._check_names(name, self.modality_submodules)
         for name in ("begin_token_ids", "end_token_ids"):
             self._check_names(name, self.generation_token_ids)
+        if isinstance(self.whole_spans, str):
+            raise TypeError(f"whole_spans must be a collection of names, got {self.whole_spans!r}")
+        self._check_names("whole_spans", self.modality_submodules)
         self._check_names("modality_loss_weights", ("text", *self.modality_submodules))
         self._check_token_ids()
         self._check_span_tokens()

@@ -15,6 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_mimo.check import check_whole_spans
 from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.language import check_interleaving
 from megatron_mimo.launch import Layout
@@ -42,6 +43,9 @@ def check_layout(layout: Layout, config: MimoModelConfig, sequence_length: int |
         ValueError: naming the argument to change.
     """
     language = config.language_model.params["config"]
+    if config.whole_spans:
+        which = f"{sorted(config.whole_spans)} have"
+        check_whole_spans(which, "whole_spans of the MimoModelConfig", None, layout.context_parallel_size)
     _check_sizes(layout, language)
     check_interleaving(language)
     _check_experts(layout, language)

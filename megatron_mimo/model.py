@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megatron_mimo.align import align_by_token_positions, align_checked, in_order
 from megatron_mimo.build import check_parallel_state
-from megatron_mimo.check import BatchCheck, Media, Nested, Shown
+from megatron_mimo.check import BatchCheck, Media, Nested, Shown, check_whole_spans
 from megatron_mimo.config import MimoModelConfig, generation_table
 from megatron_mimo.decoders.targets import Prepared, Targets
 from megatron_mimo.deferred import Checks
@@ -102,6 +102,9 @@ class MimoModel(MegatronModel):
         stage = (config, self._submodules, pre_process, post_process)
         positions = position_kind(config.language_model)
         blind = blind_to_spans(language_model.decoder)
+        if config.whole_spans:
+            which = f"MimoModel: {sorted(config.whole_spans)} have"
+            check_whole_spans(which, "whole_spans of the MimoModelConfig", blind, self.pg_collection.cp.size())
         self._check = BatchCheck(*stage, self.pg_collection.cp.size(), self._checks, positions, blind)
         self._planner = Planner(*stage, self.pg_collection, self._check, self._checks)
         logger.info("MimoModel: %s", self.extra_repr())

@@ -185,17 +185,31 @@ def check_spans(packed_seq_params: PackedSeqParams, blind: str | None, context_p
     Raises:
         ValueError: naming the attention or the layout.
     """
-    if getattr(packed_seq_params, "spans", None) is None:
-        return
-    without = "or leave out whole=True of the Handling, and attention is causal everywhere."
+    if getattr(packed_seq_params, "spans", None) is not None:
+        check_whole_spans("packed_seq_params has", "whole=True of the Handling", blind, context_parallel)
+
+
+def check_whole_spans(which: str, asked_by: str, blind: str | None, context_parallel: int) -> None:
+    """Refuses media spans that see the whole of themselves where attention cannot show it to them.
+
+    Args:
+        which: how a message begins: who has such spans.
+        asked_by: what to leave out for none.
+        blind: the name of an attention that ignores them, or None.
+        context_parallel: size of the context-parallel group.
+
+    Raises:
+        ValueError: naming the attention or the layout.
+    """
+    without = f"or leave out {asked_by}, and attention is causal everywhere."
     if context_parallel > 1:
         raise ValueError(
-            "packed_seq_params has media spans that see the whole of themselves, expected none under context "
+            f"{which} media spans that see the whole of themselves, expected none under context "
             f"parallelism: a span may lie on several ranks. Use context_parallel_size=1, {without}"
         )
     if blind is not None:
         raise ValueError(
-            "packed_seq_params has media spans that see the whole of themselves, expected none in front of "
+            f"{which} media spans that see the whole of themselves, expected none in front of "
             f"{blind}, which ignores them. Build the layers with backend='torch' (--transformer-impl local), {without}"
         )
 

@@ -83,7 +83,8 @@ class Handling:
             modality: one of it.
             reader: needs the modality's special token.
             writer: needs its generation token; begin and end tokens are laid out where the model has them.
-            more: `read_begin`, `read_end`, `reread`, `rule`, `whole`, `max_items`.
+            more: `read_begin`, `read_end`, `reread`, `rule`, `max_items`; `whole` in place of the configuration's
+                `whole_spans`.
 
         Raises:
             ValueError: the model lacks the modality, or the token of a reader or a writer.
@@ -104,7 +105,7 @@ class Handling:
             end=() if writer is None or end is None else (end,),
             reader=reader,
             writer=writer,
-            **more,
+            **{"whole": modality in config.whole_spans, **more},
         )
 
 

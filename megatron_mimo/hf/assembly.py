@@ -204,6 +204,7 @@ def restored(directory: Path, building: Building) -> MimoModelConfig:
         modality_submodules=modalities,
         origin=origin,
         **{name: described[name] for name in TOKENS},
+        whole_spans=tuple(described.get("whole_spans", ())),
     )
 
 

@@ -289,6 +289,7 @@ def _save_parts(
 ) -> None:
     described: dict[str, Any] = {"format": FORMAT, "parts": [], "tokens": list(origin.tokens)}
     described |= {name: dict(getattr(config, name)) for name in TOKENS}
+    described["whole_spans"] = sorted(config.whole_spans)
     _language_part(config, origin)
     for part in origin.parts:
         if part.model_type == PROJECTOR:

@@ -1,6 +1,7 @@
 """Encoders and codecs of transformers in a model: projected, trained, saved, and loaded where their source has gone."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,9 +70,11 @@ def test_a_model_of_them_is_what_it_was_after_its_sources_have_gone(single_proce
     assert isinstance(model.modality_submodules["images"], VisionModalitySubmodules)
     assert isinstance(model.modality_submodules["audio"], AudioModalitySubmodules)
     expected = logits(model)
+    model.mimo_config = replace(model.mimo_config, whole_spans={"images"})
     megatron_mimo.save_pretrained(model, tmp_path / "saved")
     shutil.rmtree(tmp_path / "sources")
     again = megatron_mimo.from_pretrained(tmp_path / "saved")
+    assert again.mimo_config.whole_spans == ("images",)
     before, after = model.state_dict(), again.state_dict()
     assert before.keys() == after.keys()
     for name, tensor in before.items():

@@ -35,6 +35,7 @@ def config(**changes) -> MimoModelConfig:
         ({"special_token_ids": {"images": 1.5}}, "must be an int, got float"),
         ({"special_token_ids": {"images": True}}, "must be an int, got bool"),
         ({"modality_loss_weights": {"images": "1"}}, "must be a number, got str"),
+        ({"whole_spans": "images"}, "whole_spans must be a collection of names, got 'images'"),
     ],
 )
 def test_wrong_types_are_type_errors(changes, message):
@@ -49,6 +50,7 @@ def test_wrong_types_are_type_errors(changes, message):
         ({"generation_token_ids": {"video": 1}}, "names modality 'video'"),
         ({"special_token_ids": {"images": 1, "audio": 1}}, "token id 1 is used by two modalities"),
         ({"generation_token_ids": {"audio": 10}}, "token id 10 is used by two modalities"),
+        ({"whole_spans": ["video"]}, "whole_spans names modality 'video'"),
         ({"modality_loss_weights": {"images": -1}}, "finite and >= 0"),
         ({"modality_loss_weights": {"images": float("nan")}}, "finite and >= 0"),
         ({"generation_token_ids": {"images": 100}}, r"outside the vocabulary \[0, 100\)"),

@@ -1,5 +1,7 @@
 """Samples equal what transformers' processors make, and written media lie where the configuration says."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
@@ -210,6 +212,10 @@ def test_begin_and_end_tokens_are_those_of_the_model(tmp_path):
     sample = process(conversation_of(record), tmp_path)
     assert around(sample, known["<draw>"]) == [(known["<boi>"], known["<eoi>"])]
     assert (sample.input_ids == known["<|image_pad|>"]).sum() == 4 and all(item.whole for item in sample.items)
+    # What sees the whole of itself is the model's to say too.
+    whole = replace(config, whole_spans=["images"])
+    assert Handling.of(whole, "images", reader=made.Patches()).whole
+    assert not Handling.of(config, "images", reader=made.Patches()).whole
     # A modality that is read alone begins and ends nothing.
     assert Handling.of(config, "images", reader=made.Patches()).begin == ()
     with pytest.raises(ValueError, match="a writer needs the model's generation_token_ids\\['audio'\\]"):

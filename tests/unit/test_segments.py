@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch.nn import functional as F
@@ -214,6 +215,27 @@ def test_attention_that_would_see_a_span_as_text_is_named_before_anything_runs(s
         model(ids, packed_seq_params=segmented(bounds, spans=SPANS))
     with pytest.raises(AssertionError, match="reached the layers"):  # without spans it is none of its business
         model(ids, packed_seq_params=segmented(bounds))
+
+
+def test_a_model_whose_media_see_the_whole_of_themselves_is_not_built_where_attention_cannot_show_it(
+    single_process, monkeypatch
+):
+    class EngineAttention(DotProductAttention):
+        pass
+
+    config = tiny.mimo_config(
+        modality_submodules={"images": tiny.image_spec()}, special_token_ids={"images": 61}, whole_spans={"images"}
+    )
+    MimoModel(config)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    groups.cp = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
+    with pytest.raises(ValueError, match=r"MimoModel: \['images'\] have media spans .* under context parallelism"):
+        MimoModel(config, pg_collection=groups)
+    monkeypatch.undo()
+    monkeypatch.setattr(specs, "core_attention", lambda backend: EngineAttention)
+    message = "expected none in front of EngineAttention, which ignores them.*leave out whole_spans of the MimoModelC"
+    with pytest.raises(ValueError, match=message):
+        MimoModel(config)
 
 
 def test_fused_attention_of_encoders_refuses_packed_sequences(single_process):

@@ -103,6 +103,14 @@ def test_context_parallelism_with_local_attention_is_refused(no_process_group):
         refused("context_parallel_size 2.*DotProductAttention.*TransformerEngine", {CP: 2}, language=language)
 
 
+def test_media_that_see_the_whole_of_themselves_are_refused_on_shards_of_the_sequence(no_process_group):
+    model = tiny.mimo_config(tiny.language_spec(tiny.language_config(context_parallel_size=2)), whole_spans={"images"})
+    message = r"\['images'\] have media spans that see the whole of themselves, expected none under context parallelism"
+    with pytest.raises(ValueError, match=message):
+        check_layout(Layout(2, context_parallel_size=2), model)
+    check_layout(Layout(1), tiny.mimo_config(whole_spans={"images"}))
+
+
 def test_expert_parallelism_without_experts_is_refused(no_process_group):
     # Megatron's configuration refuses it too; one that was changed afterwards comes here.
     config = tiny.language_config()
