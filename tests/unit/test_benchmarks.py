@@ -43,6 +43,15 @@ def test_reading_data(tmp_path):
     assert results["ours"]["waste"] < results["padding"]["waste"]
 
 
+def test_what_a_loop_waits_for_its_data(tmp_path):
+    run(
+        "benchmarks.data_gpu", "--small", "--steps", "2", "--warmup", "1", "--workers", "1", "--packs", "1",
+        "--records", "20", "--output", str(tmp_path / "data.json"),
+    )  # fmt: skip
+    results = json.loads((tmp_path / "data.json").read_text())["results"]
+    assert results["steps"] == 2 and 0 < results["waiting %"] <= results["reading %"] < 100
+
+
 def test_generation_says_what_transformers_says_on_the_same_weights(tmp_path):
     out = run(
         "benchmarks.generate", "--shape", "small", "--new", "4", "--repeats", "1", "--batches", "2", "--text", "8",

@@ -152,6 +152,16 @@ def test_images_are_shrunk_to_the_pixels_that_a_reader_takes():
     assert reader(image).grids == ((1, 1, 4),)
 
 
+def test_pixels_come_in_the_dtype_that_is_asked_for():
+    image = Image.effect_noise((40, 40), 50).convert("RGB")
+    plain, half = (
+        ImageReader(Qwen2VLImageProcessor(), merge=2, dtype=dtype)(image).inputs["tower"]
+        for dtype in (None, torch.bfloat16)
+    )
+    assert half["pixel_values"].dtype == torch.bfloat16 and half["image_grid_thw"].dtype == torch.long
+    assert torch.equal(half["pixel_values"], plain["pixel_values"].bfloat16())
+
+
 def test_an_image_reader_needs_to_know_its_rows():
     clip = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=28)
     with pytest.raises(ValueError, match="say how many rows"):
