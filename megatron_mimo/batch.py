@@ -36,6 +36,8 @@ class Batch(TypedDict, total=False):
         placement: `MimoModel.place(input_ids)` made ahead.
         generation_inputs: modality -> keyword inputs of its generation input, in place of its targets.
         padding_mask: bool `[B, S]`, True where a position holds nothing.
+        sources: int64 `[B, S]`, which source of a blend a position is of; kept by the forward step of a
+            loop, which the model does not take.
 
     Example:
         >>> import torch
@@ -54,6 +56,7 @@ class Batch(TypedDict, total=False):
     placement: Placement | None
     generation_inputs: Shown | None
     padding_mask: Tensor | None
+    sources: Tensor | None
 
 
 __getattr__ = names_of(__name__)

@@ -68,3 +68,28 @@ def _of_one(optimizer: MegatronOptimizer) -> Iterator[Master]:
                 part = slice(held.start, held.end)
             visible = master is not None and not is_float8tensor(weight)
             yield Master(weight, part, master.detach().view(-1) if visible else None)
+
+
+def shards_of(optimizer: MegatronOptimizer) -> dict[nn.Parameter, slice] | None:
+    """Parameter -> elements of its flat gradient that this rank's distributed optimizer steps; None if not distributed.
+
+    A parameter of which this rank holds nothing is not there.
+
+    Undocumented: `DistributedOptimizer.model_param_gbuf_map`, whose keys are this rank's parameters, and
+    `_get_model_param_range_map`; `is_stub_optimizer`.
+    Reason: a gradient that is reduced to shards is whole on no rank, and its norm is that of all of them.
+    When it goes: see what `DistributedOptimizer._copy_model_grads_to_main_grads` copies.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    found: dict[nn.Parameter, slice] = {}
+    distributed = False
+    for each in single_optimizers(optimizer):
+        if isinstance(each, DistributedOptimizer):
+            distributed = True
+            if each.is_stub_optimizer:
+                continue
+            for parameter in each.model_param_gbuf_map:
+                held = each._get_model_param_range_map(parameter)["param"]
+                found[parameter] = slice(held.start, held.end)
+    return found if distributed else None

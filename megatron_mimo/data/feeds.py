@@ -95,6 +95,10 @@ class Feed(ABC):
     def state(self, progress: Progress) -> State:
         """Where the run stands, in JSON; `Progress.of` reads it."""
 
+    def source_of(self, position: int) -> int:
+        """Which source stands at a position."""
+        return 0
+
     @abstractmethod
     def made(self, position: int) -> Made:
         """What stands at a position.
@@ -208,6 +212,9 @@ class IndexedFeed(Feed):
 
     def state(self, progress: Progress) -> State:
         return progress.state()
+
+    def source_of(self, position: int) -> int:
+        return self._order.at(position).source
 
     def made(self, position: int) -> Made:
         return self._samples.made(self._order.at(position))

@@ -10,17 +10,17 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megatron_mimo.data.ahead import Ahead
 from megatron_mimo.data.feeds import Feed, IndexedFeed, Left, Made, Making, Read, Skipped
 from megatron_mimo.data.messages import SampleError
 from megatron_mimo.data.packing import Packer, PackShape, Rows, RowShape
-from megatron_mimo.data.packs import Pack, packed, padded
+from megatron_mimo.data.packs import Pack, packed, padded, sources_of
 from megatron_mimo.data.progress import Progress, State, redealt
 from megatron_mimo.data.samples import Policy, SampleProcessor
-from megatron_mimo.data.sources import Source
+from megatron_mimo.data.sources import Source, names_of
 from megatron_mimo.data.streamed import StreamFeed
 from megatron_mimo.data.streams import Stream
 
@@ -73,6 +73,9 @@ class PackedData:
         samples: end after so many of the order, over all ranks; None: never.
         pad_id: token between samples.
 
+    Attributes:
+        source_names: of a blend, by which a step tells its sources apart; empty of one source or a stream.
+
     Raises:
         ValueError: sources, weights or a rank that do not fit.
 
@@ -104,10 +107,12 @@ class PackedData:
                     f"{sources.name}: a stream is one source, expected weights=None, found {list(weights)}"
                 )
             self._feed: Feed = StreamFeed(sources, making, rank=rank, size=size, limit=samples)
+            self.source_names: tuple[str, ...] = ()
         else:
             self._feed = IndexedFeed(
                 sources, making, weights=weights, seed=options.seed, shuffle=options.shuffle, size=size, limit=samples
             )
+            self.source_names = names_of([source.path for source in sources]) if len(sources) > 1 else ()
         self._process, self._shape, self._options = process, shape, options
         self._limit, self._pad_id, self._rank, self._size = samples, pad_id, rank, size
         # A stream that deals its records out itself counts them on each rank.
@@ -241,8 +246,12 @@ class PackedData:
     def _packed(self, reads: Sequence[Read]) -> Pack:
         samples, positions = [read.sample for read in reads], [read.position for read in reads]
         if isinstance(self._shape, RowShape):
-            return padded(samples, self._shape.length, pad_id=self._pad_id, positions=positions)
-        return packed(samples, self._shape, pad_id=self._pad_id, positions=positions)
+            pack = padded(samples, self._shape.length, pad_id=self._pad_id, positions=positions)
+        else:
+            pack = packed(samples, self._shape, pad_id=self._pad_id, positions=positions)
+        if len(self.source_names) < 2:
+            return pack
+        return replace(pack, sources=sources_of(pack, [self._feed.source_of(position) for position in positions]))
 
     def _leave_out(self, skipped: Skipped, progress: Progress) -> None:
         stops = self._options.corrupt == "stop" and skipped.kind not in ("too_long", "too_costly")

@@ -43,6 +43,7 @@ class Pack:
         deltas: of each sample, see `positions`.
         tokens: positions that are not padding.
         cost: of all media.
+        sources: int64 `[B, S]`, which source of a blend each position is of; None of one source.
     """
 
     input_ids: Tensor
@@ -60,6 +61,7 @@ class Pack:
     deltas: tuple[int, ...]
     tokens: int
     cost: float
+    sources: Tensor | None = None
 
     @property
     def waste(self) -> float:
@@ -140,6 +142,24 @@ def padded(samples: Sequence[Sample], length: int, *, pad_id: int = 0, positions
     spans = _spans(samples, torch.arange(len(samples) + 1) * length)
     boundaries = (None, None, None if spans is None else spans.view(len(samples), length))
     return _pack(samples, torch.stack(ids), torch.stack(labels), torch.stack(position_ids, 1), boundaries, positions)
+
+
+def sources_of(pack: Pack, sources: Sequence[int]) -> Tensor:
+    """Which source each position of a pack is of: int64 `[B, S]`; padding is of the sample before it.
+
+    Args:
+        pack: of samples.
+        sources: of each sample.
+
+    Example:
+        >>> learn = torch.ones(2, dtype=torch.bool)
+        >>> samples = [Sample(torch.tensor([5, 6]), learn, (), torch.arange(2)[None]) for _ in range(2)]
+        >>> sources_of(packed(samples, PackShape(length=6, multiple=3)), [1, 0])
+        tensor([[1, 1, 1, 0, 0, 0]])
+    """
+    if pack.cu_seqlens_padded is None:
+        return torch.tensor(sources)[:, None].repeat(1, pack.input_ids.shape[1])
+    return torch.tensor(sources).repeat_interleave(pack.cu_seqlens_padded.diff())[None]
 
 
 def _spans(samples: Sequence[Sample], padded: Tensor) -> Tensor | None:

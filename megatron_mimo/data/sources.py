@@ -58,6 +58,21 @@ class Source(ABC):
         return f"record {index} of {self.path}"
 
 
+def names_of(paths: Sequence[Path]) -> tuple[str, ...]:
+    """A short name of each path, that no other has.
+
+    Example:
+        >>> names_of([Path("a/train.jsonl"), Path("b/train.jsonl"), Path("pictures")])
+        ('a-train', 'b-train', 'pictures')
+    """
+    parts = [path.with_suffix("").parts for path in paths]
+    for length in range(1, max(map(len, parts), default=0) + 1):
+        names = ["-".join(part for part in each[-length:] if part != "/") for each in parts]
+        if len(set(names)) == len(names):
+            return tuple(names)
+    return tuple(f"{name}-{index}" for index, name in enumerate("-".join(each[-1:]) for each in parts))
+
+
 def check_columns(columns: Columns) -> None:
     """Refuses anything but "read" and "write".
 

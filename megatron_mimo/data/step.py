@@ -29,7 +29,7 @@ Counts = dict[tuple[str, ...], float]
 
 # Keywords of MimoModel.forward by where in the pipeline they are needed; others go to every stage.
 FIRST_ONLY = ("modality_inputs",)
-LAST_ONLY = ("labels", "loss_mask")
+LAST_ONLY = ("labels", "loss_mask", "sources")
 ENDS_ONLY = ("modality_targets", "placement")
 
 

@@ -17,6 +17,7 @@ from megatron_mimo.losses import LossTerm
 from megatron_mimo.model import MimoModel
 from megatron_mimo.output import MimoOutput, loss_terms
 from megatron_mimo.training.auxiliary import scale_mtp
+from megatron_mimo.training.by_source import count_sources, counted_sources, source_terms
 from megatron_mimo.training.hooks import FurtherLoss
 from megatron_mimo.training.reading import part_for, placed_batches
 from megatron_mimo.training.scale import StepScale, loss_func
@@ -40,6 +41,7 @@ class ForwardStep:
         on_step: called on the last pipeline stage with the index and the counts of a training step,
             before it runs.
         further_losses: added to those of the model.
+        sources: gives the names of a blend's sources, of which batches say `sources`; used where batches are read.
 
     Example:
         >>> forward_step = ForwardStep(microbatches=lambda: 4, step=lambda: 0, seed=1234)
@@ -53,7 +55,9 @@ class ForwardStep:
         seed: int,
         on_step: Callable[[int, Counts], None] | None = None,
         further_losses: Sequence[FurtherLoss] = (),
+        sources: Callable[[], Sequence[str]] = tuple,
     ) -> None:
+        self._sources = sources
         self._microbatches, self._step, self._seed, self._on_step = microbatches, step, seed, on_step
         self._further = tuple(further_losses)
         self._steps: dict[int | None, StepBatches] = {}
@@ -74,17 +78,20 @@ class ForwardStep:
         mimo = unwrap_model(model)
         step, scale = self._current_step(data_iterator, mimo)
         batch, counted = step.next()
+        sources = batch.pop("sources", None)
         outputs, loss_mask = model(**batch)
         if not mimo.post_process:
             return outputs, None
         further = {each.name: each.term(outputs, loss_mask, batch, mimo) for each in self._further}
         if scale is not None:
             self._check_counts(loss_terms(outputs, loss_mask) | further, counted, mimo)
+        told = counted_sources(counted) if mimo.training else []
         return outputs, partial(
             loss_func,
             loss_mask=loss_mask,
             weights=self.weights(mimo),
-            names=self._terms(mimo),
+            names=[*self._terms(mimo), *told],
+            reported=source_terms(outputs, loss_mask, sources, told, batch, mimo),
             further=further,
             scale=scale,
             # Told once of a batch whose parts several ranks have: only the sum over ranks is used.
@@ -145,11 +152,12 @@ class ForwardStep:
 
     def _count(self, batch: Batch, mimo: MimoModel) -> Counts:
         further = {names.term(each.name): float(each.count(batch)) for each in self._further}
-        return names.count_batch(batch, mimo) | further
+        of_sources = count_sources(batch, self._sources(), mimo) if mimo.training else {}
+        return names.count_batch(batch, mimo) | further | of_sources
 
     def _scale(self, counts: Counts, mimo: MimoModel) -> StepScale:
         return StepScale(
-            counts={name: counts[names.term(name)] for name in self._terms(mimo)},
+            counts={name: counts[names.term(name)] for name in [*self._terms(mimo), *counted_sources(counts)]},
             tokens=counts[names.HELD],
             parts=self._microbatches() * mimo.pg_collection.dp_cp.size(),
             per_token=mimo.config.calculate_per_token_loss,

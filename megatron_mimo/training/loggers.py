@@ -58,10 +58,11 @@ class Logger(Callback):
 
 
 def values_of(report: StepReport) -> Values:
-    """A step's losses, learning rate, gradient norm (where there is one) and seconds, by name."""
+    """A step's losses, learning rate, gradient norms (where there are any) and seconds, by name."""
     values = {**report.losses, "learning_rate": report.learning_rate}
     if report.gradient_norm is not None:
         values["gradient_norm"] = report.gradient_norm
+    values |= {f"gradient_norm/{part}": norm for part, norm in report.part_norms.items()}
     return {**values, "seconds": report.seconds}
 
 

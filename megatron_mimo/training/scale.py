@@ -56,6 +56,7 @@ def loss_func(
     scale: StepScale | None,
     held: int | None = None,
     further: Mapping[str, LossTerm] | None = None,
+    reported: Mapping[str, LossTerm] | None = None,
     non_loss_data: bool = False,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]] | Tensor | MimoOutput:
     """A microbatch's loss, as Megatron's schedules take it.
@@ -69,6 +70,7 @@ def loss_func(
         scale: of the step; None in evaluation, where nothing is divided.
         held: tokens that this rank reports of the microbatch; None for those that the language loss looks at.
         further: terms beside the model's.
+        reported: terms that are reported and are no part of the loss.
         non_loss_data: the schedule collects outputs: they come back as they are.
 
     Returns:
@@ -81,9 +83,9 @@ def loss_func(
     terms = loss_terms(outputs, loss_mask) | dict(further or {})
     tokens = _tokens(outputs, loss_mask)
     if scale is None:
-        return total_loss(terms, weights), tokens, report(terms, names)
+        return total_loss(terms, weights), tokens, report(terms | dict(reported or {}), names)
     loss = total_loss(terms, weights, scale.divisors())
-    logged = report(terms, names, scale.counts)
+    logged = report(terms | dict(reported or {}), names, scale.counts)
     logged["loss"] = torch.stack([loss.detach(), loss.new_tensor(1 / scale.parts)])
     if not scale.per_token:
         tokens = torch.ones_like(tokens)

@@ -56,6 +56,7 @@ class TrainerSettings:
         progress: show a progress bar on the last rank.
         stop_grace_s: seconds that a step may go on after a SIGTERM; then the process ends and says where it was. None
             for ten times the slowest step so far, and at least 10.
+        part_norms: report the gradient norm of each part too; it takes a pass over the gradients and a wait a step.
         early_stopping: ends the run where its evaluations get no better; None never does.
 
     Raises:
@@ -74,6 +75,7 @@ class TrainerSettings:
     progress: bool = True
     stop_grace_s: float | None = None
     early_stopping: EarlyStopping | None = None
+    part_norms: bool = False
 
     def __post_init__(self) -> None:
         if self.directory is not None:
@@ -107,13 +109,15 @@ class StepReport:
     Args:
         step: its index, from 0.
         losses: term -> mean over the whole batch, and `"loss"`, the weighted sum. Terms that the
-            batch counted nothing of are left out. Of a model with experts also its auxiliary losses by Megatron's
+            batch counted nothing of are left out. With a blend of sources also `"text of SOURCE"`, the language loss
+            of each, not part of `"loss"`. Of a model with experts also its auxiliary losses by Megatron's
             names, such as `"load_balancing_loss"` and `"z_loss"`, without their coefficients; not part of `"loss"`.
         learning_rate: of parameters without a factor of their own.
         gradient_norm: before clipping; None where the optimizer does not compute it, or nothing was learned.
         skipped: no weight and no optimizer state changed: the gradients had an infinity or NaN (fp16), or nothing was
             learned, because no loss counted anything or every gradient is zero.
         seconds: wall-clock time.
+        part_norms: part -> norm of its gradient before clipping, with `TrainerSettings.part_norms`; else empty.
     """
 
     step: int
@@ -122,6 +126,7 @@ class StepReport:
     gradient_norm: float | None
     skipped: bool
     seconds: float
+    part_norms: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass

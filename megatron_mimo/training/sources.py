@@ -32,6 +32,9 @@ class DataSource(ABC):
     others.
     """
 
+    #: Of a blend, told apart in a step's report: a microbatch's `sources` are indices of it.
+    source_names: Sequence[str] = ()
+
     @abstractmethod
     def next_step(self) -> Sequence[Batch]:
         """The microbatches of the next step of this data-parallel rank, on the CPU."""
@@ -63,9 +66,10 @@ class PackSource(DataSource):
         if microbatches < 1:
             raise ValueError(f"PackSource: microbatches should be at least 1, found {microbatches}")
         self.data, self._microbatches = data, microbatches
+        self.source_names = data.source_names
 
     def next_step(self) -> Sequence[Batch]:
-        return [batch_of(next(self.data)) for _ in range(self._microbatches)]
+        return [traced(next(self.data)) for _ in range(self._microbatches)]
 
     def state_dict(self) -> State:
         return self.data.state_dict()
@@ -79,6 +83,14 @@ def batch_of(pack: Pack) -> Batch:
     batch = cast(Batch, pack.batch())
     if pack.cu_seqlens is not None:
         batch["packed_seq_params"] = segmented(pack.cu_seqlens, pack.cu_seqlens_padded, pack.spans)
+    return batch
+
+
+def traced(pack: Pack) -> Batch:
+    """As `batch_of`, for the forward step of a loop, which tells the sources of a blend apart."""
+    batch = batch_of(pack)
+    if pack.sources is not None:
+        batch["sources"] = pack.sources
     return batch
 
 

@@ -46,6 +46,8 @@ from megatron_mimo.training.finite import Found, Gradients, look, refuse
 from megatron_mimo.training.forward import ForwardStep
 from megatron_mimo.training.hooks import Began, Callback, FurtherLoss, Told, check_hooks
 from megatron_mimo.training.masters import Masters
+from megatron_mimo.training.memory import check_memory
+from megatron_mimo.training.norms import norms_of
 from megatron_mimo.training.parts.control import TrainingControl
 from megatron_mimo.training.progress import Progress
 from megatron_mimo.training.settings import History, StepReport, TrainerSettings, due
@@ -106,6 +108,8 @@ class Trainer(Checkpointed):
     ) -> None:
         self.samples = samples
         self.run, self.settings, self.control = run, settings, control or TrainingControl()
+        ddp, optimizer = ddp or DistributedDataParallelConfig(), optimizer or OptimizerConfig(lr=1e-3)
+        check_memory({**vars(ddp), **vars(optimizer)})
         check_layout(run.layout, config)
         check_hooks(callbacks, further_losses, list(config.modality_submodules))
         self._best = compared(settings.early_stopping, checkpoints)
@@ -113,8 +117,7 @@ class Trainer(Checkpointed):
             check_term(option, best.term, config, [each.name for each in further_losses])
         self.control.check(config)
         self.models = build_chunks(config, run, self.control, pretrained)
-        ddp = ddp or DistributedDataParallelConfig()
-        optimizer = with_precision_of(self.models[0], optimizer or OptimizerConfig(lr=1e-3), ddp)
+        optimizer = with_precision_of(self.models[0], optimizer, ddp)
         for model in self.models:
             check_orthogonalized(model.modality_submodules, model.config, optimizer.optimizer)
         self.chunks = wrap_chunks(self.models, run, ddp, self.control)
@@ -136,7 +139,9 @@ class Trainer(Checkpointed):
             seed=settings.seed,
             on_step=self._keep_counts,
             further_losses=further_losses,
+            sources=lambda: self._source_names,
         )
+        self._source_names: Sequence[str] = ()
         self._told = Told(callbacks)
         self._counts: Counts = {}
         self._saver, self._pace = Saver(checkpoints), Pace()
@@ -217,6 +222,8 @@ class Trainer(Checkpointed):
         learned = sum(count for (kind, *_), count in self._counts.items() if kind == LOSS)
         found = look(logged, self.run, self._gradients.largest, learned)
         self._check_finite(found, logged)
+        wanted = self.settings.part_norms and found.learns
+        norms = norms_of(self.chunks, self.optimizer, self.run.groups) if wanted else {}
         succeeded, norm, _ = self.optimizer.step() if found.learns else (False, None, None)
         losses, norm, succeeded = shared(found.losses, norm, succeeded, self._counts, self.run)
         losses |= auxiliary.reported(self.models[0].config, self.run, self._microbatches)
@@ -226,7 +233,7 @@ class Trainer(Checkpointed):
         self.steps_done += 1
         seconds = time.perf_counter() - started
         self._pace.ended(seconds)
-        return StepReport(self.steps_done - 1, losses, learning_rate, norm, not succeeded, seconds)
+        return StepReport(self.steps_done - 1, losses, learning_rate, norm, not succeeded, seconds, norms)
 
     @torch.no_grad()
     def evaluate(self, data: StepData) -> dict[str, float]:
@@ -266,6 +273,7 @@ class Trainer(Checkpointed):
 
     def _step_data(self, data: StepData | DataSource) -> StepData:
         """What a step asks for its microbatches. A source begins where the loaded checkpoint's was."""
+        self._source_names = data.source_names if isinstance(data, DataSource) else ()
         if not isinstance(data, DataSource):
             self._reader = None
             return data

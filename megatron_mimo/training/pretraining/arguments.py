@@ -79,6 +79,10 @@ def add_mimo_args(parser: ArgumentParser) -> ArgumentParser:
         help="lay samples of --data end to end in packs of --seq-length tokens; without it each is a row of a batch",
     )
     group.add_argument(
+        "--log-part-norms", action="store_true",
+        help="log the gradient norm of each part too; it takes a pass over the gradients and a wait a step",
+    )  # fmt: skip
+    group.add_argument(
         "--device-peak-tflops", type=float, default=None,
         help="dense peak of one device in its training precision, for the MFU; known for common GPUs",
     )  # fmt: skip

@@ -8,6 +8,7 @@ from megatron_mimo.compat.megatron_training import arguments_of_checkpoint, opti
 from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.training.checkpoints.loop import check_loadable
 from megatron_mimo.training.checkpoints.saving import Trained, check_trained
+from megatron_mimo.training.memory import check_memory
 from megatron_mimo.training.parts.control import TrainingControl
 from megatron_mimo.training.pretraining.arguments import PartOverrides
 
@@ -58,6 +59,7 @@ def check_supported(args: Namespace) -> None:
             "whose counts of FLOPs and recipes know nothing of its layers. Leave the argument out, or train with "
             "megatron_mimo.training.Trainer and mtp_block_spec in the language model's spec."
         )
+    check_memory(vars(args), "--{}")
     if getattr(args, "use_mup", False):
         raise ValueError(
             "--use-mup: Megatron would scale the learning rate of every matrix of every modality by the language "

@@ -28,7 +28,7 @@ from megatron_mimo.data.sources import Source, open_source
 from megatron_mimo.hf.encoder import HFEncoder, encoder_of
 from megatron_mimo.hf.towers import source
 from megatron_mimo.sharding import sequence_multiple
-from megatron_mimo.training.sources import batch_of, read_state
+from megatron_mimo.training.sources import read_state, traced
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,8 @@ class LoopData:
         self._args = args
         self._data: dict[str, PackedData] = {}
         self._found: State | None = None
+        #: Of the blend that is trained on.
+        self.source_names: Sequence[str] = ()
 
     def loaded(self, checkpoint: Path) -> None:
         """Takes note of where the data was in the checkpoint that the loop goes on from."""
@@ -82,7 +84,9 @@ class LoopData:
         if args.consumed_train_samples > 0:  # --finetune counts from 0
             self._go_on(data, split)
         self._data.setdefault(split, data)  # at a step's end every chunk has taken the same
-        return (batch_of(pack) for pack in data)
+        if split == "train":
+            self.source_names = data.source_names
+        return (traced(pack) for pack in data)
 
     def _go_on(self, data: PackedData, split: str) -> None:
         if split == "train" and self._found is not None:

@@ -111,6 +111,7 @@ class Session:
             seed=self.args.seed,
             on_step=self._keep_counts,
             further_losses=self._further_losses,
+            sources=lambda: self.data.source_names,
         )
 
     @cached_property

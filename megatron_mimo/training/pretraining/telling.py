@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from time import perf_counter
 from typing import Any
 
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_mimo.training.hooks import Began, Told
+from megatron_mimo.training.norms import norms_of
 from megatron_mimo.training.settings import StepReport
+
+# Where Megatron's training step takes them.
+_PLACES = (("model", 2), ("optimizer", 3))
 
 
 class Telling:
@@ -36,9 +42,12 @@ class Telling:
             self.begin()
             schedule = named.get("opt_param_scheduler", given[4] if len(given) > 4 else None)
             learning_rate = schedule.get_lr({})  # of a group that says nothing of its own
-            started = perf_counter()
-            outcome = train_step(*given, **named)
+            started, norms = perf_counter(), dict[str, float]()
+            chunks, optimizer = (named.get(name, given[at] if len(given) > at else None) for name, at in _PLACES)
+            with self._norms_before_step(chunks, optimizer, norms):
+                outcome = train_step(*given, **named)
             losses, skipped, _, leaves, _, norm, *_ = outcome
+            log_norms(self._args, norms)
             if self._told.callbacks and not leaves:
                 report = StepReport(
                     self._args.curr_iteration,
@@ -47,11 +56,30 @@ class Telling:
                     None if norm is None else float(norm),
                     bool(skipped),
                     perf_counter() - started,
+                    norms,
                 )
                 self._told.trained(report)
             return outcome
 
         return told_step
+
+    @contextmanager
+    def _norms_before_step(self, chunks: Any, optimizer: Any, norms: dict[str, float]) -> Iterator[None]:
+        """Within it the optimizer's step begins with the parts' norms, with --log-part-norms."""
+        if not self._args.log_part_norms:
+            yield
+            return
+        step = optimizer.step
+
+        def measured() -> Any:
+            norms.update(norms_of(chunks, optimizer, unwrap_model(chunks[0]).pg_collection))
+            return step()
+
+        optimizer.step = measured
+        try:
+            yield
+        finally:
+            del optimizer.step
 
     def evaluated(self, step: int, losses: Mapping[str, Tensor]) -> None:
         """Tells of an evaluation on the validation set, once for a step.
@@ -81,6 +109,20 @@ class Telling:
         if self._began:
             self._began = False
             self._told.ended()
+
+
+def log_norms(args: Namespace, norms: Mapping[str, float]) -> None:
+    """To where `megatron.training` reports, on its last rank."""
+    if not norms or args.rank != args.world_size - 1:
+        return
+    from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+
+    writer, wandb, step = get_tensorboard_writer(), get_wandb_writer(), args.curr_iteration + 1
+    for part, norm in norms.items():
+        if writer:
+            writer.add_scalar(f"grad-norm/{part}", norm, step)
+        if wandb:
+            wandb.log({f"grad-norm/{part}": norm}, step)
 
 
 def values_of(losses: Mapping[str, Tensor]) -> dict[str, float]:
