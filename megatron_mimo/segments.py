@@ -2,7 +2,8 @@
 
 Megatron's own refuses packed sequences without TransformerEngine. Here each sample is a call of torch's
 `scaled_dot_product_attention` of its own: no mask where attention is causal, and one the size of the sample where it
-has spans that see all of themselves. Nothing is the size of the pack squared.
+has spans that see all of themselves. On a GPU one fused kernel does all samples (`segment_kernels`), where dropout and
+dtype let it. Nothing is the size of the pack squared.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
+
+from megatron_mimo import segment_kernels
 
 
 @dataclass
@@ -31,11 +35,27 @@ class SegmentedParams(PackedSeqParams):
         spans: int32 `[S]`, -1 at positions that see what is before them, else a number for each span whose positions
             see the whole of it; None: all is causal. Rank-local along heads, global along the sequence.
         spanned: for each sequence whether it has such a span.
+        blocks: of `segment_kernels.block_lists`; None without spans.
     """
 
     boundaries: tuple[int, ...] = ()
     spans: Tensor | None = None
     spanned: tuple[bool, ...] = ()
+    blocks: Tensor | None = None
+    # Made by the first layer of a microbatch, taken by all others.
+    _mask: BlockMask | None = None
+
+    def block_mask(self) -> BlockMask:
+        """Who sees whom, for `segment_kernels.flexible`; made once.
+
+        Raises:
+            ValueError: there are no spans.
+        """
+        if self.spans is None or self.blocks is None:
+            raise ValueError("block_mask: expected media spans that see the whole of themselves, found none")
+        if self._mask is None:
+            self._mask = segment_kernels.block_mask(self.blocks, padded_boundaries(self), self.spans)
+        return self._mask
 
 
 def segmented(
@@ -73,7 +93,13 @@ def segmented(
         boundaries=boundaries,
         spans=spans,
         spanned=_spanned(spans, boundaries),
+        blocks=None if spans is None else segment_kernels.block_lists(boundaries, spans),
     )
+
+
+def padded_boundaries(params: PackedSeqParams) -> Tensor:
+    """Where each sequence begins, int32 `[sequences + 1]`, padding counted to the one before it."""
+    return params.cu_seqlens_q if params.cu_seqlens_q_padded is None else params.cu_seqlens_q_padded
 
 
 def _spanned(spans: Tensor | None, boundaries: Sequence[int]) -> tuple[bool, ...]:
@@ -132,6 +158,9 @@ class SegmentAttention(DotProductAttention):
         scale = self.softmax_scale * (self.layer_number if self.config.apply_query_key_layer_scaling else 1)
         boundaries, spans, spanned = _host_facts(packed_seq_params)
         causal = (attn_mask_type or self.attn_mask_type) not in (AttnMaskType.no_mask, AttnMaskType.padding)
+        fused = self._fused(query, key, value, packed_seq_params, scale, causal)
+        if fused is not None:
+            return fused.flatten(1)
         outputs = []
         # As Megatron's: tensor-parallel ranks drop out their own heads, each with its own stream.
         apart = contextlib.nullcontext() if self.config.sequence_parallel else get_cuda_rng_tracker().fork()
@@ -154,6 +183,24 @@ class SegmentAttention(DotProductAttention):
                 )
                 outputs.append(found[0].transpose(0, 1))
         return torch.cat(outputs).flatten(1)
+
+    def _fused(
+        self, query: Tensor, key: Tensor, value: Tensor, params: PackedSeqParams, scale: float, causal: bool
+    ) -> Tensor | None:
+        """One kernel's output for all sequences, None where none can do it, such as on a CPU or with dropout."""
+        boundaries, spans, spanned = _host_facts(params)
+        if self.training and self.attention_dropout.p:
+            return None
+        if spans is not None and any(spanned):
+            if not causal or not segment_kernels.takes_flexible(query):
+                return None
+            assert isinstance(params, SegmentedParams)  # no other has spans
+            return segment_kernels.flexible(query, key, value, params.block_mask(), scale=scale)
+        if not segment_kernels.takes_varlen(query):
+            return None
+        longest = max((stop - start for start, stop in pairwise(boundaries)), default=0)
+        bounds = padded_boundaries(params).to(query.device)
+        return segment_kernels.varlen(query, key, value, bounds, longest, scale=scale, causal=causal)
 
     def _check_packed(self) -> None:
         if self.config.window_size is not None or self.config.softmax_type != "vanilla":
@@ -204,7 +251,7 @@ def _host_facts(params: PackedSeqParams) -> tuple[Sequence[int], Tensor | None, 
     """
     if isinstance(params, SegmentedParams):
         return params.boundaries, params.spans, params.spanned
-    padded = params.cu_seqlens_q if params.cu_seqlens_q_padded is None else params.cu_seqlens_q_padded
+    padded = padded_boundaries(params)
     if padded.device.type != "cpu":
         raise ValueError(
             f"packed sequences: the boundaries are on {padded.device} alone, and asking for them would wait for it. "

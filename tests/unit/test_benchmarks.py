@@ -52,6 +52,15 @@ def test_what_a_loop_waits_for_its_data(tmp_path):
     assert results["steps"] == 2 and 0 < results["waiting %"] <= results["reading %"] < 100
 
 
+def test_attention_of_packs(tmp_path):
+    run(
+        "benchmarks.packed_attention", "--length", "256", "--heads", "2", "--width", "16", "--repeats", "1",
+        "--output", str(tmp_path / "packed.json"),
+    )  # fmt: skip
+    results = json.loads((tmp_path / "packed.json").read_text())["results"]
+    assert {"apart", "torch, fused", "torch, fused, media whole"} <= results.keys()
+
+
 def test_generation_says_what_transformers_says_on_the_same_weights(tmp_path):
     out = run(
         "benchmarks.generate", "--shape", "small", "--new", "4", "--repeats", "1", "--batches", "2", "--text", "8",

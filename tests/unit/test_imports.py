@@ -27,6 +27,7 @@ ROOMS = [
     "idle",
     "assemble",
     "rotary",
+    "segment_kernels",
     "segments",
     "attention",
     "cached_attention",
