@@ -6,7 +6,8 @@ the pack squared, and no device is asked.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Any, cast
@@ -26,7 +27,8 @@ def takes_varlen(query: Tensor) -> bool:
         query: `[S, heads, d]`.
     """
     width = query.shape[-1]
-    return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and width % 8 == 0 and width <= 256
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return query.is_cuda and half and width % 8 == 0 and width <= 256 and _varlen() is not None
 
 
 def takes_flexible(query: Tensor) -> bool:
@@ -35,7 +37,8 @@ def takes_flexible(query: Tensor) -> bool:
     Args:
         query: `[S, heads, d]`.
     """
-    return query.is_cuda and query.shape[-1] >= 16
+    told = "seq_lengths" in inspect.signature(BlockMask.from_kv_blocks).parameters  # torch 2.8 and later
+    return query.is_cuda and query.shape[-1] >= 16 and told
 
 
 def varlen(
@@ -50,17 +53,15 @@ def varlen(
         scale: of the scores; None for `d ** -0.5`.
         causal: whether a position sees those before it alone.
     """
-    from torch.nn.attention.varlen import varlen_attn
-
+    attend = cast("Callable[..., Tensor]", _varlen())
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     window = (-1, 0) if causal else (-1, -1)
-    found = varlen_attn(
+    return attend(
         query, key.contiguous(), value.contiguous(), boundaries, boundaries, longest, longest, scale=scale,
         window_size=window,
     )  # fmt: skip
-    return cast(Tensor, found)  # the sums of exponents were not asked for
 
 
 def flexible(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *, scale: float | None) -> Tensor:
@@ -75,6 +76,16 @@ def flexible(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *, scal
     attend = _compiled() if query.is_cuda else flex_attention
     found = attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
     return found[0].transpose(0, 1)
+
+
+@cache
+def _varlen() -> Callable[..., Any] | None:
+    """Torch's variable-length attention, None where this torch has none that can be causal (before 2.11)."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
 
 
 @cache

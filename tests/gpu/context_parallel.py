@@ -7,6 +7,7 @@ from torch import Tensor
 
 import megatron_mimo
 from megatron_mimo import MimoModel, loss_terms, total_loss
+from megatron_mimo.segments import segmented
 from tests import tiny
 
 # Each sample's length and its tokens' (first position, number).
@@ -16,6 +17,8 @@ SAMPLES = (
     (96, {}),
 )
 LENGTHS = [length for length, _ in SAMPLES]
+# What counts in no loss at a sample's end may be padding, which causal attention shows to nobody.
+PADDING = 2
 LONGEST = max(LENGTHS)
 
 
@@ -36,6 +39,7 @@ def samples() -> list[dict]:
             "labels": ids.roll(-1, 1).clamp(0, tiny.VOCABULARY - 1),
             "loss_mask": (torch.rand(1, length, generator=draw) > 0.3).float(),
         }
+        batch["loss_mask"][:, -PADDING:] = 0.0
         if tiny.WRITE in tokens:
             pixels = normal(tokens[tiny.WRITE][1], tiny.PIXELS)
             batch["modality_targets"] = {"images": {"pixels": {"pixels": pixels}}}
@@ -62,6 +66,17 @@ def packed(batches: list[dict]) -> dict:
             qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=LONGEST, max_seqlen_kv=LONGEST
         ),
     }
+
+
+def padded(batches: list[dict]) -> dict:
+    """The same as the collator of packs of files makes it: padding behind each sample, boundaries known to the host."""
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    own = torch.tensor([0, *(length - PADDING for length in LENGTHS)]).cumsum(0).int()
+    params = segmented(own, ends)
+    for name, value in vars(params).items():
+        if isinstance(value, Tensor):
+            setattr(params, name, value.cuda())
+    return packed(batches) | {"packed_seq_params": params}
 
 
 def build(dtype: torch.dtype, context_parallel_size: int, weights: dict[str, Tensor] | None) -> MimoModel:
@@ -114,7 +129,7 @@ def main() -> None:
     megatron_mimo.shutdown()
 
     run = megatron_mimo.initialize(context_parallel_size=2, seed=1)
-    for name, batches in (("separate", alone), ("packed", [packed(alone)])):
+    for name, batches in (("separate", alone), ("packed", [packed(alone)]), ("padded", [padded(alone)])):
         found = loss_and_gradients(build(torch.bfloat16, 2, weights), batches, counts)
         for tensor in found.values():
             dist.all_reduce(tensor, group=run.groups.cp)

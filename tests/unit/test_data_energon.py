@@ -10,6 +10,7 @@ import torch
 
 from megatron_mimo.data import EnergonStream, PackedData, PackShape, ReadingOptions, load_energon_state
 from megatron_mimo.data.energon import lively, plain
+from megatron_mimo.training.pretraining.packs import opened
 from tests import data_samples as made
 from tests.unit.test_data_loading import taken
 
@@ -123,6 +124,7 @@ def test_other_data_and_another_number_of_ranks_are_refused(folder, tmp_path):
         data_of(folder / "captions").load_state_dict(state)
     with pytest.raises(ValueError, match="state is of 1 data-parallel ranks, expected 2: the stream deals its records"):
         data_of(folder / "talk", rank=0, size=2).load_state_dict(state)
+    assert isinstance(opened([str(folder / "blend.yaml")]), EnergonStream)  # what pretrain --data makes of a path
     with pytest.raises(FileNotFoundError, match="expected a directory with .nv-meta"):
         EnergonStream(tmp_path)
     crude = shards(tmp_path, "crude", lambda index: {"bin": b"1"})
