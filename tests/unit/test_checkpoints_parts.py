@@ -1,6 +1,9 @@
 """Parts of a model load alone, with a report; both loops read each other's checkpoints."""
 
 import logging
+import os
+import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -9,9 +12,12 @@ from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 
 from megatron_mimo import specs
+from megatron_mimo.compat.checkpoints import directory_to_load
 from megatron_mimo.compat.megatron import writers_report_here
 from megatron_mimo.training import TrainingControl
+from megatron_mimo.training.checkpoints.loop import functions
 from megatron_mimo.training.checkpoints.manifest import Damaged
+from megatron_mimo.training.checkpoints.writing import Saver
 from megatron_mimo.training.pretraining.checks import check_resumed
 from tests import evil, tiny
 from tests.unit.test_checkpoints_identity import ADAM, as_release_0_1, vocabulary_of
@@ -182,6 +188,63 @@ def test_megatrons_loop_takes_the_newest_whole_checkpoint_of_a_trainer(harmed, s
     assert (Path(args.load) / "release").resolve().name == "step_00000001"
     assert "step_00000004 was cut short" in caplog.text and "step_00000003 is not whole" in caplog.text
     assert "step_00000002 is not whole, and the one before it is taken: metadata.json: missing" in caplog.text
+
+
+def iterations(root: Path, single_process) -> None:
+    """Checkpoints of three steps, as pretrain has them: a Trainer's under other names."""
+    trainer(single_process, steps=3, save_every=1, directory=root, optimizer=ADAM).train(one_batch)
+    for step in (1, 2, 3):
+        (root / f"step_{step:08d}").rename(root / f"iter_{step:07d}")
+    (root / "latest_checkpointed_iteration.txt").write_text("3")
+
+
+HARM = {
+    "missing": lambda path: shutil.rmtree(path),
+    "without a file": lambda path: (path / "__0_0.distcp").unlink(),
+    "cut": lambda path: os.truncate(path / "__0_0.distcp", 1000),
+    "without its end": lambda path: (path / "complete").write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_megatrons_loop_takes_the_newest_iteration_that_is_whole_for_one_that_was_cut_short(
+    harm, single_process, tmp_path, caplog
+):
+    iterations(tmp_path, single_process)
+    check_resumed(whole := loading(tmp_path), TrainingControl(), tiny.mimo_config())
+    assert whole.ckpt_step is None
+    HARM[harm](tmp_path / "iter_0000003")
+    (tmp_path / "iter_0000002" / "metadata.json").unlink()
+    args = loading(tmp_path)
+    with caplog.at_level(logging.WARNING, "megatron_mimo"):
+        check_resumed(args, TrainingControl(), tiny.mimo_config())
+    assert args.ckpt_step == 1 and args.load == str(tmp_path)
+    assert "iter_0000003 is not whole, and iter_0000001 is taken" in caplog.text
+    # A step that somebody names is loaded or refused, and so are weights to begin with.
+    expected = "names iter_0000003, which is not there" if harm == "missing" else "iter_0000003"
+    for named in (loading(tmp_path, ckpt_step=3), loading(None, pretrained_checkpoint=str(tmp_path))):
+        with pytest.raises(ValueError, match=expected):
+            check_resumed(named, TrainingControl(), tiny.mimo_config())
+            reads(named)
+    for step in (1, 2):
+        HARM[harm](tmp_path / f"iter_{step:07d}")
+    with pytest.raises(ValueError, match=expected):
+        check_resumed(again := loading(tmp_path), TrainingControl(), tiny.mimo_config())
+        reads(again)
+
+
+def reads(args: Namespace) -> None:
+    """Loads as Megatron's loop does what `args` name."""
+    path = directory_to_load(args, args.load or args.pretrained_checkpoint)
+    functions(tiny.mimo_config, Saver())["load"]({}, str(path))
+
+
+def test_an_iteration_that_changed_is_refused_with_the_option_that_loads_the_one_before(single_process, tmp_path):
+    iterations(tmp_path, single_process)
+    flip(tmp_path / "iter_0000003" / "__0_0.distcp", 5000)
+    check_resumed(args := loading(tmp_path), TrainingControl(), tiny.mimo_config())
+    with pytest.raises(Damaged, match=r"changed since it was written\n--ckpt-step 2 loads iter_0000002\."):
+        reads(args)
 
 
 @pytest.mark.parametrize("there", [(), ("notes.txt",), ("iter_0000002/part",), ("model.safetensors",)])

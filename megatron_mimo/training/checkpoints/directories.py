@@ -87,6 +87,17 @@ def newest_first(directory: Path) -> list[Path]:
     return [found[step] for step in sorted(found, reverse=True)]
 
 
+def iterations_before(path: Path) -> list[Path]:
+    """The complete checkpoints of Megatron's loop beside `path` and older than it, newest first."""
+    if not path.name.startswith("iter_") or not path.parent.is_dir():
+        return []
+    older = [
+        each for each in path.parent.iterdir()
+        if each.name.startswith("iter_") and _STEP.fullmatch(each.name) and step_of(each) < step_of(path)
+    ]  # fmt: skip
+    return sorted(filter(is_complete, older), key=step_of, reverse=True)
+
+
 def begin(target: Path) -> Path:
     """An empty directory to write a checkpoint to, beside `target`."""
     written = target.with_name(f"{_WRITING}{target.name}")
@@ -163,7 +174,7 @@ def clean_up(directory: Path, settings: CheckpointSettings) -> list[Path]:
     whole = newest_first(directory)
     kept = set(whole[: settings.keep_last])
     if settings.keep_every is not None:
-        kept |= {path for path in whole if _step(path) % settings.keep_every == 0}
+        kept |= {path for path in whole if step_of(path) % settings.keep_every == 0}
     if settings.keep_best is not None:
         losses = {path: _losses(path).get(settings.keep_best, math.nan) for path in whole}
         losses = {path: loss for path, loss in losses.items() if not math.isnan(loss)}
@@ -176,7 +187,8 @@ def clean_up(directory: Path, settings: CheckpointSettings) -> list[Path]:
     return gone
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, by the name of its directory."""
     return int(path.name.rpartition("_")[2])
 
 

@@ -27,7 +27,13 @@ from megatron_mimo.compat.checkpoints import (
 from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.data.progress import State
 from megatron_mimo.training.checkpoints import manifest
-from megatron_mimo.training.checkpoints.directories import is_complete, newest_first, recover
+from megatron_mimo.training.checkpoints.directories import (
+    is_complete,
+    iterations_before,
+    newest_first,
+    recover,
+    step_of,
+)
 from megatron_mimo.training.checkpoints.inert import check_inert
 from megatron_mimo.training.checkpoints.reading import agree, check, problems_of, read
 from megatron_mimo.training.checkpoints.writing import Saver
@@ -148,7 +154,10 @@ def functions(
         **options: Any,
     ) -> Any:
         path = Path(directory)
-        check(path, model())
+        try:
+            check(path, model())
+        except manifest.Damaged as error:
+            raise manifest.Damaged(f"{error}{_instead(path)}") from error
         if data is not None:
             data().loaded(path)
         # Our own hashes are compared already.
@@ -191,11 +200,12 @@ def functions(
 def check_loadable(args: Namespace, config: MimoModelConfig) -> None:
     """Refuses a checkpoint that Megatron's loop shall not load, or cannot. Rank-local, before any process group.
 
-    A `Trainer`'s directory, or one of its checkpoints, is loaded too: its weights, and steps are counted from 0.
+    A `Trainer`'s directory, or one of its checkpoints, is loaded too: its weights, and steps are counted from 0. Where
+    files of a run's newest checkpoint are missing or cut, the newest before it that has all of its own is taken.
 
     Args:
         args: Megatron's, which name the checkpoint. They name another directory of the same checkpoint afterwards,
-            where it is a `Trainer`'s.
+            where it is a `Trainer`'s, and a step, where an older one is taken.
         config: of the model to load into.
 
     Raises:
@@ -214,6 +224,8 @@ def check_loadable(args: Namespace, config: MimoModelConfig) -> None:
             _check_begins(args, option, Path(given))
             continue
         recover(path)
+        if option == "load" and args.ckpt_step is None and (older := _older(path)) is not None:
+            path, args.ckpt_step = older, step_of(older)
         if not path.is_dir():
             raise ValueError(f"--{option.replace('_', '-')} {given} names {path.name}, which is not there.")
         agree(path, problems_of(path, config))
@@ -235,13 +247,34 @@ def _of_a_trainer(given: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def _damage(path: Path) -> list[str]:
-    """What of a checkpoint is not as it was written, a line a file. Rank-local: all of it is hashed."""
+def _older(named: Path) -> Path | None:
+    """The checkpoint of Megatron's loop to take for one that was cut short, with a warning; None where it is whole.
+
+    None too where no older one is whole: whoever loads the named one refuses it. Names and sizes are looked at: no
+    rank hashes all files alone, and changed ones are refused when each has hashed its share.
+    """
+    told = _damage(named, contents=False) if named.is_dir() else ["it is not there"]
+    if not told:
+        return None
+    for path in iterations_before(named):
+        if not _damage(path, contents=False):
+            logger.warning("%s is not whole, and %s is taken: %s", named, path.name, "; ".join(told))
+            return path
+    return None
+
+
+def _instead(path: Path) -> str:
+    older = iterations_before(path)
+    return f"\n--ckpt-step {step_of(older[0])} loads {older[0].name}." if older else ""
+
+
+def _damage(path: Path, *, contents: bool = True) -> list[str]:
+    """What of a checkpoint is not as it was written, a line a file. Rank-local: all of it is hashed by `contents`."""
     try:
         written = manifest.read(path)
     except manifest.Damaged as error:
         return [str(error)]
-    return [] if written is None else manifest.faults(path, written)
+    return [] if written is None else manifest.faults(path, written, contents=contents)
 
 
 def _as_release(path: Path) -> str:

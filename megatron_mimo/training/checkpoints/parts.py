@@ -117,8 +117,12 @@ def _warn_of_differences(path: Path, chunk: MimoModel) -> None:
 
 def _names(ours: set[str], there: set[str], prefixes: Collection[str] | None) -> dict[str, str]:
     """Our name -> the checkpoint's, of what is to be loaded."""
-    alone = not any(name in there for name in ours)
-    pairs = {name: name.removeprefix(_LANGUAGE_MODEL) if alone else name for name in ours}
+    # `megatron.core.models.mimo` names the wrappers of parts that have a grid of ranks of their own.
+    unwrapped = {".".join(word for word in name.split(".") if word != "module"): name for name in sorted(there)}
+    pairs = {name: name if name in there else unwrapped.get(name) for name in ours}
+    alone = not any(pairs.values())
+    if alone:
+        pairs = {name: name.removeprefix(_LANGUAGE_MODEL) for name in ours}
     return {
         name: other
         for name, other in pairs.items()

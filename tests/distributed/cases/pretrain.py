@@ -378,10 +378,15 @@ def sigterm_to_one_rank_of_pretrain_saves_at_the_step_boundary_and_the_run_goes_
         run_recipe(where / "stopped", *LAYOUTS["dp2"], *saved, "--exit-signal-handler", recipe=Terminated(0, 3))
     assert stopped.value.code == 0
     assert (where / "saved" / "latest_checkpointed_iteration.txt").read_text() == "2"
-    resumed = run_recipe(where / "resumed", *LAYOUTS["dp2"], "--load", str(where / "saved"))
+    resumed = run_recipe(where / "resumed", *LAYOUTS["dp2"], "--load", str(where / "saved"), *saved)
+    # Its own checkpoint is cut: the one before is taken.
+    newest = where / "saved" / f"iter_{STEPS:07d}"
+    os.truncate(newest / "__0_0.distcp", 1000)  # by both ranks, which have no group between two runs
+    again = run_recipe(where / "again", *LAYOUTS["dp2"], "--load", str(where / "saved"))
     if last:
         assert_close(scalars(where / "stopped" / "tensorboard"), unbroken, range(1, 3))
         assert_close(resumed, unbroken, range(3, STEPS + 1))
+        assert_close(again, unbroken, range(3, STEPS + 1))
 
 
 @case(ranks=2, timeout_s=120)
