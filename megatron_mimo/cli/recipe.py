@@ -247,6 +247,8 @@ class Evaluation(Strict):
     Args:
         data: records whose loss is taken; none: the loss of training alone is told.
         every: steps between two evaluations; there is one at the end of a stage.
+        patience: a stage ends after so many evaluations in a row without a new best; None: at its last step.
+        compare: the loss by which evaluations are compared: "loss" (the weighted sum), "text", "MODALITY/decoder".
         steps: packs on each data-parallel rank.
         samples: how many of these records the model answers each time, into `samples/` of the run.
         max_new_tokens: of such an answer.
@@ -254,6 +256,8 @@ class Evaluation(Strict):
 
     data: Sources = []
     every: Count | None = None
+    patience: Count | None = None
+    compare: str = "loss"
     steps: Count = 8
     samples: Annotated[int, Field(ge=0)] = 4
     max_new_tokens: Count = 128
@@ -263,11 +267,13 @@ class Checkpoints(Strict):
     """Args:
     every: steps between two; the end of a stage has one.
     keep_last: how many are kept of a stage.
+    keep_best: keep the one with the best evaluation besides; the next stage and the model begin from it.
     background: write while the training goes on.
     """
 
     every: Count | None = None
     keep_last: Count | None = 2
+    keep_best: bool = False
     background: bool = False
 
 
@@ -290,6 +296,7 @@ class Loggers(Strict):
         lines: `log.jsonl` of the run, a line a step.
         tensorboard: `tensorboard/` of the run.
         wandb: a run of Weights & Biases for each stage; a string is the project.
+        part_norms: the gradient norm of each part of the model besides.
         progress: a bar on the terminal.
     """
 
@@ -298,6 +305,7 @@ class Loggers(Strict):
     wandb: Annotated[
         WandbLogger | None, BeforeValidator(lambda given: {"project": given} if isinstance(given, str) else given)
     ] = None
+    part_norms: bool = False
     progress: bool = True
 
 
@@ -306,6 +314,9 @@ class Recipe(Strict):
 
     Args:
         directory: of everything that it writes; the same command goes on from what lies there.
+        held_out: share of each source's records that is evaluated on in place of being trained on; instead of
+            evaluation.data.
+        ema_decay: of an average of the weights that train, such as 0.999; its model is written beside the other.
         seed: of weights that begin fresh, of the data's order and of draws.
         megatron: any further setting of Megatron's `TransformerConfig`, `OptimizerConfig` or
             `DistributedDataParallelConfig`, by its name.
@@ -315,6 +326,8 @@ class Recipe(Strict):
     seed: Annotated[int, Field(ge=0)] = 1234
     model: Model
     data: Sources = []
+    held_out: Annotated[float, Field(gt=0, lt=1)] | None = None
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
     processor: Processor = Processor()
     packing: Packing = Packing()
     layout: Layout = Layout()
@@ -337,7 +350,14 @@ class Recipe(Strict):
             if any(weighted) and not all(weighted):
                 raise ValueError(f"stages.{stage.name}: expected a weight for each source of data or for none")
         layout = self.layout
-        answers = bool(self.evaluation.data) and self.evaluation.samples > 0
+        evaluates = bool(self.evaluation.data) or self.held_out is not None
+        if self.evaluation.data and self.held_out is not None:
+            raise ValueError("held_out: expected it or evaluation.data, found both")
+        if self.evaluation.patience is not None and not (evaluates and self.evaluation.every):
+            raise ValueError("evaluation.patience: needs evaluation.every, and evaluation.data or held_out")
+        if self.checkpoints.keep_best and not (evaluates and self.checkpoints.keep_last):
+            raise ValueError("checkpoints.keep_best: needs checkpoints.keep_last, and evaluation.data or held_out")
+        answers = evaluates and self.evaluation.samples > 0
         if answers and (layout.context > 1 or layout.expert > 1 or layout.virtual_pipeline is not None):
             raise ValueError(
                 "evaluation.samples: answers need a layout without context, expert and virtual_pipeline, found "

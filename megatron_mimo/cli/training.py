@@ -23,13 +23,14 @@ from megatron_mimo.cli.reading import written
 from megatron_mimo.cli.recipe import Recipe, Source, Stage
 from megatron_mimo.cli.settings import Settings, settings_of
 from megatron_mimo.config import MimoModelConfig
-from megatron_mimo.data import PackedData, PackShape, ReadingOptions, SampleProcessor, open_source
+from megatron_mimo.data import PackedData, PackShape, ReadingOptions, SampleProcessor, open_source, split
 from megatron_mimo.data.sources import Source as OpenSource
 from megatron_mimo.launch import Run
 from megatron_mimo.pretrained import save_pretrained
 from megatron_mimo.sharding import sequence_multiple
 from megatron_mimo.training import (
     CheckpointSettings,
+    EarlyStopping,
     Logger,
     PackSource,
     Samples,
@@ -39,13 +40,15 @@ from megatron_mimo.training import (
     TrainingControl,
 )
 from megatron_mimo.training.agreement import agree, error_of
-from megatron_mimo.training.checkpoints.directories import newest_first
+from megatron_mimo.training.checkpoints.directories import best_of, newest_first
 from megatron_mimo.training.sources import batch_of
 
 logger = logging.getLogger(__name__)
 
 #: Below the directory of a run.
 RECIPE, MODEL, STAGES, SAMPLES = "recipe.yaml", "model", "stages", "samples"
+#: With ema_decay: the model with the averages for its weights.
+MODEL_EMA = "model-ema"
 
 
 @dataclass(frozen=True)
@@ -94,19 +97,33 @@ def train(recipe: Recipe, run: Run) -> bool:
         directory = stage_directory(recipe, stage)
         done = [path for path in newest_first(directory) if path.name == f"step_{stage.steps:08d}"]
         if done and stage is not recipe.stages[-1]:
-            before = done[0]
+            before = _kept(recipe, directory)
             continue
         trainer = _trained(prepared, stage, before)
         if trainer is None:
             return False
-        before = newest_first(directory)[0]
-    assert trainer is not None  # of the last stage, which is never passed over
+        before = _kept(recipe, directory)
+    assert trainer is not None and before is not None  # of the last stage, which is never passed over
+    if recipe.ema_decay is not None:
+        with trainer.ema_weights():
+            save_pretrained(trainer.models, recipe.directory / MODEL_EMA)
+    if recipe.checkpoints.keep_best:
+        trainer.load(before, weights_only=True)
     save_pretrained(trainer.models, recipe.directory / MODEL)
     if run.rank == 0:
-        (recipe.directory / MODEL / RECIPE).write_text(written(recipe), encoding="utf-8")
+        for directory in (recipe.directory / MODEL, recipe.directory / MODEL_EMA):
+            if directory.is_dir():
+                (directory / RECIPE).write_text(written(recipe), encoding="utf-8")
     if dist.is_initialized() and run.world_size > 1:
         dist.barrier()
     return True
+
+
+def _kept(recipe: Recipe, directory: Path) -> Path:
+    """The checkpoint of a stage that ended that what follows begins from."""
+    whole = newest_first(directory)
+    best = best_of(whole, recipe.evaluation.compare) if recipe.checkpoints.keep_best else None
+    return best or whole[0]
 
 
 def stage_directory(recipe: Recipe, stage: Stage) -> Path:
@@ -124,14 +141,14 @@ def packs_of(
         sources: some of its data.
         process: makes samples.
         run: whose data-parallel rank reads; None for one that reads all.
-        shuffle: whether records come in a drawn order.
+        shuffle: whether it is to train on, in a drawn order; otherwise to evaluate on.
     """
     layout = recipe.layout
     splits = layout.tensor if layout.sequence_parallel else 1
     multiple = sequence_multiple(context_parallel=layout.context, sequence_parallel=splits)
     weights = [source.weight for source in sources if source.weight is not None]
     return PackedData(
-        [opened(source) for source in sources],
+        [parts_of(recipe, source)[0 if shuffle else 1] for source in sources],
         process,
         PackShape(recipe.packing.length, multiple, recipe.packing.budget, recipe.packing.buffer),
         weights=weights or None,
@@ -145,6 +162,16 @@ def packs_of(
             shuffle=shuffle,
         ),
     )
+
+
+def parts_of(recipe: Recipe, source: Source) -> tuple[OpenSource, OpenSource]:
+    """What of a source is trained on, and what is evaluated on; the whole of it where nothing is held out.
+
+    Raises:
+        FileNotFoundError, ValueError: as `opened`, or there is nothing to hold out.
+    """
+    whole = opened(source)
+    return (whole, whole) if recipe.held_out is None else split(whole, recipe.held_out, recipe.seed)
 
 
 def opened(source: Source) -> OpenSource:
@@ -180,6 +207,7 @@ def _trained(prepared: Prepared, stage: Stage, before: Path | None) -> Trainer |
     highest = max(stage.trains.values())
     optimizer: dict[str, Any] = {"weight_decay": stage.weight_decay, "clip_grad": stage.clip_grad, **settings.optimizer}
     begins = not newest_first(directory)
+    patience = recipe.evaluation.patience
     loggers = loggers_of(recipe.directory, stage.name, recipe.loggers)
     trainer = Trainer(
         prepared.config,
@@ -194,12 +222,17 @@ def _trained(prepared: Prepared, stage: Stage, before: Path | None) -> Trainer |
             save_every=recipe.checkpoints.every,
             directory=directory,
             progress=recipe.loggers.progress,
+            early_stopping=patience and EarlyStopping(patience, recipe.evaluation.compare),
+            part_norms=recipe.loggers.part_norms,
+            ema_decay=recipe.ema_decay,
         ),
         optimizer=OptimizerConfig(lr=highest, **optimizer),
         ddp=DistributedDataParallelConfig(**settings.ddp),
         control=_control(prepared, stage, highest),
         checkpoints=CheckpointSettings(
-            background=recipe.checkpoints.background, keep_last=recipe.checkpoints.keep_last
+            background=recipe.checkpoints.background,
+            keep_last=recipe.checkpoints.keep_last,
+            keep_best=recipe.evaluation.compare if recipe.checkpoints.keep_best else None,
         ),
         pretrained=weights_of(recipe.model) if begins and before is None else None,
         samples=_samples(prepared, stage, loggers),
@@ -209,7 +242,7 @@ def _trained(prepared: Prepared, stage: Stage, before: Path | None) -> Trainer |
         trainer.load(before, weights_only=True)
     trainer.load()
     source = PackSource(packs_of(recipe, recipe.data_of(stage), prepared.process, run), stage.microbatches)
-    history = trainer.train(source, _evaluation(prepared))
+    history = trainer.train(source, _evaluation(prepared, stage))
     return None if history.stopped else trainer
 
 
@@ -220,30 +253,35 @@ def _control(prepared: Prepared, stage: Stage, highest: float) -> TrainingContro
     )
 
 
-def _evaluation(prepared: Prepared):
+def _evaluation(prepared: Prepared, stage: Stage):
     """Packs to evaluate on, the same each time, as a `Trainer` asks for them; None without data."""
     recipe, run = prepared.recipe, prepared.run
-    if not recipe.evaluation.data:
+    if not _evaluated(recipe, stage):
         return None
     packs: list[Batch] = []
 
     def batches(step: int, rank: int, size: int) -> Sequence[Batch]:
         del rank, size
         if not packs:
-            data = packs_of(recipe, recipe.evaluation.data, prepared.process, run, shuffle=False)
+            data = packs_of(recipe, _evaluated(recipe, stage), prepared.process, run, shuffle=False)
             packs.extend(batch_of(pack) for pack in islice(data, recipe.evaluation.steps))
         return packs[step : step + 1]
 
     return batches
 
 
+def _evaluated(recipe: Recipe, stage: Stage) -> Sequence[Source]:
+    """What a stage is evaluated on, or what records are held out of."""
+    return recipe.data_of(stage) if recipe.held_out is not None else recipe.evaluation.data
+
+
 def _samples(prepared: Prepared, stage: Stage, loggers: Sequence[Logger]) -> Samples | None:
     recipe = prepared.recipe
     wanted = recipe.evaluation.samples
-    if not recipe.evaluation.data or not wanted:
+    if not _evaluated(recipe, stage) or not wanted:
         return None
     boards = [each for each in loggers if isinstance(each, TensorBoard)]
-    source, spoken = opened(recipe.evaluation.data[0]), Spoken(prepared.config)
+    source, spoken = parts_of(recipe, _evaluated(recipe, stage)[0])[1], Spoken(prepared.config)
     prompts = [prompt.given for prompt in islice(prompts_of(source, prepared.process), wanted) if prompt.given]
     return Samples(
         prompts,

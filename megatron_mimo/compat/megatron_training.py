@@ -171,3 +171,36 @@ def evaluations_told(tell: Callable[[str, int, dict[str, Any]], None]) -> Iterat
         _replaced(training, "evaluate_and_print_results", evaluate_told),
     ):
         yield
+
+
+@contextmanager
+def saves_decided_by(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Within it, Megatron's loop saves, and decides to end, by ``wrap(its own function)``, with its arguments.
+
+    Undocumented: `megatron.training.training.checkpoint_and_decide_exit`, looked up in that module after each step, and
+    after the evaluation where one was due; its fourth argument is the iteration.
+    Reason: the loop saves at intervals alone, and tells nobody.
+    When it goes: keep the best of the checkpoints that intervals give.
+    """
+    from megatron.training import training
+
+    with _replaced(training, "checkpoint_and_decide_exit", wrap(training.checkpoint_and_decide_exit)):
+        yield
+
+
+def save_now(*given: Any, **named: Any) -> None:
+    """Saves a checkpoint of this moment.
+
+    Undocumented: `megatron.training.training.save_checkpoint_and_time`, whose arguments are those of
+    `checkpoint_and_decide_exit`, the last one by its name alone.
+    Reason: see `saves_decided_by`.
+    When it goes: as there.
+
+    Args:
+        given, named: of `checkpoint_and_decide_exit`.
+    """
+    from megatron.training import training
+
+    names = ("model", "optimizer", "opt_param_scheduler", "iteration", "num_floating_point_operations_so_far",
+             "checkpointing_context", "train_data_iterator")  # fmt: skip
+    training.save_checkpoint_and_time(**dict(zip(names, given)), **named)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 
@@ -259,3 +260,16 @@ def leaves_of(x: torch.Tensor, given: torch.Tensor | None = None) -> set[int] | 
         if "Checkpoint" in node.name():
             return None
     return found
+
+
+def own_store() -> dist.Store:
+    """The store of the default process group, which knows every rank of the run, through a connection of its own.
+
+    Private: `torch.distributed.distributed_c10d._get_default_store`, there since torch 1.10. Undocumented:
+    `Store.clone`, which the types of torch 2.11 lack.
+    Reason: a thread tells other ranks what this one does while its main thread waits in a collective, or for the store.
+    When it goes: keep the store that `init_process_group` is given; torchrun's is `rendezvous("env://")`'s.
+    """
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store().clone()  # type: ignore[attr-defined]

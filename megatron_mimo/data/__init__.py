@@ -21,6 +21,7 @@ from megatron_mimo.data.readers import ImageReader, ProcessorReader, Reader, Rea
 from megatron_mimo.data.samples import Handling, Item, Sample, SampleProcessor
 from megatron_mimo.data.show import show
 from megatron_mimo.data.sources import Folder, JsonLines, Records, Source, Table, open_source
+from megatron_mimo.data.split import split
 from megatron_mimo.data.streams import DatasetsStream, Stream, Streamed
 from megatron_mimo.data.writers import ImageWriter, SoundWriter, Writer, Writing
 
@@ -80,4 +81,5 @@ __all__ = [
     "positions",
     "prepare",
     "show",
+    "split",
 ]

@@ -16,13 +16,17 @@ from megatron_mimo.training.agreement import agree, error_of
 from megatron_mimo.training.best import Best
 from megatron_mimo.training.checkpoints import saving
 from megatron_mimo.training.checkpoints.parts import LoadReport, load_parts
+from megatron_mimo.training.checkpoints.trained import Trained
 from megatron_mimo.training.checkpoints.writing import Saver
 from megatron_mimo.training.chunks import parameters_gathered
+from megatron_mimo.training.ema import Ema
 from megatron_mimo.training.finite import check_weights
 from megatron_mimo.training.masters import Masters
 from megatron_mimo.training.parts.control import TrainingControl
 from megatron_mimo.training.settings import TrainerSettings
 from megatron_mimo.training.sources import Reader
+from megatron_mimo.training.stop import Pace
+from megatron_mimo.training.watch import BETWEEN, SAVING, Stages
 
 
 class Checkpointed:
@@ -45,7 +49,10 @@ class Checkpointed:
     _best: dict[str, Best]
     _masters: Masters
     _saver: Saver
-    _trained: saving.Trained
+    _trained: Trained
+    _stages: Stages
+    _pace: Pace
+    ema: Ema | None
     _reader: Reader | None
     _data_state: State | None
 
@@ -62,15 +69,19 @@ class Checkpointed:
         """
         if (directory := self.settings.directory) is None:
             return None
+        self._stages.enter(SAVING)
         agree(error_of(self._masters.follow), self.run)
         with parameters_gathered(self.chunks, self.optimizer):
             agree(error_of(lambda: check_weights(self.models)), self.run)
-            return saving.save(
+            path = saving.save(
                 Path(directory), self.steps_done, self.models, self.optimizer, self.schedule, self.run, self._trained,
                 self._reader.state() if self._reader is not None else self._data_state,
                 saver=self._saver, background=background, losses=losses,
-                evaluations={name: best.state_dict() for name, best in self._best.items()},
+                evaluations={name: best.state_dict() for name, best in self._best.items()}, ema=self.ema,
             )  # fmt: skip
+        self._stages.enter(BETWEEN)
+        self._pace.ended()
+        return path
 
     def load(self, path: Path | str | None = None, *, weights_only: bool = False) -> int:
         """Goes on from a checkpoint, and gives the number of steps that the run has behind it.
@@ -96,7 +107,9 @@ class Checkpointed:
         own = (self.models, self.optimizer, self.schedule, self.run, self._trained)
         if weights_only:
             saving.load_weights(path, self.models, self.optimizer, self.run, directory=self.settings.directory)
-        elif (loaded := saving.load(path, *own, directory=self.settings.directory)) is not None:
+            if self.ema is not None:
+                self.ema.restart()
+        elif (loaded := saving.load(path, *own, directory=self.settings.directory, ema=self.ema)) is not None:
             self.steps_done, self._reader, self._data_state = loaded.step, None, loaded.data
             for name, best in self._best.items():
                 best.load_state_dict(loaded.evaluations.get(name, {}))
@@ -114,7 +127,7 @@ class Checkpointed:
         """
         self._masters.sync()
 
-    def load_parts(self, path: Path | str, parts: Sequence[str] | None = None) -> LoadReport:
+    def load_parts(self, path: Path | str, parts: Sequence[str] | None = None, *, ema: bool = False) -> LoadReport:
         """Reads the weights that a checkpoint has of this model, and gives what became of each.
 
         Such as a language model's into a model of several modalities. Optimizer and step stay. Collective.
@@ -122,6 +135,7 @@ class Checkpointed:
         Args:
             path: of a checkpoint, of this loop, of Megatron's, or of a language model that was trained by itself.
             parts: to load, as `TrainingControl` names them; None for all that there are.
+            ema: the averages of weights that have one there (`TrainerSettings.ema_decay`), in their place.
 
         Raises:
             FileNotFoundError: there is no checkpoint at `path`.
@@ -133,6 +147,8 @@ class Checkpointed:
         """
         config = self.models[0].mimo_config
         chosen = None if parts is None else TrainingControl(frozen=parts).frozen_prefixes(config)
-        report = load_parts(Path(path), self.models, chosen)
+        report = load_parts(Path(path), self.models, chosen, ema=ema)
+        if self.ema is not None:
+            self.ema.restart()
         self._masters.sync()
         return report

@@ -22,6 +22,7 @@ from megatron_mimo.training.hooks import FurtherLoss
 from megatron_mimo.training.reading import part_for, placed_batches
 from megatron_mimo.training.scale import StepScale, loss_func
 from megatron_mimo.training.speed import counts as names
+from megatron_mimo.training.watch import Stages
 
 #: What a microbatch gave, and what makes its loss of it; None before the last pipeline stage.
 Forwarded = tuple[Tensor | MimoOutput, Callable[..., Any] | None]
@@ -42,6 +43,7 @@ class ForwardStep:
             before it runs.
         further_losses: added to those of the model.
         sources: gives the names of a blend's sources, of which batches say `sources`; used where batches are read.
+        stages: told of reading; None where the loop tells by itself.
 
     Example:
         >>> forward_step = ForwardStep(microbatches=lambda: 4, step=lambda: 0, seed=1234)
@@ -56,7 +58,9 @@ class ForwardStep:
         on_step: Callable[[int, Counts], None] | None = None,
         further_losses: Sequence[FurtherLoss] = (),
         sources: Callable[[], Sequence[str]] = tuple,
+        stages: Stages | None = None,
     ) -> None:
+        self._stages = stages
         self._sources = sources
         self._microbatches, self._step, self._seed, self._on_step = microbatches, step, seed, on_step
         self._further = tuple(further_losses)
@@ -136,6 +140,8 @@ class ForwardStep:
 
     def _read(self, iterator: Iterator[Batch] | None, mimo: MimoModel, number: int) -> StepBatches:
         groups = mimo.pg_collection
+        if iterator is not None and self._stages is not None:
+            iterator = self._stages.reading(iterator)
         return read_step(
             placed_batches(iterator, mimo),
             number,

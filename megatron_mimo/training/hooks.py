@@ -54,7 +54,7 @@ class Callback:
         """After each step. In `pretrain` the losses are known on ranks of the last pipeline stage alone."""
 
     def evaluated(self, step: int, losses: Mapping[str, float]) -> None:
-        """After each evaluation, with `step` steps behind it; on the ranks that know losses, as `trained`."""
+        """After each evaluation, with `step` steps behind it."""
 
     def ended(self) -> None:
         """After the last step, or where the run ended for another reason, an exception included."""

@@ -56,7 +56,11 @@ class TrainerSettings:
         progress: show a progress bar on the last rank.
         stop_grace_s: seconds that a step may go on after a SIGTERM; then the process ends and says where it was. None
             for ten times the slowest step so far, and at least 10.
+        ema_decay: of an exponential moving average of the weights that train, float32, beside them (`Ema`); None for
+            none. With `overlap_param_gather` weights are gathered after each step, which then overlaps nothing.
         part_norms: report the gradient norm of each part too; it takes a pass over the gradients and a wait a step.
+        stall_s: seconds without the end of a step after which the log says which rank holds the run up (`Watch`). None
+            for ten times the slowest step so far, and at least 60.
         early_stopping: ends the run where its evaluations get no better; None never does.
 
     Raises:
@@ -76,6 +80,8 @@ class TrainerSettings:
     stop_grace_s: float | None = None
     early_stopping: EarlyStopping | None = None
     part_norms: bool = False
+    ema_decay: float | None = None
+    stall_s: float | None = None
 
     def __post_init__(self) -> None:
         if self.directory is not None:
@@ -88,14 +94,18 @@ class TrainerSettings:
                 check_whole(f"TrainerSettings: {name}", value, least=1)
         check_whole("TrainerSettings: warmup_steps", self.warmup_steps)
         check_whole("TrainerSettings: seed", self.seed)
-        if not isinstance(self.stop_grace_s, Real | None):
-            raise TypeError(f"TrainerSettings: stop_grace_s must be a number of seconds, got {self.stop_grace_s!r}")
-        if self.stop_grace_s is not None and not 0 < self.stop_grace_s < float("inf"):
-            raise ValueError(f"TrainerSettings: stop_grace_s must be finite and above 0, got {self.stop_grace_s}")
+        for name in ("stop_grace_s", "stall_s"):
+            seconds = getattr(self, name)
+            if not isinstance(seconds, Real | None):
+                raise TypeError(f"TrainerSettings: {name} must be a number of seconds, got {seconds!r}")
+            if seconds is not None and not 0 < float(seconds) < float("inf"):
+                raise ValueError(f"TrainerSettings: {name} must be finite and above 0, got {seconds}")
         if not 0 <= self.warmup_steps < self.steps:
             raise ValueError(
                 f"TrainerSettings: warmup_steps must lie in [0, steps = {self.steps}), got {self.warmup_steps}"
             )
+        if self.ema_decay is not None:
+            check_decay("TrainerSettings: ema_decay", self.ema_decay)
         if self.early_stopping is not None and self.evaluate_every is None:
             raise ValueError("TrainerSettings: early_stopping compares evaluations and needs evaluate_every")
         if self.save_every is not None and self.directory is None:
@@ -157,6 +167,18 @@ def check_whole(name: str, value: object, least: int | None = None) -> None:
         raise TypeError(f"{name} must be a whole number, got {value!r}")
     if least is not None and int(value) < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_decay(option: str, decay: object) -> None:
+    """Refuses a decay that averages nothing.
+
+    Raises:
+        TypeError, ValueError: naming the option, what is expected and what was found.
+    """
+    if isinstance(decay, bool) or not isinstance(decay, int | float):
+        raise TypeError(f"{option} must be a number, got {decay!r}")
+    if not 0 <= decay < 1:
+        raise ValueError(f"{option} must lie in [0, 1), such as 0.999, got {decay}")
 
 
 def due(steps: int, every: int | None) -> bool:

@@ -8,7 +8,8 @@ data parallelism. For long runs on many machines there is `megatron.training.pre
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ from megatron_mimo.training import auxiliary
 from megatron_mimo.training.agreement import agree_on_microbatches, error_of, shared
 from megatron_mimo.training.best import EARLY, KEPT, agreed, check_term, compared
 from megatron_mimo.training.checkpointed import Checkpointed
-from megatron_mimo.training.checkpoints import saving
 from megatron_mimo.training.checkpoints.directories import CheckpointSettings, newest_first
+from megatron_mimo.training.checkpoints.trained import Trained
 from megatron_mimo.training.checkpoints.writing import Saver
 from megatron_mimo.training.chunks import (
     build_chunks,
@@ -42,6 +43,7 @@ from megatron_mimo.training.chunks import (
     wrap_chunks,
 )
 from megatron_mimo.training.course import schedule_of, with_precision_of
+from megatron_mimo.training.ema import Ema
 from megatron_mimo.training.finite import Found, Gradients, look, refuse
 from megatron_mimo.training.forward import ForwardStep
 from megatron_mimo.training.hooks import Began, Callback, FurtherLoss, Told, check_hooks
@@ -55,6 +57,7 @@ from megatron_mimo.training.showing import Samples
 from megatron_mimo.training.sources import DataSource, Reader
 from megatron_mimo.training.speed.counts import LOSS
 from megatron_mimo.training.stop import Pace, StopRequest
+from megatron_mimo.training.watch import BETWEEN, COMPUTING, EVALUATING, READING, REDUCING, STEPPING, Stages, Watch
 
 #: `(step, rank, size) -> microbatches`: what one of `size` data-parallel ranks trains on in a step. A
 #: pure function: every pipeline stage asks for itself, and a resumed run asks again. Each microbatch
@@ -142,10 +145,11 @@ class Trainer(Checkpointed):
             sources=lambda: self._source_names,
         )
         self._source_names: Sequence[str] = ()
-        self._told = Told(callbacks)
+        self._told, self._stages = Told(callbacks), Stages()
+        self.ema = None if settings.ema_decay is None else Ema(self.models, settings.ema_decay)
         self._counts: Counts = {}
         self._saver, self._pace = Saver(checkpoints), Pace()
-        self._trained = saving.Trained.by(self.control, config, optimizer.use_distributed_optimizer)
+        self._trained = Trained.by(self.control, config, optimizer.use_distributed_optimizer)
         self._reader: Reader | None = None
         self._data_state: State | None = None  # of the checkpoint, until a source takes it
 
@@ -177,8 +181,16 @@ class Trainer(Checkpointed):
         asked = StopRequest(
             self.run.device, pace=self._pace, grace_s=settings.stop_grace_s, saving=lambda: self._saver.writing
         )
+        self._stages.step = self.steps_done
+        watch = Watch(self.run, self._stages, self._pace, settings.stall_s)
         began = Began(self.steps_done, settings.steps, writes=self.run.rank == 0)
-        with exit_on_error(), asked as stop, Progress(settings.steps, shown) as bar, self._told.of(began) as told:
+        with (
+            exit_on_error(),
+            asked as stop,
+            Progress(settings.steps, shown) as bar,
+            self._told.of(began) as told,
+            watch,
+        ):
             while self.steps_done < settings.steps and not history.stopped and not history.ended_early:
                 report = self.train_step(data)
                 history.steps.append(report)
@@ -213,6 +225,8 @@ class Trainer(Checkpointed):
                 `load_state_dict` (see `sync_weights`), or ranks that wait for each other have other microbatches.
         """
         started = time.perf_counter()
+        if self.ema is not None:
+            self.ema.start()
         changed = error_of(self._masters.follow)
         for chunk in self.chunks:
             chunk.train()
@@ -220,6 +234,7 @@ class Trainer(Checkpointed):
         self.optimizer.zero_grad()
         logged = self._run(data, self.steps_done, forward_only=False, error=changed)
         learned = sum(count for (kind, *_), count in self._counts.items() if kind == LOSS)
+        self._stages.enter(STEPPING)
         found = look(logged, self.run, self._gradients.largest, learned)
         self._check_finite(found, logged)
         wanted = self.settings.part_norms and found.learns
@@ -230,7 +245,12 @@ class Trainer(Checkpointed):
         learning_rate = self.schedule.get_lr({})  # of a group that says nothing of its own
         if succeeded:
             self.schedule.step(increment=1)
+            if self.ema is not None:
+                with parameters_gathered(self.chunks, self.optimizer):
+                    self.ema.update()
         self.steps_done += 1
+        self._stages.step = self.steps_done
+        self._stages.enter(BETWEEN)
         seconds = time.perf_counter() - started
         self._pace.ended(seconds)
         return StepReport(self.steps_done - 1, losses, learning_rate, norm, not succeeded, seconds, norms)
@@ -256,18 +276,43 @@ class Trainer(Checkpointed):
         weighted = {name: weights.get(name.partition("/")[0], 1.0) * mean for name, mean in losses.items()}
         return losses | {"loss": sum(weighted.values())}
 
-    def generate(self, prompts: Sequence, max_new_tokens: int | Sequence[int] = 128, **options: Any) -> Any:
+    def generate(
+        self, prompts: Sequence, max_new_tokens: int | Sequence[int] = 128, *, ema: bool = False, **options: Any
+    ) -> Any:
         """What the model answers to each prompt between two steps: `MimoModel.generate` with whole weights.
 
         Collective over all ranks; data-parallel ranks bring prompts of their own, or none.
 
+        Args:
+            prompts, max_new_tokens, options: as `MimoModel.generate` takes them.
+            ema: answer with the averages of the weights.
+
         Raises:
-            ValueError: as `MimoModel.generate`, and `stream`: weights would be scattered before it ends.
+            ValueError: as `MimoModel.generate` and `ema_weights`, and `stream`: weights would be scattered before it
+                ends.
         """
         if options.get("stream"):
             raise ValueError("Trainer.generate: expected stream=False, found True: answers come whole")
-        with parameters_gathered(self.chunks, self.optimizer):
+        with self.ema_weights() if ema else parameters_gathered(self.chunks, self.optimizer):
             return self.models[0].generate(prompts, max_new_tokens, **options) if len(prompts) else []
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Within it the model has the averages of its weights, to evaluate, generate or export; it must not train.
+
+        Collective over all ranks with `overlap_param_gather`.
+
+        Raises:
+            ValueError: there are none (`TrainerSettings.ema_decay`).
+
+        Example:
+            >>> with trainer.ema_weights():                                       # doctest: +SKIP
+            ...     megatron_mimo.save_pretrained(trainer.models, "out")
+        """
+        if self.ema is None:
+            raise ValueError("ema_weights: the run averages no weights, expected TrainerSettings(ema_decay=...)")
+        with parameters_gathered(self.chunks, self.optimizer), self.ema.in_place():
+            yield
 
     # Below: what a step needs ---------------------------------------------------------------
 
@@ -291,12 +336,15 @@ class Trainer(Checkpointed):
         An `error` of this rank before the step is raised on all of them.
         """
         reads = self.run.groups.tp.rank() == 0
+        self._stages.enter(READING)
         batches = data(step, self.run.data_rank, self.run.layout.data_parallel_size) if reads else ()
+        self._stages.enter(EVALUATING if forward_only else BETWEEN)
         self._microbatches, (batch_size, length) = agree_on_microbatches(
             batches, error, self.run, self.models[0].config
         )
         auxiliary.start_step(self.models[0].config)
-        hook_schedule(self.chunks, self.optimizer.scale_loss, self._gradients.finalize)
+        hook_schedule(self.chunks, self.optimizer.scale_loss, self._finalize)
+        self._stages.enter(EVALUATING if forward_only else COMPUTING)
         logged = get_forward_backward_func()(
             forward_step_func=self._forward_step,
             # Every chunk of an interleaved pipeline goes through the same batches.
@@ -320,6 +368,10 @@ class Trainer(Checkpointed):
     def _patience_is_over(self) -> bool:
         early = self.settings.early_stopping
         return early is not None and self._best[EARLY].waited >= early.patience
+
+    def _finalize(self, *given: Any, **named: Any) -> Any:
+        self._stages.enter(REDUCING)
+        return self._gradients.finalize(*given, **named)
 
     def _keep_counts(self, step: int, counts: Counts) -> None:
         self._counts = counts

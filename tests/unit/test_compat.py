@@ -103,6 +103,15 @@ NAMES = {
         "megatron.training.training.evaluate_and_print_results",
         ["prefix", "forward_step_func", "data_iterator", "model", "iteration"],
     ),
+    "megatron_training.saves_decided_by": (
+        "megatron.training.training.checkpoint_and_decide_exit",
+        ["model", "optimizer", "opt_param_scheduler", "iteration"],
+    ),
+    "megatron_training.save_now": (
+        "megatron.training.training.save_checkpoint_and_time",
+        ["iteration", "model", "optimizer", "opt_param_scheduler", "num_floating_point_operations_so_far",
+         "checkpointing_context"],
+    ),
     "megatron_training.compiled_dataset_helpers": ("megatron.core.datasets.utils.compile_helpers", []),
     "megatron_training.initialized_on_the_cpu": ("megatron.training.training.initialize_megatron", []),
     "megatron_training.arguments_of_checkpoint": (

@@ -1,6 +1,7 @@
 """The best evaluation: its checkpoint is kept, and a run that gets no better ends."""
 
 import math
+from argparse import ArgumentParser, Namespace
 
 import pytest
 import torch
@@ -8,6 +9,9 @@ import torch
 from megatron_mimo.compat.megatron import writers_report_here
 from megatron_mimo.training import CheckpointSettings, EarlyStopping, Trainer, TrainerSettings
 from megatron_mimo.training.checkpoints import manifest
+from megatron_mimo.training.checkpoints.directories import keep_linked
+from megatron_mimo.training.pretraining.arguments import add_mimo_args
+from megatron_mimo.training.pretraining.checks import check_comparing
 from tests import tiny
 from tests.unit.test_training_trainer import one_batch, sgd
 
@@ -101,3 +105,40 @@ def test_what_cannot_be_compared_is_refused_before_the_model_is_built(single_pro
         EarlyStopping(1, least=-1.0)
     with pytest.raises(TypeError, match="patience must be a whole number, got 1.5"):
         EarlyStopping(1.5)  # type: ignore[arg-type]
+
+
+def loop_arguments(**given) -> Namespace:
+    """What `pretrain` compares and averages by, nothing of it asked for."""
+    parser = add_mimo_args(ArgumentParser())
+    others = dict(eval_iters=2, eval_interval=10, save="run", overlap_param_gather=False)
+    return Namespace(**{**vars(parser.parse_args([])), **others, **given})
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (dict(ema_decay=1.0), r"--ema-decay must lie in \[0, 1\), such as 0.999, got 1.0"),
+        (dict(ema_decay=0.9, overlap_param_gather=True), "--ema-decay with --overlap-param-gather"),
+        (dict(early_stopping_patience=0), "--early-stopping-patience must be at least 1, got 0"),
+        (dict(early_stopping_patience=1, eval_iters=0), "compare evaluations, expected --eval-iters and"),
+        (dict(keep_best=True, save=None), "--keep-best keeps a checkpoint, expected --save DIRECTORY, found none"),
+        (dict(keep_best=True, best_of="pixels"), "--best-of: the model has no loss 'pixels', expected one of"),
+    ],
+    ids=str,
+)
+def test_arguments_of_pretrain_that_average_or_compare_nothing_are_refused(given, told):
+    check_comparing(loop_arguments(), tiny.mimo_config())
+    with pytest.raises(ValueError, match=told):
+        check_comparing(loop_arguments(**given), tiny.mimo_config())
+
+
+def test_a_checkpoint_that_is_kept_stays_when_its_own_goes_and_takes_the_place_of_the_one_before(tmp_path):
+    for step in (1, 20):
+        path = tmp_path / f"iter_{step:07d}"
+        path.mkdir()
+        (path / "data").write_text(str(step))
+        keep_linked(path, tmp_path / "best")
+        (path / "data").unlink()
+        assert names(tmp_path / "best") == [path.name, "latest_checkpointed_iteration.txt"]
+        assert (tmp_path / "best" / path.name / "data").read_text() == str(step)
+        assert (tmp_path / "best" / "latest_checkpointed_iteration.txt").read_text() == str(step)

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,15 +176,53 @@ def clean_up(directory: Path, settings: CheckpointSettings) -> list[Path]:
     if settings.keep_every is not None:
         kept |= {path for path in whole if step_of(path) % settings.keep_every == 0}
     if settings.keep_best is not None:
-        losses = {path: _losses(path).get(settings.keep_best, math.nan) for path in whole}
-        losses = {path: loss for path, loss in losses.items() if not math.isnan(loss)}
-        kept |= {min(losses, key=lambda path: losses[path])} if losses else set()
+        best = best_of(whole, settings.keep_best)
+        kept |= {best} if best is not None else set()
     gone = [path for path in whole if path not in kept]
     for path in gone:
         # Without this file it is no checkpoint any more, whatever happens to the others.
         (path / manifest.COMPLETE).unlink()
         shutil.rmtree(path, ignore_errors=True)
     return gone
+
+
+def best_of(paths: Sequence[Path], term: str) -> Path | None:
+    """The checkpoint with the lowest evaluation loss of a term; None where none has been evaluated.
+
+    Args:
+        paths: of whole checkpoints; of equals the earliest is taken, as `Best` does.
+        term: `"loss"` for the weighted sum.
+    """
+    losses = {path: _losses(path).get(term, math.nan) for path in paths}
+    losses = {path: loss for path, loss in losses.items() if not math.isnan(loss)}
+    return min(losses, key=lambda path: (losses[path], step_of(path))) if losses else None
+
+
+def keep_linked(path: Path, directory: Path) -> None:
+    """Keeps a whole checkpoint of Megatron's loop in a directory of its own, which `--load` takes, and none before it.
+
+    Its files are those of `path` (hard links), or copies where the file system has none: they stay when `path` goes.
+    """
+    unfinished = directory / f"{_WRITING}{path.name}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(path, unfinished, copy_function=_linked)
+    shutil.rmtree(directory / path.name, ignore_errors=True)
+    unfinished.rename(directory / path.name)
+    tracker = directory / "latest_checkpointed_iteration.txt"
+    written = directory / f"{_WRITING}tracker"
+    written.write_text(path.name.removeprefix("iter_").lstrip("0"))
+    written.replace(tracker)
+    for other in directory.glob("iter_*"):
+        if other.name != path.name:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def _linked(source: str, target: str) -> str:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
 
 
 def step_of(path: Path) -> int:

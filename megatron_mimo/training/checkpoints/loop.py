@@ -34,9 +34,10 @@ from megatron_mimo.training.checkpoints.directories import (
     recover,
     step_of,
 )
-from megatron_mimo.training.checkpoints.inert import check_inert
+from megatron_mimo.training.checkpoints.inert import check_inert, description_of
 from megatron_mimo.training.checkpoints.reading import agree, check, problems_of, read
 from megatron_mimo.training.checkpoints.writing import Saver
+from megatron_mimo.training.ema import Ema, is_there
 from megatron_mimo.training.sources import write_state
 
 logger = logging.getLogger(__name__)
@@ -53,16 +54,21 @@ class Reads(Protocol):
 
 
 @contextmanager
-def adapted(model: Callable[[], MimoModelConfig], data: Callable[[], Reads] | None = None) -> Iterator[None]:
+def adapted(
+    model: Callable[[], MimoModelConfig],
+    data: Callable[[], Reads] | None = None,
+    ema: Callable[[], Ema | None] = lambda: None,
+) -> Iterator[None]:
     """Within it, Megatron's loop loads and saves by `functions`.
 
     Args:
         model: gives the configuration of the run's model, once Megatron has its arguments.
         data: gives what knows where the run's data is; None where nothing does.
+        ema: gives the averages of the weights, where there are any; begin anew where weights alone are read.
     """
     saver = Saver()
     with ExitStack() as until_trained:
-        until_trained.enter_context(checkpoints_by(**functions(model, saver, data)))
+        until_trained.enter_context(checkpoints_by(**functions(model, saver, data, ema)))
         until_trained.enter_context(background_saves_by(Background(saver)))
         yield
 
@@ -129,14 +135,17 @@ class Background:
 
 
 def functions(
-    model: Callable[[], MimoModelConfig], saver: Saver, data: Callable[[], Reads] | None = None
+    model: Callable[[], MimoModelConfig],
+    saver: Saver,
+    data: Callable[[], Reads] | None = None,
+    ema: Callable[[], Ema | None] = lambda: None,
 ) -> dict[str, Callable[..., Any]]:
     """What Megatron's loop shall load and save by, by the name of its own function.
 
     Args:
         model: gives the configuration of the run's model, once Megatron has its arguments.
         saver: of the run.
-        data: as `adapted` takes it.
+        data, ema: as `adapted` takes them.
     """
     load, load_common, save = (
         dist_checkpointing.load,
@@ -162,7 +171,14 @@ def functions(
             data().loaded(path)
         # Our own hashes are compared already.
         options |= {"verify_integrity": verify_integrity and manifest.read(path) is None, "strict": strict}
-        return read(wanted, path, load, sharded_strategy=sharded_strategy, **options)
+        averages = ema()
+        goes_on = averages is not None and "optimizer" in wanted
+        if averages is None or not goes_on or not is_there(description_of(path / ".metadata").state_dict_metadata):
+            return read(wanted, path, load, sharded_strategy=sharded_strategy, **options)
+        wanted = {**wanted, **averages.sharded_state_dict(_weights_metadata(averages))}
+        found = read(wanted, path, load, sharded_strategy=sharded_strategy, **options)
+        averages.take(found, found["ema_updates"])
+        return found
 
     def read_common(directory: str) -> dict:
         check_inert(directory)
@@ -178,6 +194,9 @@ def functions(
         verify_integrity: bool = False,
         **options: Any,
     ) -> Any:
+        if (averages := ema()) is not None:
+            beside_weights = averages.sharded_state_dict(_weights_metadata(averages))
+            state = {**state, **beside_weights, "ema_updates": averages.updates}
         del async_strategy, verify_integrity  # written by a thread of ours, and hashed in any case
 
         def plan(written: Path):
@@ -195,6 +214,11 @@ def functions(
         return None
 
     return {"load": read_checked, "load_common_state_dict": read_common, "save": write}
+
+
+def _weights_metadata(averages: Ema) -> dict[str, Any]:
+    """Of the form in which Megatron's loop describes weights."""
+    return {"singleton_local_shards": False, "dp_cp_group": averages.groups.dp_cp}
 
 
 def check_loadable(args: Namespace, config: MimoModelConfig) -> None:

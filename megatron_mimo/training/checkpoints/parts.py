@@ -18,12 +18,13 @@ from megatron_mimo.training.checkpoints import identity, manifest
 from megatron_mimo.training.checkpoints.directories import found_at
 from megatron_mimo.training.checkpoints.inert import description_of
 from megatron_mimo.training.checkpoints.reading import check, leaves, read
+from megatron_mimo.training.ema import PREFIX
 
 logger = logging.getLogger(__name__)
 
 # A language model that was trained by itself has its names without it.
 _LANGUAGE_MODEL = "language_model."
-_STATE = ("optimizer.", "chained_")
+_STATE = ("optimizer.", "chained_", PREFIX)
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,9 @@ def _summary(names: Sequence[str]) -> str:
     return ", ".join(f"{part} ({number})" for part, number in counted.items()) or "nothing"
 
 
-def load_parts(path: Path, chunks: Sequence[MimoModel], prefixes: Collection[str] | None) -> LoadReport:
+def load_parts(
+    path: Path, chunks: Sequence[MimoModel], prefixes: Collection[str] | None, *, ema: bool = False
+) -> LoadReport:
     """Reads the weights that a checkpoint has of a model, and gives what became of each. Collective over all ranks.
 
     It may be a `Trainer`'s, of Megatron's loop, or of a language model that was trained by itself.
@@ -70,11 +73,12 @@ def load_parts(path: Path, chunks: Sequence[MimoModel], prefixes: Collection[str
         path: directory of the checkpoint.
         chunks: of the model on this rank.
         prefixes: what the names of the weights to load begin with; None for all.
+        ema: the averages of weights that have one, in their place.
 
     Raises:
         FileNotFoundError: there is no checkpoint at `path`.
         ValueError: on every rank, before anything has changed: loading would run what the file says, it is not whole,
-            the sizes of a weight differ, or it has none of these weights.
+            the sizes of a weight differ, or it has none of these weights, or no averages where they are asked for.
     """
     path = found_at(path)
     if not (path / ".metadata").is_file():
@@ -85,6 +89,9 @@ def load_parts(path: Path, chunks: Sequence[MimoModel], prefixes: Collection[str
     _warn_of_differences(path, chunks[0])
     stored = description_of(path / ".metadata").state_dict_metadata
     there = {name for name, kind in stored.items() if isinstance(kind, TensorStorageMetadata)}
+    averaged = {name for name in there if name.startswith(PREFIX)}
+    if ema and not averaged:
+        raise ValueError(f"{path} has no averages of weights; its run had no ema_decay. Load it without ema=True.")
     there = {name for name in there if not name.startswith(_STATE)}
     state = {f"model{index}": chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}
     ours = _everywhere({each.key for each in leaves(state) if isinstance(each, ShardedTensor)})
@@ -95,7 +102,8 @@ def load_parts(path: Path, chunks: Sequence[MimoModel], prefixes: Collection[str
             f"begin with {sorted(prefixes) if prefixes is not None else 'any of ' + _summary(sorted(ours))}."
         )
     wanted, _ = extract_matching_values(state, lambda leaf: _is_there(leaf, theirs, stored))
-    _rename(wanted, theirs)
+    kept = {name: f"{PREFIX}{other}" for name, other in theirs.items() if ema and f"{PREFIX}{other}" in averaged}
+    _rename(wanted, theirs | kept)
     found = read(wanted, path, whole=False)
     for index, chunk in enumerate(chunks):
         chunk.load_state_dict(found.get(f"model{index}", {}), strict=False)

@@ -29,6 +29,7 @@ _OPTIMIZER = "optimizer.state."
 _MASTERS = (f"{_OPTIMIZER}fp32_param.", f"{_OPTIMIZER}param.")
 # What a checkpoint has besides weights.
 _STATE = ("optimizer.", "chained_")
+_EMA = "ema."  # averages, which a run without them leaves where they are
 
 Load = Callable[..., dict]
 
@@ -228,6 +229,7 @@ def _other_tensors(wanted: dict, everywhere: set[str], found: Metadata, whole: b
             if isinstance(kind, TensorStorageMetadata)
             and name not in everywhere
             and (with_state or not name.startswith(_STATE))
+            and not name.startswith(_EMA)
         }
     return [lines[name] for name in sorted(lines)]
 

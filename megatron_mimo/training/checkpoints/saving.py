@@ -22,15 +22,16 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_mimo.compat.checkpoints import other_groups, planned
 from megatron_mimo.compat.megatron import describe_momentum
-from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.data.progress import State
 from megatron_mimo.launch import Run
 from megatron_mimo.model import MimoModel
 from megatron_mimo.training.checkpoints.directories import found_at, is_complete, newest_first
+from megatron_mimo.training.checkpoints.inert import description_of
 from megatron_mimo.training.checkpoints.manifest import COMPLETE, Damaged
 from megatron_mimo.training.checkpoints.reading import Problems, agree, check, read
+from megatron_mimo.training.checkpoints.trained import Trained, check_trained
 from megatron_mimo.training.checkpoints.writing import Saver
-from megatron_mimo.training.parts.control import TrainingControl
+from megatron_mimo.training.ema import Ema, is_there
 from megatron_mimo.training.sources import read_state, write_state
 
 logger = logging.getLogger(__name__)
@@ -39,33 +40,6 @@ _WEIGHTS_ONLY = "Begin a run with the checkpoint's weights alone: load(path, wei
 # Fully reshardable: a checkpoint of one layout can be read by any other, and every rank of a distributed optimizer is
 # asked for its part. The other is written without asking anybody, and read by the same layout but for data parallelism.
 _ANY_LAYOUT, _OWN_PARTS = "fully_reshardable", "dp_reshardable"
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What trained in a run, so that its optimizer has a state of it, and how that state is stored.
-
-    Args:
-        frozen: what the names of parameters that did not train begin with.
-        embedding_rows: rows of the embedding that trained; empty where the table trained like the rest.
-        distributed_optimizer: whether it is that of Megatron's distributed optimizer; None where that is
-            not known, and not compared.
-    """
-
-    frozen: tuple[str, ...]
-    embedding_rows: tuple[int, ...]
-    distributed_optimizer: bool | None = None
-
-    @classmethod
-    def by(
-        cls, control: TrainingControl, config: MimoModelConfig, distributed_optimizer: bool | None = None
-    ) -> Trained:
-        """What `control` trains of the model that `config` describes."""
-        return cls(
-            frozen=control.frozen_prefixes(config),
-            embedding_rows=tuple(sorted(control.embedding_rows)),
-            distributed_optimizer=distributed_optimizer,
-        )
 
 
 @dataclass(frozen=True)
@@ -97,6 +71,7 @@ def save(
     background: bool = False,
     losses: Mapping[str, float] | None = None,
     evaluations: Mapping[str, Any] | None = None,
+    ema: Ema | None = None,
 ) -> Path:
     """Writes `directory/step_<step>` and gives its path. Collective over all ranks.
 
@@ -112,6 +87,7 @@ def save(
         background: write while the run goes on; the optimizer's state is then in the form that needs no gathering.
         losses: of an evaluation at this step.
         evaluations: what compares evaluations -> its state, plain numbers.
+        ema: averages of the weights; None where there are none.
 
     Raises:
         OSError: on every rank, where one of them could not write. The checkpoints before it stay.
@@ -133,6 +109,8 @@ def save(
             "trained": vars(trained),
             "evaluations": dict(evaluations or {}),
         }
+        if ema is not None:
+            state |= {**ema.sharded_state_dict(metadata), "ema_updates": ema.updates}
         return planned(dist_checkpointing.save, state, written, content_metadata=_saved(metadata))
 
     path = directory / f"step_{step:08d}"
@@ -154,6 +132,7 @@ def load(
     trained: Trained,
     *,
     directory: Path | str | None = None,
+    ema: Ema | None = None,
 ) -> Loaded | None:
     """Reads a checkpoint into model, optimizer and schedule, and gives how far it is.
 
@@ -165,6 +144,7 @@ def load(
         chunks, optimizer, schedule, run: what is read into.
         trained: what trains now.
         directory: of a run's checkpoints.
+        ema: averages of the weights, which begin anew where the checkpoint has none.
 
     Returns:
         None where there is no checkpoint in `directory`.
@@ -177,7 +157,7 @@ def load(
     """
 
     def from_one(found: Path) -> Loaded:
-        return _load(found, chunks, optimizer, schedule, run, trained)
+        return _load(found, chunks, optimizer, schedule, run, trained, ema)
 
     return from_one(Path(path)) if path is not None else _newest_whole(directory, from_one)
 
@@ -207,6 +187,7 @@ def _load(
     schedule: OptimizerParamScheduler,
     run: Run,
     trained: Trained,
+    ema: Ema | None,
 ) -> Loaded:
     path = _complete(path)
     check(path, chunks[0].mimo_config)
@@ -220,6 +201,9 @@ def _load(
         check_trained(path, Trained(**common["trained"]), trained, _WEIGHTS_ONLY)
         _check_layout(path, common, run, trained)
     wanted = _state(chunks, optimizer if updated else None, run, metadata, loading=True, random=same_layout)
+    averaged = ema is not None and is_there(description_of(path / ".metadata").state_dict_metadata)
+    if ema is not None and averaged:
+        wanted |= ema.sharded_state_dict(metadata)
     state = read(wanted, path)
     problem = other_groups(optimizer, state["optimizer"]) if updated else None
     if problem is not None:
@@ -230,6 +214,8 @@ def _load(
         optimizer.load_state_dict(state["optimizer"])
     else:
         optimizer.reload_model_params()  # its own float32 copies of half-precision weights
+    if ema is not None:
+        ema.take(state, common["ema_updates"]) if averaged else ema.restart()
     schedule.num_steps = 0  # it adds those of the checkpoint
     schedule.load_state_dict(state["schedule"])
     if same_layout:
@@ -312,37 +298,6 @@ def _check_layout(path: Path, common: dict, run: Run, trained: Trained) -> None:
             f"{path} was written in the background, and its optimizer state is read by its own layout alone: "
             f"{', '.join(other)}. {_WEIGHTS_ONLY} To go on with that state, load it in its own layout and call "
             "save(): that checkpoint is read by any."
-        )
-
-
-def check_trained(path: Path | str, theirs: Trained, ours: Trained, instead: str) -> None:
-    """Refuses an optimizer state that this run cannot read, or that has momentum of rows that shall not move.
-
-    Args:
-        path: of the checkpoint, for the error.
-        theirs: what trained in the run that wrote it.
-        ours: what trains now.
-        instead: what to do, the end of the error.
-
-    Raises:
-        ValueError: the two differ.
-    """
-    if tuple(theirs.frozen) != ours.frozen:
-        raise ValueError(
-            f"{path} was written with {list(theirs.frozen)} frozen, this run freezes {list(ours.frozen)}: the "
-            f"optimizer's states do not match. {instead}"
-        )
-    rows = set(theirs.embedding_rows)
-    if ours.embedding_rows and not (rows and rows <= set(ours.embedding_rows)):
-        raise ValueError(
-            f"{path} has momentum of embedding rows outside embedding_rows, which would go on moving. {instead}"
-        )
-    distributed = (theirs.distributed_optimizer, ours.distributed_optimizer)
-    if None not in distributed and distributed[0] != distributed[1]:
-        raise ValueError(
-            f"{path} was written with use_distributed_optimizer={distributed[0]}, this run has {distributed[1]}: the "
-            f"optimizer's state is stored in another form. {instead} To go on with that state, set "
-            f"use_distributed_optimizer={distributed[0]} in OptimizerConfig and DistributedDataParallelConfig."
         )
 
 

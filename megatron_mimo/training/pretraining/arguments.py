@@ -83,6 +83,27 @@ def add_mimo_args(parser: ArgumentParser) -> ArgumentParser:
         help="log the gradient norm of each part too; it takes a pass over the gradients and a wait a step",
     )  # fmt: skip
     group.add_argument(
+        "--ema-decay", type=float, default=None,
+        help="average the weights that train, float32, into each checkpoint, such as 0.999",
+    )  # fmt: skip
+    group.add_argument(
+        "--early-stopping-patience", type=int, default=None, metavar="N",
+        help="end the run after N evaluations in a row without a new best",
+    )  # fmt: skip
+    group.add_argument(
+        "--best-of", default="loss", metavar="TERM",
+        help="the loss whose mean evaluations are compared by: loss (the weighted sum), text, MODALITY/DECODER",
+    )  # fmt: skip
+    group.add_argument(
+        "--keep-best", action="store_true",
+        help="save an evaluation that is the best so far though no save is due, and keep it in best/ below --save",
+    )  # fmt: skip
+    group.add_argument(
+        "--stall-seconds", type=float, default=None,
+        help="say which rank holds the run up where no step ends for so long; ten times the slowest step, and at least "
+        "60, by default",
+    )  # fmt: skip
+    group.add_argument(
         "--device-peak-tflops", type=float, default=None,
         help="dense peak of one device in its training precision, for the MFU; known for common GPUs",
     )  # fmt: skip

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Sequence
 
 from megatron_mimo.compat.megatron_training import arguments_of_checkpoint, optimizer_config_function
 from megatron_mimo.config import MimoModelConfig
+from megatron_mimo.training.best import check_term
 from megatron_mimo.training.checkpoints.loop import check_loadable
-from megatron_mimo.training.checkpoints.saving import Trained, check_trained
+from megatron_mimo.training.checkpoints.trained import Trained, check_trained
 from megatron_mimo.training.memory import check_memory
 from megatron_mimo.training.parts.control import TrainingControl
 from megatron_mimo.training.pretraining.arguments import PartOverrides
+from megatron_mimo.training.settings import check_decay, check_whole
 
 # Of Megatron's own datasets.
 DATA_ARGUMENTS = (
@@ -74,6 +77,38 @@ def check_supported(args: Namespace) -> None:
         )
 
 
+def check_comparing(args: Namespace, config: MimoModelConfig, further: Sequence[str] = ()) -> None:
+    """Refuses what averages or compares nothing. Rank-local.
+
+    Args:
+        args: Megatron's.
+        config: of the model.
+        further: names of further losses.
+
+    Raises:
+        ValueError: naming the arguments.
+    """
+    if args.ema_decay is not None:
+        check_decay("--ema-decay", args.ema_decay)
+        if args.overlap_param_gather:
+            raise ValueError(
+                "--ema-decay with --overlap-param-gather: after a step no rank has the new weights whole, to average "
+                "them. Leave one of the two out."
+            )
+    if args.early_stopping_patience is None and not args.keep_best:
+        return
+    if args.early_stopping_patience is not None:
+        check_whole("--early-stopping-patience", args.early_stopping_patience, least=1)
+    if not (args.eval_iters and args.eval_interval):
+        raise ValueError(
+            "--early-stopping-patience and --keep-best compare evaluations, expected --eval-iters and --eval-interval "
+            f"above 0, found {args.eval_iters} and {args.eval_interval}."
+        )
+    if args.keep_best and args.save is None:
+        raise ValueError("--keep-best keeps a checkpoint, expected --save DIRECTORY, found none.")
+    check_term("--best-of", args.best_of, config, further)
+
+
 def check_data_arguments(args: Namespace) -> None:
     """Refuses arguments of Megatron's datasets, which would change nothing in `pretrain`.
 
@@ -105,6 +140,7 @@ def check_resumed(args: Namespace, control: TrainingControl, config: MimoModelCo
     """
     check_loadable(args, config)
     path, theirs = _written_with(args)
+    args.compared = dict(getattr(theirs, "compared", {}))  # of evaluations; written into checkpoints with the rest
     if theirs is None or getattr(theirs, "no_save_optim", False) or not hasattr(theirs, "train_embedding_rows"):
         return
     before = TrainingControl(frozen=theirs.freeze, embedding_rows=theirs.train_embedding_rows)

@@ -22,12 +22,14 @@ from megatron_mimo.compat.megatron_training import (
     evaluations_told,
     initialized_on_the_cpu,
     optimizer_config_by,
+    saves_decided_by,
     train_step_by,
     with_printable_help,
 )
 from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.launch import exit_on_error, initialize
 from megatron_mimo.training.checkpoints import loop as checkpoints
+from megatron_mimo.training.ema import Ema
 from megatron_mimo.training.hooks import Hooks
 from megatron_mimo.training.pretraining.arguments import ModelConfig, PartOverrides, add_mimo_args
 from megatron_mimo.training.pretraining.checks import check_data_arguments
@@ -104,6 +106,9 @@ def adapt_megatron(model_config: ModelConfig, hooks: Hooks | None = None) -> Ite
     def told(train_step: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *given, **named: session_of(_running_args()).telling.step_by(train_step)(*given, **named)
 
+    def saving(decide: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *given, **named: session_of(_running_args()).telling.saving_by(decide)(*given, **named)
+
     with exit_on_error(), ExitStack() as until_trained:
         use_hooks(hooks or Hooks())
         until_trained.callback(end_session)
@@ -114,14 +119,20 @@ def adapt_megatron(model_config: ModelConfig, hooks: Hooks | None = None) -> Ite
         until_trained.enter_context(optimizer_config_by(lambda ask: PartOverrides(ask, asked_for)))
         until_trained.enter_context(train_step_by(told))
         until_trained.enter_context(evaluations_told(_evaluated))
+        until_trained.enter_context(saves_decided_by(saving))
         until_trained.enter_context(compiled_dataset_helpers())
-        until_trained.enter_context(checkpoints.adapted(lambda: asked_for(_running_args()), _data))
+        until_trained.enter_context(checkpoints.adapted(lambda: asked_for(_running_args()), _data, _ema))
         yield
 
 
 def _data() -> LoopData:
     """Where the data of the run in progress is."""
     return session_of(_running_args()).data
+
+
+def _ema() -> Ema | None:
+    """Averages of the weights of the run in progress."""
+    return session_of(_running_args()).ema
 
 
 def _evaluated(prefix: str, iteration: int, losses: dict[str, Any]) -> None:

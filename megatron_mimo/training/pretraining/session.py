@@ -14,6 +14,7 @@ from megatron_mimo.data.step import Counts
 from megatron_mimo.layout import check_layout
 from megatron_mimo.modality.marks import check_orthogonalized
 from megatron_mimo.model import MimoModel
+from megatron_mimo.training.ema import Ema
 from megatron_mimo.training.forward import ForwardStep
 from megatron_mimo.training.hooks import Callback, FurtherLoss, Hooks, Told, check_hooks
 from megatron_mimo.training.parts.control import TrainingControl
@@ -23,7 +24,7 @@ from megatron_mimo.training.pretraining.arguments import (
     layout_from_args,
     with_loss_weights,
 )
-from megatron_mimo.training.pretraining.checks import check_in_effect, check_resumed, check_supported
+from megatron_mimo.training.pretraining.checks import check_comparing, check_in_effect, check_resumed, check_supported
 from megatron_mimo.training.pretraining.packs import LoopData, check_data
 from megatron_mimo.training.pretraining.telling import Telling
 from megatron_mimo.training.speed.flops import PartSize, part_sizes
@@ -58,6 +59,7 @@ class Session:
         self.data = LoopData(args)
         self._asked: tuple[ModelConfig, Asked] | None = None
         self._chunks: list[MimoModel] = []
+        self._models: list[MimoModel] = []
         self._sizes: dict[str, PartSize] = {}
         self._counts: Counts = {}
         self._weights: Mapping[str, float] = {}
@@ -83,6 +85,7 @@ class Session:
             check_layout(layout, model, self.args.seq_length)
             control.check(model)
             check_resumed(self.args, control, model)
+            check_comparing(self.args, model, [each.name for each in self._further_losses])
             check_hooks(self._callbacks, self._further_losses, list(model.modality_submodules))
             self._asked = model_config, Asked(model, control)
         return self._asked[1]
@@ -98,6 +101,7 @@ class Session:
         check_orthogonalized(chunk.modality_submodules, chunk.config, self.args.optimizer)
         self._weights = chunk.loss_weights
         self._chunks.append(chunk)
+        self._models.append(chunk)
         if len(self._chunks) == (self.args.virtual_pipeline_model_parallel_size or 1):
             self._sizes = part_sizes(self._chunks) if self.logs_throughput else {}
             self._chunks = []
@@ -112,13 +116,19 @@ class Session:
             on_step=self._keep_counts,
             further_losses=self._further_losses,
             sources=lambda: self.data.source_names,
+            stages=self.telling.stages,
         )
 
     @cached_property
     def telling(self) -> Telling:
         """Tells the run's callbacks."""
         weights = {each.name: each.weight for each in self._further_losses}
-        return Telling(self.args, Told(self._callbacks), lambda: {**self._weights, **weights})
+        return Telling(self.args, Told(self._callbacks), lambda: {**self._weights, **weights}, self.ema)
+
+    @cached_property
+    def ema(self) -> Ema | None:
+        """Averages of the weights, with --ema-decay; asked for once the models are built."""
+        return None if self.args.ema_decay is None else Ema(self._models, self.args.ema_decay)
 
     @cached_property
     def _callbacks(self) -> Sequence[Callback]:

@@ -6,18 +6,30 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from megatron_mimo.compat.megatron_training import save_now
+from megatron_mimo.training.agreement import gathered
+from megatron_mimo.training.best import Best
+from megatron_mimo.training.checkpoints.directories import is_complete, keep_linked
+from megatron_mimo.training.ema import Ema
 from megatron_mimo.training.hooks import Began, Told
 from megatron_mimo.training.norms import norms_of
 from megatron_mimo.training.settings import StepReport
+from megatron_mimo.training.stop import Pace
+from megatron_mimo.training.watch import BETWEEN, COMPUTING, SAVING, Stages, Watch, Watched
 
 # Where Megatron's training step takes them.
 _PLACES = (("model", 2), ("optimizer", 3))
+
+
+#: Below --save: where the best checkpoint is kept, to be given to --load.
+BEST = "best"
 
 
 class Telling:
@@ -27,10 +39,18 @@ class Telling:
         args: Megatron's.
         told: the callbacks.
         weights: gives loss term -> its weight, on ranks of the last pipeline stage.
+        ema: averages of the weights; None for none.
     """
 
-    def __init__(self, args: Namespace, told: Told, weights: Callable[[], Mapping[str, float]]) -> None:
-        self._args, self._told, self._weights = args, told, weights
+    def __init__(
+        self, args: Namespace, told: Told, weights: Callable[[], Mapping[str, float]], ema: Ema | None = None
+    ) -> None:
+        self._args, self._told, self._weights, self._ema = args, told, weights, ema
+        self._best = Best(args.best_of)
+        self._best.load_state_dict(args.compared)
+        self.stages, self._pace = Stages(), Pace()
+        self._watch: Watch | None = None
+        self._kept: int | None = None  # the step whose checkpoint is to be kept, until it is whole
         self._began = False
         self._evaluated: int | None = None  # there is an evaluation after the last step too
 
@@ -40,13 +60,23 @@ class Telling:
         @wraps(train_step)
         def told_step(*given: Any, **named: Any) -> Any:
             self.begin()
+            if self._patience_is_over():  # of a run before this one
+                return {}, True, False, True, 0, None, None, 0
+            if self._ema is not None:
+                self._ema.start()
             schedule = named.get("opt_param_scheduler", given[4] if len(given) > 4 else None)
             learning_rate = schedule.get_lr({})  # of a group that says nothing of its own
             started, norms = perf_counter(), dict[str, float]()
             chunks, optimizer = (named.get(name, given[at] if len(given) > at else None) for name, at in _PLACES)
+            self.stages.step = self._args.curr_iteration
+            self.stages.enter(COMPUTING)
             with self._norms_before_step(chunks, optimizer, norms):
                 outcome = train_step(*given, **named)
+            self.stages.enter(BETWEEN)
+            self._pace.ended(perf_counter() - started)
             losses, skipped, _, leaves, _, norm, *_ = outcome
+            if self._ema is not None and not skipped:
+                self._ema.update()
             log_norms(self._args, norms)
             if self._told.callbacks and not leaves:
                 report = StepReport(
@@ -92,20 +122,63 @@ class Telling:
             return
         self.begin()
         self._evaluated = step
+        self._pace.ended()
         means = values_of(losses)
         if means:
             weights = self._weights()
             means["loss"] = sum(weights.get(name.partition("/")[0], 1.0) * mean for name, mean in means.items())
+        means = gathered(means)[-1]  # the last rank is of the last stage
+        if self._best.take(step, means) and self._args.keep_best:
+            self._kept = step
+        self._args.compared = self._best.state_dict()
         self._told.evaluated(step, means)
+        if self._patience_is_over():
+            self._args.train_iters = min(self._args.train_iters, step)  # Megatron's loop ends there, and saves
+
+    def _patience_is_over(self) -> bool:
+        patience = self._args.early_stopping_patience
+        return patience is not None and self._best.waited >= patience
+
+    def saving_by(self, decide: Callable[..., bool]) -> Callable[..., bool]:
+        """Megatron's decision to save and to end, before which the best evaluation is saved."""
+
+        @wraps(decide)
+        def saved_and_decided(*given: Any, **named: Any) -> bool:
+            iteration = named.get("iteration", given[3] if len(given) > 3 else None)
+            every = self._args.save_interval
+            self.stages.enter(SAVING)
+            if self._kept == iteration and not (every and iteration % every == 0):
+                save_now(*given, **named)
+            outcome = decide(*given, **named)
+            self.stages.enter(BETWEEN)
+            self._pace.ended()
+            self._keep()
+            return outcome
+
+        return saved_and_decided
+
+    def _keep(self) -> None:
+        """Keeps the best checkpoint where it is whole by now; on rank 0."""
+        if self._kept is not None and self._args.rank == 0:
+            path = Path(self._args.save) / f"iter_{self._kept:07d}"
+            if is_complete(path):
+                keep_linked(path, Path(self._args.save) / BEST)
+                self._kept = None
 
     def begin(self) -> None:
         """Tells that the run begins, the first time."""
         if not self._began:
             args, self._began = self._args, True
+            watched = Watched(args.rank, args.world_size)
+            self._watch = Watch(watched, self.stages, self._pace, args.stall_seconds).__enter__()
             self._told.began(Began(args.iteration, args.train_iters, args.rank == args.world_size - 1))
 
     def end(self) -> None:
         """Tells that the run ended, where it had begun."""
+        self._keep()
+        if self._watch is not None:
+            self._watch.__exit__(None, None, None)
+            self._watch = None
         if self._began:
             self._began = False
             self._told.ended()
