@@ -122,6 +122,7 @@ def test_what_cannot_be_trained_is_one_line_and_status_2(changes: list[str], tol
     assert not list(tmp_path.glob("run/stages/*"))
 
 
+@pytest.mark.long
 def test_nproc_starts_ranks_and_gives_their_status_in_one_line(tmp_path: Path) -> None:
     """Cold processes: the launcher is torchrun's own."""
     words = caption(tmp_path / "run", "layout.tensor=2", steps=2)
@@ -134,6 +135,7 @@ def test_nproc_starts_ranks_and_gives_their_status_in_one_line(tmp_path: Path) -
     assert done.returncode == 0 and done.stdout.splitlines() == [str(tmp_path / "run/model")], done.stderr
 
 
+@pytest.mark.long
 def test_ctrl_c_and_a_killed_starter_leave_nothing_running(tmp_path: Path) -> None:
     """Cold processes: signals and ends are the operating system's."""
     words = caption(tmp_path / "run", "layout.tensor=2", "checkpoints.every=null", steps=100_000)
@@ -159,6 +161,7 @@ def test_ctrl_c_and_a_killed_starter_leave_nothing_running(tmp_path: Path) -> No
         (tmp_path / "run" / "log.jsonl").unlink()
 
 
+@pytest.mark.long
 def test_two_agents_of_torchrun_train_one_run_as_the_page_of_several_nodes_says(tmp_path: Path) -> None:
     """Cold processes: the agents meet over a port, as those of two nodes do."""
     page = Path(__file__).parents[2].joinpath("docs/cli.md").read_text()
