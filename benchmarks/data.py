@@ -240,24 +240,34 @@ CONTENDERS: dict[str, Callable] = {"ours": ours, "energon": energon, "padding": 
 
 
 def measured(
-    contender: Callable, path: Path, shape: PackShape, workers: int, samples: int, rounds: int
-) -> dict[str, float]:
-    """Samples a second (the median of `rounds`, after a first one that starts workers) and the share that is wasted."""
-    packs, rates, whole = contender(path, shape, workers), [], Read()
+    contenders: dict[str, Callable], path: Path, shape: PackShape, workers: int, samples: int, rounds: int
+) -> dict[str, dict[str, float]]:
+    """Of each contender samples a second (the median of `rounds`, after a first one that starts workers) and waste.
+
+    Contenders take turns, so that a drift of the machine meets all of them.
+    """
+    packs = {name: contender(path, shape, workers) for name, contender in contenders.items()}
+    rates: dict[str, list[float]] = {name: [] for name in packs}
+    whole = {name: Read() for name in packs}
     for turn in range(rounds + 1):
-        read, started = Read(), time.perf_counter()
-        while read.samples < samples:
-            read.add(*next(packs))
-        rates.append(read.samples / (time.perf_counter() - started))
-        if turn:
-            whole.add(read.samples, read.tokens, read.positions)
-    packs.close()
+        for name in packs:
+            read, started = Read(), time.perf_counter()
+            while read.samples < samples:
+                read.add(*next(packs[name]))
+            if turn:
+                rates[name].append(read.samples / (time.perf_counter() - started))
+                whole[name].add(read.samples, read.tokens, read.positions)
+    for each in packs.values():
+        each.close()
     return {
-        "samples a second": statistics.median(rates[1:]),
-        "slowest": min(rates[1:]),
-        "fastest": max(rates[1:]),
-        "waste": 1 - whole.tokens / whole.positions,
-        "tokens a sample": whole.tokens / whole.samples,
+        name: {
+            "samples a second": statistics.median(rates[name]),
+            "slowest": min(rates[name]),
+            "fastest": max(rates[name]),
+            "waste": 1 - whole[name].tokens / whole[name].positions,
+            "tokens a sample": whole[name].tokens / whole[name].samples,
+        }
+        for name in packs
     }
 
 
@@ -272,25 +282,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="file of JSON for the figures")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
-    results = {}
     with tempfile.TemporaryDirectory() as folder:
         path = write_data(Path(folder), arguments.samples)
-        for name in arguments.contenders:
-            results[name] = measured(
-                CONTENDERS[name],
-                path,
-                PackShape(arguments.length),
-                arguments.workers,
-                arguments.samples,
-                arguments.rounds,
-            )
-            found = results[name]
-            print(
-                f"{name:8} {found['samples a second']:8.0f} samples/s "
-                f"({found['slowest']:.0f} to {found['fastest']:.0f})"
-                f"  waste {found['waste']:6.2%}  {found['tokens a sample']:.0f} tokens a sample",
-                flush=True,
-            )
+        contenders = {name: CONTENDERS[name] for name in arguments.contenders}
+        shape = PackShape(arguments.length)
+        results = measured(contenders, path, shape, arguments.workers, arguments.samples, arguments.rounds)
+    for name, found in results.items():
+        print(
+            f"{name:8} {found['samples a second']:8.0f} samples/s "
+            f"({found['slowest']:.0f} to {found['fastest']:.0f})"
+            f"  waste {found['waste']:6.2%}  {found['tokens a sample']:.0f} tokens a sample"
+        )
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         facts = {"command": sys.argv, "machine": platform.processor() or platform.machine(), "torch": torch.__version__}
