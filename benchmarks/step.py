@@ -12,9 +12,13 @@ of Megatron's does when it reads the gradient norm. Variants:
     compiled    ours, the encoder through torch.compile (TrainingControl.compiled)
     graphed     ours, the encoder's launches replayed as CUDA graphs (TrainingControl.graphed)
     both        ours, the compiled encoder's launches replayed
+    whole       ours, forward, loss and backward as one CUDA graph (Trainer(graphs=StepGraphs()))
+    best        the same with the compiled encoder
 
 Variants take turns of a few steps, so that a drift of the machine meets all of them; device time by stage
-comes from `benchmarks.stages`.
+comes from `benchmarks.stages`, by kind of kernel from `benchmarks.kinds`. A ratio to upstream says as much about the
+host as about the code: what it launches in a second is measured first. The MFU counts the operations that are needed,
+logits where a label counts, for every variant alike.
 """
 
 from __future__ import annotations
@@ -26,8 +30,8 @@ import sys
 import time
 import warnings
 from argparse import ArgumentParser
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -39,9 +43,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 import megatron_mimo
+from benchmarks.kinds import device_times, launches_a_second
 from benchmarks.stages import STAGES, Marks, kernel_times, mark
 from examples.recipes import vlm_clip_1b as recipe
 from megatron_mimo import MimoModel, MimoModelConfig, loss_terms, specs, total_loss
+from megatron_mimo.training.parts.captured import Captures
 from megatron_mimo.training.parts.compiled import CompiledForward
 from megatron_mimo.training.parts.graphed import GraphedForward
 from megatron_mimo.training.speed.counts import count_batch
@@ -56,7 +62,8 @@ with warnings.catch_warnings():
     )
 
 STEPS_A_TURN = 5
-ON_GPU = ["compiled", "graphed", "both"]
+WHOLE = ["whole", "best"]
+ON_GPU = ["compiled", "graphed", "both", *WHOLE]
 VARIANTS = ["ours", "everywhere", *ON_GPU]
 
 
@@ -80,6 +87,16 @@ FULL = Size(
     side=recipe.SIDE,
     batch=2,
 )
+THREE_B = replace(
+    FULL,
+    language=dict(num_layers=28, hidden_size=3072, ffn_hidden_size=8192, num_attention_heads=24),
+    batch=1,
+)
+SEVEN_B = replace(
+    FULL,
+    language=dict(num_layers=32, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32),
+    batch=1,
+)
 SMALL = Size(
     language=dict(num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4),
     vision=dict(num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4),
@@ -89,6 +106,8 @@ SMALL = Size(
     batch=2,
 )
 
+
+SIZES = {"1b": FULL, "3b": THREE_B, "7b": SEVEN_B}
 
 # Models ----------------------------------------------------------------------------------
 
@@ -185,11 +204,13 @@ class Variant:
     Args:
         loss: runs the model on the batch.
         make_forward: makes what the encoder's `forward` is meanwhile; holds what it captured.
+        captures: where the whole step is captured; None where it is launched kernel by kernel.
     """
 
     name: str
     loss: Callable[[], Tensor]
     make_forward: Callable[[], Callable]
+    captures: Captures | None = None
 
 
 class Steps:
@@ -198,19 +219,24 @@ class Steps:
     def __init__(self, modules: MimoModel, encoder: torch.nn.Module, on_gpu: bool) -> None:
         self._modules, self._encoder, self._on_gpu = modules, encoder, on_gpu
 
-    def step(self, variant: Variant, forward: Callable) -> tuple[float, Tensor]:
-        """Milliseconds of one step, to the end of its work on the device, and its loss."""
+    def step(self, variant: Variant, forward: Callable) -> tuple[float, Tensor, float]:
+        """Milliseconds of one step, to the end of its work on the device, its loss, and milliseconds of the host."""
         self._encoder.forward = forward
         started = time.perf_counter()
+        run = partial(self._passes, variant)
+        loss = run(()) if variant.captures is None else variant.captures(variant.name, (), run)
+        launched = time.perf_counter()
+        self.wait()
+        ended = time.perf_counter()
+        del self._encoder.forward
+        return 1e3 * (ended - started), loss, 1e3 * (launched - started)
+
+    def _passes(self, variant: Variant, inputs: Sequence[Tensor]) -> Tensor:
         self._modules.zero_grad(set_to_none=True)
         loss = variant.loss()
         mark("language model")
         loss.backward()
-        loss = loss.detach()
-        self.wait()
-        milliseconds = 1e3 * (time.perf_counter() - started)
-        del self._encoder.forward
-        return milliseconds, loss
+        return loss.detach()
 
     def wait(self) -> None:
         if self._on_gpu:
@@ -238,7 +264,9 @@ class Result:
 
     Args:
         step_ms: median of the steps; `step_ms_p20`, `step_ms_p80`: of the distribution.
+        host_ms: median of what the host took to launch a step.
         kernels_ms: device time by stage.
+        kinds_ms: device time by kind of kernel; `busy_ms`: time in which the device does anything; `kernels`: how many.
         allocated_gib, reserved_gib: peaks of the allocator: what tensors held, and what it held.
         loss: of the first step.
     """
@@ -247,7 +275,11 @@ class Result:
     step_ms: float
     step_ms_p20: float
     step_ms_p80: float
+    host_ms: float
     kernels_ms: dict[str, float]
+    kinds_ms: dict[str, float]
+    busy_ms: float
+    kernels: float
     allocated_gib: float
     reserved_gib: float
     loss: float
@@ -258,19 +290,25 @@ def measure(variants: list[Variant], steps: Steps, marks: Marks, rounds: int, wa
     peaks = {variant.name: steps.peaks(variant, warmup) for variant in variants}
     step = {variant.name: partial(steps.step, variant, variant.make_forward()) for variant in variants}
     times: dict[str, list[float]] = {variant.name: [] for variant in variants}
+    hosts: dict[str, list[float]] = {variant.name: [] for variant in variants}
     for name in [variant.name for variant in variants] * (rounds + 1):
         step[name]()  # finds the allocator as its own steps leave it, and captures in the first turn
-        times[name] += [step[name]()[0] for _ in range(STEPS_A_TURN)]
+        turn = [step[name]() for _ in range(STEPS_A_TURN)]
+        times[name] += [milliseconds for milliseconds, _, _ in turn]
+        hosts[name] += [host for _, _, host in turn]
     results = []
     for variant in variants:
-        kernels = dict.fromkeys(STAGES, 0.0)
+        kernels, kinds = dict.fromkeys(STAGES, 0.0), ({}, 0.0, 0.0)
         if on_gpu:
+            kinds = device_times(step[variant.name], 3)
+        if on_gpu and variant.captures is None:  # a replay passes no stage
             with marks:
                 kernels = kernel_times(step[variant.name], 3)
         ordered = sorted(times[variant.name][STEPS_A_TURN:])  # without the first turn
         p20, p80 = ordered[len(ordered) // 5], ordered[len(ordered) * 4 // 5]
         median = statistics.median(ordered)
-        results.append(Result(variant.name, median, p20, p80, kernels, *peaks[variant.name]))
+        host = statistics.median(hosts[variant.name][STEPS_A_TURN:])
+        results.append(Result(variant.name, median, p20, p80, host, kernels, *kinds, *peaks[variant.name]))
     return results
 
 
@@ -299,9 +337,27 @@ def table(results: list[Result], flops: dict[str, float], peak: float | None, to
     return lines
 
 
+def kinds_table(results: list[Result]) -> list[str]:
+    """Device time of a step by kind of kernel, how long the device waits, and what the host took."""
+    kinds = sorted({kind for result in results for kind in result.kinds_ms}, key=lambda kind: -_most(kind, results))
+    lines = ["variant     busy ms  idle %  host ms  kernels  " + "  ".join(f"{kind:>11s}" for kind in kinds)]
+    for result in results:
+        idle = 100 * max(0.0, 1 - result.busy_ms / result.step_ms)
+        lines.append(
+            f"{result.name:11s} {result.busy_ms:7.1f}  {idle:6.1f}  {result.host_ms:7.1f}  {result.kernels:7.0f}  "
+            + "  ".join(f"{result.kinds_ms.get(kind, 0.0):11.2f}" for kind in kinds)
+        )
+    return lines
+
+
+def _most(kind: str, results: list[Result]) -> float:
+    return max(result.kinds_ms.get(kind, 0.0) for result in results)
+
+
 def main() -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--small", action="store_true", help="toy sizes")
+    parser.add_argument("--size", choices=SIZES, default="1b", help="of the language model, in parameters")
     parser.add_argument("--backend", default="auto", choices=["auto", "torch", "transformer_engine"])
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS, help="beside upstream's")
     parser.add_argument("--rounds", type=int, default=8, help=f"turns of each variant, of {STEPS_A_TURN} steps")
@@ -309,9 +365,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="JSON with every figure")
     options = parser.parse_args()
 
-    run = megatron_mimo.initialize(seed=1)
+    run = megatron_mimo.initialize(seed=1, graph_safe_rng=True)
     on_gpu = run.device.type == "cuda"
-    size = SMALL if options.small else FULL
+    quiet = launches_a_second() if on_gpu else None
+    size = SMALL if options.small else SIZES[options.size]
     dtype = torch.bfloat16 if on_gpu else torch.float32
     backend = specs.choose_backend(options.backend)
     ours, theirs = build(size, backend, dtype, run.device)
@@ -323,7 +380,9 @@ def main() -> None:
     device_batch = to_device(batch, run.device, dtype)
     # The reader of batches makes the placement on the CPU and tells it which labels count (training/reading.py).
     placement = ours.place(batch["input_ids"])
-    placed = device_batch | {"placement": placement.counting(batch["loss_mask"]).to(run.device)}
+    counting = placement.bound().counting(batch["loss_mask"])
+    counting = ours.settle({**batch, "placement": counting}) or counting
+    placed = device_batch | {"placement": counting.to(run.device)}
     everywhere = device_batch | {"placement": placement.to(run.device)}
     forwards = {
         "ours": lambda: encoder.forward,
@@ -331,10 +390,18 @@ def main() -> None:
         "compiled": lambda: CompiledForward(encoder, dynamic=False),  # one compilation serves both
         "graphed": lambda: GraphedForward(encoder),
         "both": lambda: GraphedForward(encoder, compiled=True),
+        "whole": lambda: encoder.forward,
+        "best": lambda: CompiledForward(encoder, dynamic=False),
     }
+    captures: Captures | None = Captures(len(WHOLE), 3, run.device) if on_gpu else None
     variants = [Variant("upstream", partial(loss_of_theirs, theirs, device_batch), forwards["ours"])]
     variants += [
-        Variant(name, partial(loss_of_ours, ours, everywhere if name == "everywhere" else placed), forwards[name])
+        Variant(
+            name,
+            partial(loss_of_ours, ours, everywhere if name == "everywhere" else placed),
+            forwards[name],
+            captures if name in WHOLE else None,
+        )
         for name in options.variants
         if on_gpu or name not in ON_GPU
     ]
@@ -345,13 +412,24 @@ def main() -> None:
     peak = stated_peak(device) if on_gpu else None
     parameters = sum(parameter.numel() for parameter in ours.parameters())
     print(f"{device}, torch {torch.__version__}, layers by {backend}, {dtype}, {parameters / 1e9:.2f} B parameters")
-    print("FLOPs of a step (TFLOP):", {part: round(value / 1e12, 3) for part, value in flops.items()})
+    if quiet is not None:
+        print(f"the host launches {quiet / 1e3:.0f} k small kernels a second")
+    print("FLOPs that a step needs (TFLOP):", {part: round(value / 1e12, 3) for part, value in flops.items()})
     print(f"stated peak: {peak / 1e12 if peak else 'unknown'} TFLOP/s")
     print(*table(results, flops, peak, size.batch * size.length), sep="\n")
+    if on_gpu:
+        print(*kinds_table(results), sep="\n")
     print("loss of the first step:", {result.name: result.loss for result in results})
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        figures = {"device": device, "backend": backend, "flops": flops, "peak": peak, "size": asdict(size)}
+        figures = {
+            "device": device,
+            "launches_a_second": quiet,
+            "backend": backend,
+            "flops": flops,
+            "peak": peak,
+            "size": asdict(size),
+        }
         options.out.write_text(json.dumps(figures | {"results": [asdict(r) for r in results]}, indent=1))
 
 

@@ -26,7 +26,6 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megatron_mimo.compat.torch import run_forward_pre_hooks
-from megatron_mimo.deferred import Arrival
 from megatron_mimo.kernels import kernels_for
 from megatron_mimo.lookup import check_token_types, known_vocabulary, plain_lookup
 from megatron_mimo.placement import Placement, build_placement
@@ -193,13 +192,15 @@ def _check_layout(
 
 def _check_vocabulary(input_ids: Tensor, placement: Placement, num_embeddings: int) -> None:
     """Raises, deferred on the device, for a text id that the table lacks."""
-    outside = (placement.source < 0) & outside_vocabulary(input_ids, num_embeddings)
     advice = "Declare those that are special tokens in special_token_ids, or mask them out of the batch."
 
     def verify(counts: Tensor) -> None:
         verify_vocabulary("token ids", counts.tolist(), num_embeddings, advice)
 
-    placement.checks.check(Arrival(outside.sum(1)), verify, "embedding table")
+    def outside() -> Tensor:
+        return ((placement.source < 0) & outside_vocabulary(input_ids, num_embeddings)).sum(1)
+
+    placement.checks.look(outside, verify, "embedding table")
 
 
 def _embed(

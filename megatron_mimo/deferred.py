@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -69,11 +70,57 @@ class Checks:
 
     def __init__(self) -> None:
         self._waiting: dict[Hashable, tuple[Arrival, Callable[[Tensor], None]]] = {}
+        #: Whether the batch at hand was checked on the host: nothing of it is looked at on the device then.
+        self.settled = False
+        #: Rows that each microbatch brought, `(table, rows, rows of each item)`; None while nobody records them.
+        self.brought: list[list[tuple[str, int, tuple[int, ...] | None]]] | None = None
         weakref.finalize(self, _log_left_over, self._waiting)
 
     def __reduce__(self) -> tuple[type[Checks], tuple[()]]:
         """A copy, on another rank or in another process, waits for nothing: the values stay here."""
         return Checks, ()
+
+    def begin(self, current: Arrival | None = None, settled: bool = False) -> None:
+        """A batch begins: what earlier ones left is reported.
+
+        Args:
+            current: an arrival of this batch, whose checks go on waiting.
+            settled: the batch was checked on the host, so that `look` looks at nothing of it.
+
+        Raises:
+            ValueError: as `report`.
+        """
+        self.report(current=current)
+        self.settled = settled
+        if self.brought is not None:
+            self.brought.append([])
+
+    @contextmanager
+    def recording(self) -> Iterator[list[list[tuple[str, int, tuple[int, ...] | None]]]]:
+        """Within it, what arrives for each table is kept, a list a microbatch."""
+        self.brought = []
+        try:
+            yield self.brought
+        finally:
+            self.brought = None
+
+    def came(self, table: str, rows: int, items: tuple[int, ...] | None) -> None:
+        """Keeps what arrived for a table, where somebody records it: CUDA graphs, whose replays count nothing."""
+        if self.brought:
+            self.brought[-1].append((table, rows, items))
+
+    def look(self, values: Callable[[], Tensor], verify: Callable[[Tensor], None], key: Hashable) -> None:
+        """`check` of values that are made only where the batch was not checked on the host.
+
+        Args:
+            values: makes them.
+            verify, key: as `check` takes them.
+
+        Raises:
+            ValueError: from `verify`.
+        """
+        if not self.settled:
+            self.check(Arrival(values()), verify, key)
 
     def check(self, arrival: Arrival, verify: Callable[[Tensor], None], key: Hashable) -> None:
         """Runs `verify(values)` now if the values are here, otherwise when the next step asks.

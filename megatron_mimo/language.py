@@ -51,9 +51,11 @@ def build_language_model(
         pg_collection: process groups; None for Megatron's global ones.
 
     Raises:
-        ValueError: an interleaved schedule over two stages that would mix up its messages.
+        ValueError: an interleaved schedule over two stages that would mix up its messages; CUDA graphs of single
+            layers.
     """
     check_interleaving(spec.params["config"])
+    check_graphs(spec.params["config"])
     taken = constructor_parameters(spec)
     offered = {"pre_process": pre_process, "post_process": post_process, "vp_stage": vp_stage}
     _check_stage(spec, offered, taken)
@@ -64,6 +66,24 @@ def build_language_model(
     if length is not None and length.default is inspect.Parameter.empty:
         offered["max_sequence_length"] = DEFAULT_MAX_SEQUENCE_LENGTH
     return build(_with_own_layers(spec, vp_stage), offered, through_keywords=True, what="language_model")
+
+
+def check_graphs(config: TransformerConfig) -> None:
+    """Refuses Megatron's CUDA graphs of single layers.
+
+    Raises:
+        ValueError: naming what works in their place.
+    """
+    why = {
+        "transformer_engine": "looks for the layers of a language model alone and would silently capture none",
+        "local": "captures at the first training step for the whole process, where any later shape (an evaluation, "
+        "generation, a second model) fails",
+    }.get(config.cuda_graph_impl)
+    if why is not None:
+        raise ValueError(
+            f"cuda_graph_impl={config.cuda_graph_impl!r} {why}. Set it to 'full_iteration', or give Trainer "
+            "graphs=StepGraphs(...), which replay the whole step; TrainingControl(graphed=...) replays encoders."
+        )
 
 
 def _check_stage(spec: ModuleSpec, stage: Mapping[str, object], taken: Mapping[str, inspect.Parameter]) -> None:

@@ -36,6 +36,7 @@ class Run:
         backend: ``"nccl"`` or ``"gloo"``.
         seed: what the random numbers started from.
         groups: Megatron's process groups, to hand to models and optimizers.
+        graph_safe_rng: whether CUDA graphs can draw from Megatron's random numbers.
     """
 
     layout: Layout
@@ -50,6 +51,7 @@ class Run:
     backend: str
     seed: int
     groups: "ProcessGroupCollection"
+    graph_safe_rng: bool = False
 
     @property
     def world_size(self) -> int:
@@ -88,6 +90,7 @@ def initialize(
     seed: int = 1234,
     backend: str | None = None,
     timeout_s: float = 600.0,
+    graph_safe_rng: bool = False,
 ) -> Run:
     """Gives the `Run` of this process: process groups built, device chosen, random numbers seeded.
 
@@ -109,6 +112,8 @@ def initialize(
         backend: ``"nccl"``, ``"gloo"`` (with the CPU backend, even where there is a GPU), or None: NCCL where a GPU
             is available, otherwise gloo.
         timeout_s: how long a collective may take before it raises; at most 10**9.
+        graph_safe_rng: keep Megatron's random numbers in generators that a CUDA graph can use, as `Trainer(graphs=...)`
+            needs; without effect on the CPU.
 
     Returns:
         The run. Called again with the same arguments, the run in progress.
@@ -141,11 +146,13 @@ def initialize(
     if _current is not None:
         run = _current.run
         _check_groups(_current)
-        if (layout, seed, backend or run.backend) == (run.layout, run.seed, run.backend):
+        asked = (layout, seed, backend or run.backend, graph_safe_rng)
+        if asked == (run.layout, run.seed, run.backend, run.graph_safe_rng):
             return run
         raise RuntimeError(
             f"initialize: a run is in progress with {run.layout}, seed={run.seed}, backend={run.backend!r}; found "
-            f"{layout}, seed={seed}, backend={backend!r}. Call megatron_mimo.shutdown() first."
+            f"{layout}, seed={seed}, backend={backend!r}, graph_safe_rng={graph_safe_rng}. Call "
+            "megatron_mimo.shutdown() first."
         )
     if dist.is_initialized():
         raise RuntimeError(
@@ -168,7 +175,7 @@ def initialize(
     _notices.__enter__()
     try:
         _join_world(backend, timeout_s)
-        run = _build_groups(layout, local_rank, device, backend, seed, timeout_s)
+        run = _build_groups(layout, local_rank, device, backend, seed, timeout_s, graph_safe_rng)
     except BaseException:
         _tear_down(enabled_here)
         raise
@@ -306,14 +313,24 @@ def _join_world(backend: str, timeout_s: float) -> None:
 
 
 def _build_groups(
-    layout: Layout, local_rank: int, device: torch.device, backend: str, seed: int, timeout_s: float
+    layout: Layout,
+    local_rank: int,
+    device: torch.device,
+    backend: str,
+    seed: int,
+    timeout_s: float,
+    graph_safe_rng: bool,
 ) -> Run:
     """Builds Megatron's process groups, seeds its random numbers and describes the result."""
     # Not at the top of the file: Megatron-Core warns about absent extensions when imported, and importing this
     # package says nothing.
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.tensor_parallel import (
+        get_cuda_rng_tracker,
+        is_graph_safe_cuda_rng_tracker,
+        model_parallel_cuda_manual_seed,
+    )
 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
@@ -325,8 +342,13 @@ def _build_groups(
         distributed_timeout_minutes=timeout_s / 60,
     )
     pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
+    graph_safe = graph_safe_rng and device.type == "cuda"
+    # A tracker of an earlier run stays, and is of its kind.
+    other_kind = is_graph_safe_cuda_rng_tracker(get_cuda_rng_tracker()) != graph_safe
     torch.manual_seed(seed + 100 * pipeline_rank)
-    model_parallel_cuda_manual_seed(seed + 100 * pipeline_rank)
+    model_parallel_cuda_manual_seed(
+        seed + 100 * pipeline_rank, use_cudagraphable_rng=graph_safe, force_reset_rng=other_kind
+    )
     seed_draws(seed, parallel_state.get_data_parallel_rank())
     return Run(
         layout=layout,
@@ -341,6 +363,7 @@ def _build_groups(
         backend=backend,
         seed=seed,
         groups=ProcessGroupCollection.use_mpu_process_groups(),
+        graph_safe_rng=graph_safe_rng,
     )
 
 

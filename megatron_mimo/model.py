@@ -12,6 +12,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
 from megatron_mimo.align import align_by_token_positions, align_checked, in_order
+from megatron_mimo.batch import Batch
 from megatron_mimo.build import check_parallel_state
 from megatron_mimo.check import BatchCheck, Media, Nested, Shown, check_whole_spans
 from megatron_mimo.config import MimoModelConfig, generation_table
@@ -162,7 +163,8 @@ class MimoModel(MegatronModel):
                 a mismatch is raised at the latest one step later.
         """
         # The one place that waits for checks, those of earlier steps: this step's own would stall the device.
-        self._checks.report(current=placement.arrival if isinstance(placement, Placement) else None)
+        made = placement if isinstance(placement, Placement) else None
+        self._checks.begin(made and made.arrival, settled=made is not None and made.settled)
         self._check.tokens(
             input_ids,
             position_ids,
@@ -221,6 +223,7 @@ class MimoModel(MegatronModel):
         Raises:
             TypeError, ValueError: as `forward`.
         """
+        self._checks.settled = False
         self._check.tokens(input_ids, position_ids, None, None, None, None, None, None)
         media = self._check.media(modality_inputs, None, generation_inputs)
         brought = Brought.of(frozenset(media.inputs), {}, media.shown)
@@ -239,6 +242,14 @@ class MimoModel(MegatronModel):
     def place(self, input_ids: Tensor, packed_seq_params: PackedSeqParams | None = None) -> Placement:
         """Which row fills each position of `input_ids` `[B, S]`, and which positions generate."""
         return self._planner.place(input_ids, packed_seq_params)
+
+    def settle(self, batch: Batch) -> Placement | None:
+        """The placement of a batch of CPU tensors that was checked on the host; a forward pass with it checks no more.
+
+        It then needs no copy to the host and no pinned memory, and can be captured. None for a model that writes and
+        for a batch without a placement: `Planner.settle`.
+        """
+        return self._planner.settle(batch)
 
     def encode(self, media: Media, targets: Nested, plan: Plan) -> dict[str, Tensor]:
         """Rows `[N, H]` by table: encoded inputs, and what decoders feed their generation tokens.
@@ -352,6 +363,11 @@ class MimoModel(MegatronModel):
             ValueError: for the first check that fails.
         """
         self._checks.report()
+
+    @property
+    def checks(self) -> Checks:
+        """Who owns the checks of this model's batches."""
+        return self._checks
 
     @property
     def loss_weights(self) -> dict[str, float]:

@@ -24,6 +24,7 @@ from megatron_mimo.tally import (
     verify_rows,
     verify_spans,
     verify_vocabulary,
+    without_spare,
 )
 
 
@@ -114,6 +115,11 @@ class Placement:
         return replace(self, host=self.host and replace(self.host, counted=loss_mask != 0))
 
     @property
+    def settled(self) -> bool:
+        """Whether the batch was checked on the host (`MimoModel.settle`)."""
+        return self.host is not None and self.host.settled
+
+    @property
     def awaited(self) -> Arrival:
         """`arrival`, where `host` is None."""
         return cast(Arrival, self.arrival)
@@ -138,7 +144,7 @@ class Placement:
         A run ends with its sample or packed sequence.
 
         Raises:
-            ValueError: if the placement was built on the device, which the host would have to wait for.
+            ValueError: if the placement was built on the device: the host would have to wait for it.
 
         Example:
             >>> ids = torch.tensor([[7, 9, 9, 7], [9, 7, 7, 9]])
@@ -155,19 +161,15 @@ class Placement:
             )
         return self.host.spans(listing.index, self.sequence_length)
 
-    # Checks
-
     def check_rows(self, name: str, n_rows: int, rows_per_item: Sequence[int] | None = None) -> None:
         """Holds the number of embeddings against the number of special tokens.
 
-        Now if the host knows the counts, otherwise once they have arrived: at the latest when the next step
-        begins, as the same error.
+        Now if the host knows the counts, otherwise once they have arrived: at the latest when the next step begins.
 
         Args:
             name: the reading table.
             n_rows: N, the rows that arrived for it.
-            rows_per_item: how many rows each image or clip gave, in order; where known, the error names the
-                right sample and a shift between two samples is found too.
+            rows_per_item: rows of each image or clip, in order, by which a shift between two samples is found too.
 
         Raises:
             ValueError: naming the modality, the sample and both counts.
@@ -180,6 +182,8 @@ class Placement:
                 "hold the number of embeddings of each item."
             )
         if self.host is not None:
+            self.checks.came(name, n_rows, items)
+            n_rows, items = without_spare(n_rows, items, self.host.spare.get(name, 0))
             if items is not None or self.host.totals[listing.index] != n_rows:
                 spans = None if items is None else self.host.spans(listing.index, self.sequence_length)
                 verify_rows(name, "special", self.host.counts[listing.index], n_rows, items, spans)
@@ -196,12 +200,11 @@ class Placement:
         Args:
             name: the modality.
             n_rows: rows that the targets stand for.
-            span: rows that are decoded together; every run of generation tokens is a whole number of them. (On
-                the device every sample's count is looked at, not every run.)
+            span: rows decoded together, of which every run (on the device: sample) has a whole number.
             medium: rows of one image or clip, which need not stand in a row, but in one sample.
 
         Raises:
-            ValueError: naming the modality, the sample and both counts.
+            ValueError: as `check_rows`.
         """
         listing = self._generating(name)
 
@@ -225,7 +228,7 @@ class Placement:
         """Finishes every check of this placement that still waits for the device, and waits for it.
 
         Raises:
-            ValueError: for the first check that fails.
+            ValueError: the first check that fails.
         """
         if self.arrival is not None:
             self.checks.report(only=self.arrival)
@@ -239,16 +242,15 @@ class Placement:
 
         Args:
             name: a modality with a generation token.
-            n: how many there are; may be left out where the host knows. On the device it comes from the targets:
-                tokens beyond it are dropped and missing ones read position 0 until `check_generation` reports.
+            n: how many there are; may be left out where the host knows. On the device the targets tell it: tokens
+                beyond it are dropped, missing ones read position 0, until `check_generation` reports.
             rule: "own" reads at the token, "predecessor" one position before it, as next-token prediction does.
 
         Returns:
             int64 [n] on `device`, `b * S + s` in the order of the flattened batch.
 
         Raises:
-            ValueError: if `n` is missing, or if a predecessor would lie before its sample or packed sequence
-                (deferred on the device).
+            ValueError: `n` is missing, or a predecessor lies before its sample or packed sequence (deferred).
         """
         if rule not in ("own", "predecessor"):
             raise ValueError(f"{name}: unknown position rule {rule!r}; expected 'own' or 'predecessor'.")
@@ -289,8 +291,6 @@ class Placement:
                 )
 
         self.checks.check(Arrival(first), verify, (name, "predecessor"))
-
-    # Lookups
 
     def _reading(self, name: str) -> TokenList:
         if name not in self.reading:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self, cast
 import torch
 from torch import Tensor
 
+from megatron_mimo.batch import Batch
 from megatron_mimo.check import BatchCheck
 from megatron_mimo.check.tokens import check_counted
 from megatron_mimo.config import MimoModelConfig
@@ -21,7 +22,7 @@ from megatron_mimo.labels import default_loss_mask
 from megatron_mimo.placement import Placement, build_placement
 from megatron_mimo.sharding import SequenceShard, sequence_shard
 from megatron_mimo.tally import HostFacts
-from megatron_mimo.token_loss import CountedLabels, counted_labels
+from megatron_mimo.token_loss import CountedLabels, counted_labels, rows_of_labels
 
 if TYPE_CHECKING:
     from megatron.core.packed_seq_params import PackedSeqParams
@@ -183,6 +184,34 @@ class Planner:
         self._check.unfed(brought.reads, placement, counts)
         return Plan(shape[0], placement, shard, position_ids, padding, counts, host)
 
+    def settle(self, batch: Batch) -> Placement | None:
+        """The placement of a batch that was checked here, on the host, so that nothing of it is checked on a device.
+
+        Args:
+            batch: tensors on the CPU, the whole sequence, with a placement that the host knows.
+
+        Returns:
+            None for a model that writes: its targets are prepared, with draws, where they are learned.
+
+        Raises:
+            TypeError, ValueError: a bad batch; but for the number of encoded rows, which is compared when they come.
+        """
+        placement = batch.get("placement")
+        if self._config.generation_token_ids or placement is None or placement.host is None:
+            return None
+        before, self._checks.settled = self._checks.settled, False
+        try:
+            ids, packed, mask = batch["input_ids"], batch.get("packed_seq_params"), batch.get("padding_mask")
+            tokens = (batch.get(name) for name in ("position_ids", "attention_mask", "labels", "loss_mask"))
+            self._check.tokens(ids, *tokens, packed, mask, None)
+            media = self._check.media(batch.get("modality_inputs"), None, None)
+            brought = Brought.of(frozenset(media.inputs), {}, {})
+            plan = self.plan(ids, batch.get("position_ids"), packed, mask, placement, brought, True, 0)
+            self.learned(ids, batch.get("labels"), batch.get("loss_mask"), brought.reads, plan)
+        finally:
+            self._checks.settled = before
+        return replace(placement, host=replace(placement.host, settled=True))
+
     def learned(
         self, input_ids: Tensor, labels: Tensor | None, loss_mask: Tensor | None, reads: frozenset[str], plan: Plan
     ) -> Learned:
@@ -211,14 +240,15 @@ class Planner:
             return None
         device = loss_mask.device
         if device.type == "cpu":
-            return counted_labels(loss_mask != 0, plan.shard, device)
+            rows = rows_of_labels(int(mine.count_nonzero()), mine.numel(), device)
+            return counted_labels(mine != 0, plan.shard, rows)
         if plan.host is None or plan.host.counted is None:
             return None
         boundaries = None if plan.host.boundaries is None else torch.tensor(plan.host.boundaries)
         shard = self._shard(loss_mask.shape[1], boundaries, torch.device("cpu"))
-        counted = counted_labels(plan.host.counted, shard, device)
-        check_counted(mine, counted.places, self._checks)
-        return counted
+        told = int(shard.cut(plan.host.counted).sum())
+        check_counted(mine, told, self._checks)
+        return counted_labels(mine != 0, plan.shard, rows_of_labels(told, mine.numel(), device))
 
     def _shard(self, length: int, boundaries: Tensor | None, device: torch.device) -> SequenceShard:
         """Which positions of the sequence are this rank's."""

@@ -15,7 +15,7 @@ from math import lcm
 import torch
 from torch import Tensor
 
-from megatron_mimo.deferred import Arrival, Checks
+from megatron_mimo.deferred import Checks
 from megatron_mimo.tally import verify_boundaries
 
 
@@ -238,4 +238,4 @@ def _check_boundaries(cu_seqlens: Tensor, sequence_length: int, chunks: int, che
     if checks is None:
         verify(cu_seqlens)
     else:
-        checks.check(Arrival(cu_seqlens), verify, "cu_seqlens")
+        checks.look(lambda: cu_seqlens, verify, "cu_seqlens")

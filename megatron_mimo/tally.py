@@ -23,12 +23,16 @@ class HostFacts:
         positions: `Placement.positions`, on the CPU wherever the placement itself goes.
         boundaries: `Placement.cu_seqlens`, or None.
         counted: bool [B, S] on the CPU, global: which labels count in the language loss; None where nobody told.
+        settled: the batch was checked on the host, all but the number of encoded rows.
+        spare: modality -> rows at the end of its table that fill no position: those of items that pad a bucket.
     """
 
     counts: list[list[int]]
     positions: Tensor = field(metadata={"on_host": True})
     boundaries: list[int] | None = None
     counted: Tensor | None = field(default=None, metadata={"on_host": True})
+    settled: bool = False
+    spare: Mapping[str, int] = field(default_factory=dict, metadata={"on_host": True})
 
     @cached_property
     def totals(self) -> list[int]:
@@ -170,6 +174,23 @@ def verify_media(name: str, counts: Sequence[int], medium: int) -> None:
                 f"{name}: sample {sample} has {count} generation tokens, but one image or clip takes {medium} of "
                 "them: an image would begin in one sample and end in the next. Place that many for each."
             )
+
+
+def without_spare(rows: int, items: tuple[int, ...] | None, spare: int) -> tuple[int, tuple[int, ...] | None]:
+    """Rows, and rows of each item, without the items at the end that only pad a bucket.
+
+    Args:
+        rows: of the table.
+        items: rows of each item, where known.
+        spare: how many rows pad.
+
+    Example:
+        >>> without_spare(12, (4, 4, 4), 8)
+        (4, (4,))
+    """
+    while spare and items and sum(items) > rows - spare:
+        items = items[:-1]
+    return rows - spare, items
 
 
 def verify_rows(

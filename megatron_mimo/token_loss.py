@@ -22,53 +22,65 @@ from megatron_mimo.sharding import SequenceShard
 
 #: Logits of one chunk on a rank, at most: 1 GiB of them in float32.
 CHUNK = 2**28
-#: On a GPU the number of rows is rounded up to a multiple of this, so that the allocator sees few sizes.
+#: On a GPU the number of rows is rounded up to a multiple of this at least (`rows_of_labels`).
 ROUND = 128
 
 
 @dataclass(frozen=True, eq=False)
 class CountedLabels:
-    """Which labels of a context-parallel rank count.
+    """Which labels of a context-parallel rank count, and some more rows that do not.
 
     Attributes:
-        positions: int64 `[rows]`, flat global positions `b * S + s`; behind the first `K` the position 0 fills up.
-        places: int64 `[K]`, where each lies in the flattened labels `[B, S / CP]` of this rank.
+        positions: int64 `[rows]`, flat global positions `b * S + s`.
+        places: int64 `[rows]`, where each lies in the flattened labels `[B, S / CP]` of this rank; one behind their
+            end for a row that does not count.
     """
 
     positions: Tensor
     places: Tensor
 
 
-def counted_labels(counts: Tensor, shard: SequenceShard, device: torch.device) -> CountedLabels:
-    """The labels that count on this rank, looked up on the host.
+def rows_of_labels(count: int, labels: int, device: torch.device) -> int:
+    """How many rows the output layer reads of `count` labels that count among all `labels` of a rank.
+
+    On a GPU a multiple of `ROUND` and of a 32nd of the labels: sizes are few, so that the allocator and CUDA
+    graphs see them again. At least one: parameters that no row reaches would have no gradient for DDP to wait for.
+
+    Example:
+        >>> rows_of_labels(3, 8, torch.device("cpu")), rows_of_labels(3600, 8192, torch.device("cuda"))
+        (3, 3840)
+    """
+    multiple = 1 if device.type == "cpu" else max(1, labels // (32 * ROUND)) * ROUND
+    return max(1, -(-count // multiple)) * multiple
+
+
+def counted_labels(counts: Tensor, shard: SequenceShard, rows: int) -> CountedLabels:
+    """The labels that count on this rank, without a host sync: the host says how many rows at most.
 
     Args:
-        counts: bool `[B, S]` on the CPU, global: True where a label counts.
-        shard: of this rank, its positions on the CPU.
-        device: where the answer is wanted; copied there without waiting.
+        counts: bool `[B, S / CP]`, rank-local: True where a label counts; at most `rows` of them.
+        shard: of this rank, its positions on the device of `counts`.
+        rows: as many are read, those that do not count from positions spread over the sequence.
 
     Example:
         >>> from megatron_mimo.sharding import sequence_shard
-        >>> counts = torch.tensor([[True, False, False, False, True, True, False, True]])
-        >>> found = counted_labels(counts, sequence_shard(8, cp_rank=0, cp_size=2), torch.device("cpu"))
+        >>> shard = sequence_shard(8, cp_rank=0, cp_size=2)  # the positions 0, 1, 6, 7
+        >>> found = counted_labels(torch.tensor([[True, False, False, True]]), shard, 3)
         >>> found.positions, found.places
-        (tensor([0, 7]), tensor([0, 3]))
+        (tensor([0, 7, 6]), tensor([0, 3, 4]))
     """
-    places = shard.cut(counts).flatten().nonzero().squeeze(1)
-    sample = places.div(shard.cp_length, rounding_mode="floor")
-    within = places - sample * shard.cp_length
+    flat = counts.flatten()
+    labels = flat.numel()
+    every = torch.arange(labels, device=flat.device)
+    slots = torch.where(flat, flat.cumsum(0) - 1, rows).clamp(max=rows)
+    places = torch.full((rows + 1,), labels, device=flat.device).scatter_(0, slots, every)[:rows]
+    # All rows at one position would queue for it in backward, where each adds its zeros.
+    read = torch.where(places < labels, places, torch.arange(rows, device=flat.device) % labels)
+    sample = read.div(shard.cp_length, rounding_mode="floor")
+    within = read - sample * shard.cp_length
     if shard.cp_positions is not None:
         within = shard.cp_positions[within]
-    positions = sample * shard.sequence_length + within
-    # At least one: parameters that no row reaches would have no gradient for DDP to wait for.
-    multiple = 1 if device.type == "cpu" else ROUND
-    rows = max(1, -(-len(places) // multiple)) * multiple
-    both = places.new_zeros(rows + len(places))
-    both[: len(places)] = positions
-    both[rows:] = places
-    if device.type != "cpu":
-        both = both.pin_memory().to(device, non_blocking=True)
-    return CountedLabels(both[:rows], both[rows:])
+    return CountedLabels(sample * shard.sequence_length + within, places)
 
 
 class TokenLoss:
@@ -115,8 +127,7 @@ class TokenLoss:
         positions, places = self._counted.positions, self._counted.places
         groups = () if self._group is None else (self._group,)
         rows_KH = route(hidden_states, positions, self._shard, groups)
-        labels_K = labels.new_zeros(len(positions))
-        labels_K[: len(places)] = labels.flatten()[places]
+        labels_K = torch.cat([labels.flatten(), labels.new_zeros(1)])[places]
         width = (output_layer.weight if output_weight is None else output_weight).shape[0]
         chunks = list(self._chunks(len(positions), width))
         # One chunk is kept for backward; of several each is computed again, or memory would grow with their number.
@@ -128,8 +139,9 @@ class TokenLoss:
             for part in chunks
         ]
         loss_K = torch.cat(found)
-        whole = loss_K.new_zeros(labels.numel())
-        return whole.index_copy(0, places, loss_K[: len(places)]).view_as(labels)
+        # One slot more, for the rows that do not count: what is left there has no gradient.
+        whole = loss_K.new_zeros(labels.numel() + 1)
+        return whole.index_copy(0, places, loss_K)[:-1].view_as(labels)
 
     def _chunks(self, rows: int, width: int) -> Iterator[slice]:
         size = max(1, CHUNK // width)

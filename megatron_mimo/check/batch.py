@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from megatron_mimo.batch import Nested, Shown
@@ -23,10 +22,12 @@ from megatron_mimo.check.tokens import (
     check_padding_mask,
     check_spans,
     check_token_tensors,
+    furthest_inside,
+    refuse_padding,
 )
 from megatron_mimo.config import MimoModelConfig, generation_table
 from megatron_mimo.decoders.targets import Prepared
-from megatron_mimo.deferred import Arrival, Checks
+from megatron_mimo.deferred import Checks
 from megatron_mimo.output import MimoOutput
 from megatron_mimo.placement import Placement
 from megatron_mimo.tally import outside_vocabulary, verify_vocabulary
@@ -200,7 +201,7 @@ class BatchCheck:
             if differ:
                 raise ValueError("placement was not made from these input_ids; make it with model.place")
 
-        self._checks.check(Arrival((made.ids != input_ids).any()), verify, "placement")
+        self._checks.look(lambda: (made.ids != input_ids).any(), verify, "placement")
 
     def padding(self, placement: Placement, padding: Tensor) -> None:
         """Refuses tokens of modalities in padding: nothing is read or written there.
@@ -212,15 +213,13 @@ class BatchCheck:
         Raises:
             ValueError: naming modality and position; on a device at the latest one step later.
         """
-        padded = padding.flatten()
         special = self._config.special_token_ids
         listings = {f"{name}: its special token": placement.reading[name] for name in special}
         listings |= {f"{name}: its generation token": listing for name, listing in placement.generation.items()}
         for what, listing in listings.items():
-            positions = placement.positions[listing.index].long()
-            inside = padded[positions.clamp(min=0)] & (positions >= 0)
-            found = torch.where(inside, positions, -1).amax()
-            self._checks.check(Arrival(found), partial(_refuse_padding, what, length=padding.shape[1]), what)
+            positions = placement.positions[listing.index]
+            refuse = partial(refuse_padding, what, length=padding.shape[1])
+            self._checks.look(partial(furthest_inside, padding, positions), refuse, what)
 
     def unfed(self, reads: Collection[str], placement: Placement, counts: Mapping[str, int | None]) -> None:
         """Refuses special tokens that nothing in this batch fills, on the stage that places rows.
@@ -256,13 +255,15 @@ class BatchCheck:
         size = self._vocabulary_size
         if size is None or not self._last:
             return
-        outside = outside_vocabulary(labels, size) & (loss_mask != 0)
         advice = "They count in the loss. Set loss_mask to 0 where nothing is to be learned."
 
         def verify(counts: Tensor) -> None:
             verify_vocabulary("labels", counts.tolist(), size, advice)
 
-        self._checks.check(Arrival(outside.sum(dim=1)), verify, "labels")
+        def outside() -> Tensor:
+            return (outside_vocabulary(labels, size) & (loss_mask != 0)).sum(dim=1)
+
+        self._checks.look(outside, verify, "labels")
 
     def decoding(self, outputs: MimoOutput, options: Mapping[str, Mapping[str, Mapping]]) -> None:
         """Refuses what `MimoModel.decode` cannot decode.
@@ -389,12 +390,3 @@ def _present(given: Mapping | None) -> dict:
         for name, value in (given or {}).items()
         if value is not None and not (isinstance(value, Mapping) and not value)
     }
-
-
-def _refuse_padding(what: str, position: Tensor, length: int) -> None:
-    if position >= 0:
-        sample, at = divmod(int(position), length)
-        raise ValueError(
-            f"{what} at position {at} of sample {sample} stands in padding (of padding_mask, or between cu_seqlens_q "
-            "and cu_seqlens_q_padded), where nothing is read or written. Pad with a text token."
-        )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_mimo.deferred import Arrival, Checks
+from megatron_mimo.deferred import Checks
 
 _COUNTED_BY_THE_MODEL = ("rope", "yarn", "none")
 
@@ -74,7 +74,7 @@ class PositionKind:
             if differ:
                 raise ValueError(message)
 
-        checks.check(Arrival((given != default).any()), verify, "positions")
+        checks.look(lambda: (given != default).any(), verify, "positions")
 
 
 def _check_table(positions: Tensor, size: int, checks: Checks) -> None:
@@ -87,5 +87,8 @@ def _check_table(positions: Tensor, size: int, checks: Checks) -> None:
                 f"{size - 1}). Shorten the sequence or raise max_sequence_length."
             )
 
-    first, last = positions.aminmax()
-    checks.check(Arrival(torch.where(first < 0, first, last)), verify, "learned positions")
+    def furthest_of() -> Tensor:
+        first, last = positions.aminmax()
+        return torch.where(first < 0, first, last)
+
+    checks.look(furthest_of, verify, "learned positions")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from megatron_mimo.deferred import Arrival, Checks
+from megatron_mimo.deferred import Checks
 from megatron_mimo.tally import verify_boundaries
 
 if TYPE_CHECKING:
@@ -95,10 +95,11 @@ def check_loss_mask(loss_mask: Tensor, checks: Checks) -> None:
     Raises:
         ValueError: naming the sample; on a device at the latest one step later.
     """
-    if not loss_mask.is_floating_point():
-        bad = (loss_mask < 0) if loss_mask.dtype != torch.bool else torch.zeros_like(loss_mask)
-    else:
-        bad = ~((loss_mask >= 0) & loss_mask.isfinite())
+
+    def bad() -> Tensor:
+        if loss_mask.is_floating_point():
+            return (~((loss_mask >= 0) & loss_mask.isfinite())).sum(dim=1)
+        return ((loss_mask < 0) if loss_mask.dtype != torch.bool else torch.zeros_like(loss_mask)).sum(dim=1)
 
     def verify(counts: Tensor) -> None:
         for sample, count in enumerate(counts.tolist()):
@@ -108,7 +109,7 @@ def check_loss_mask(loss_mask: Tensor, checks: Checks) -> None:
                     "expected finite ones of at least 0. Give what is not learned 0."
                 )
 
-    checks.check(Arrival(bad.sum(dim=1)), verify, "loss mask")
+    checks.look(bad, verify, "loss mask")
 
 
 def check_padding_mask(padding_mask: Tensor, input_ids: Tensor) -> None:
@@ -151,7 +152,7 @@ def check_packed(packed_seq_params: PackedSeqParams, length: int, checks: Checks
             f"{list(own.shape)}"
         )
     if padded is None:
-        checks.check(Arrival(own), lambda bounds: verify_boundaries("cu_seqlens_q", bounds.tolist(), length), "own")
+        checks.look(lambda: own, lambda bounds: verify_boundaries("cu_seqlens_q", bounds.tolist(), length), "own")
         return
     if padded.shape != own.shape:
         raise ValueError(
@@ -171,7 +172,7 @@ def check_packed(packed_seq_params: PackedSeqParams, length: int, checks: Checks
                     "(cu_seqlens_q_padded), expected at most that."
                 )
 
-    checks.check(Arrival(torch.stack([own.long(), padded.to(own.device).long()])), verify, "own and padded")
+    checks.look(lambda: torch.stack([own.long(), padded.to(own.device).long()]), verify, "own and padded")
 
 
 def check_spans(packed_seq_params: PackedSeqParams, blind: str | None, context_parallel: int) -> None:
@@ -214,25 +215,46 @@ def check_whole_spans(which: str, asked_by: str, blind: str | None, context_para
         )
 
 
-def check_counted(loss_mask: Tensor, places: Tensor, checks: Checks) -> None:
-    """Refuses a placement that counts other labels than the loss mask, whose loss would be left out without a word.
+def check_counted(loss_mask: Tensor, told: int, checks: Checks) -> None:
+    """Refuses a placement that counts fewer or more labels than the loss mask: a loss would be left out without a word.
 
     Args:
         loss_mask: `[B, S / CP]`, rank-local, on the device.
-        places: int64 `[K]`, where the labels that the placement counts lie in the flattened mask.
+        told: how many labels the placement counts here.
         checks: who owns the check.
 
     Raises:
         ValueError: with both counts; on a device at the latest one step later.
     """
-    counts, told = (loss_mask != 0).flatten(), len(places)
 
-    def verify(found: Tensor) -> None:
-        masked, both = found.tolist()
-        if not masked == both == told:
+    def verify(masked: Tensor) -> None:
+        if int(masked) != told:
             raise ValueError(
-                f"loss_mask counts {masked} labels and the placement {told}, of which {both} are the same. Give "
+                f"loss_mask counts {int(masked)} labels, expected the {told} that the placement counts. Give "
                 "placement.counting(loss_mask) of this very mask."
             )
 
-    checks.check(Arrival(torch.stack([counts.sum(), counts[places].sum()])), verify, "counted labels")
+    checks.look(lambda: loss_mask.count_nonzero(), verify, "counted labels")
+
+
+def furthest_inside(padding: Tensor, positions: Tensor) -> Tensor:
+    """The last of `positions` that lies in `padding`, -1 where none does."""
+    positions = positions.long()
+    inside = padding.flatten()[positions.clamp(min=0)] & (positions >= 0)
+    return torch.where(inside, positions, -1).amax()
+
+
+def refuse_padding(what: str, position: Tensor, length: int) -> None:
+    """Raises `ValueError` for a token of a modality in padding.
+
+    Args:
+        what: modality and token, for the message.
+        position: flat position `b * S + s` of one, -1 where there is none.
+        length: `S`.
+    """
+    if position >= 0:
+        sample, at = divmod(int(position), length)
+        raise ValueError(
+            f"{what} at position {at} of sample {sample} stands in padding (of padding_mask, or between cu_seqlens_q "
+            "and cu_seqlens_q_padded), where nothing is read or written. Pad with a text token."
+        )

@@ -135,6 +135,18 @@ def tracker_without_forks() -> Iterator[None]:
         del tracker.fork
 
 
+def generators_of_tracker() -> list[torch.Generator]:
+    """The generators of Megatron's RNG tracker, which a capture has to know; none of a tracker that no graph can use.
+
+    Undocumented: that the tracker's states are generators where it was made with `use_cudagraphable_rng`.
+    Reason: a graph draws anew at each replay from those generators alone that were registered with it.
+    When it goes: a graph registers them by itself.
+    """
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    return [state for state in get_cuda_rng_tracker().get_states().values() if isinstance(state, torch.Generator)]
+
+
 def _stay(*args: object, **options: object) -> AbstractContextManager[None]:
     return nullcontext()
 

@@ -77,6 +77,11 @@ class StepBatches:
 
         Collective over the tensor-parallel group: one broadcast from its rank 0.
         """
+        manifest, buffer, counts = self.next_bytes()
+        return from_bytes(manifest, buffer), counts
+
+    def next_bytes(self) -> tuple[Manifest, Tensor, Counts]:
+        """The next microbatch as `from_bytes` takes it, uint8 on this rank's device, and its counts. As `next`."""
         manifest, counts = self._manifests.popleft(), self.microbatch_counts.popleft()
         if self._buffers:
             buffer = self._buffers.popleft().to(self._device, non_blocking=True)
@@ -84,7 +89,7 @@ class StepBatches:
             buffer = torch.empty(manifest.size, dtype=torch.uint8, device=self._device)
         if self._group.size() > 1 and manifest.size:
             dist.broadcast(buffer, group=self._group, group_src=0)
-        return from_bytes(manifest, buffer), counts
+        return manifest, buffer, counts
 
 
 def read_step(

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from megatron_mimo.training.hooks import Began, Callback, FurtherLoss, Hooks
     from megatron_mimo.training.loggers import Lines, Logger, TensorBoard, Wandb
     from megatron_mimo.training.parts.control import TrainingControl
+    from megatron_mimo.training.parts.whole_step import StepGraphs
     from megatron_mimo.training.pretraining.arguments import add_mimo_args
     from megatron_mimo.training.pretraining.configs import (
         backend_from_args,
@@ -44,6 +45,7 @@ _HOMES = {
     "PackSource": "training.sources",
     "Recipe": "training.pretraining.dataset",
     "Samples": "training.showing",
+    "StepGraphs": "training.parts.whole_step",
     "StepReport": "training.settings",
     "StepScale": "training.scale",
     "TensorBoard": "training.loggers",

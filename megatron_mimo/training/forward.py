@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -20,9 +22,12 @@ from megatron_mimo.training.auxiliary import scale_mtp
 from megatron_mimo.training.by_source import count_sources, counted_sources, source_terms
 from megatron_mimo.training.hooks import FurtherLoss
 from megatron_mimo.training.reading import part_for, placed_batches
-from megatron_mimo.training.scale import StepScale, loss_func
+from megatron_mimo.training.scale import StepScale, ToldScale, loss_func, numbers_of, told_of
 from megatron_mimo.training.speed import counts as names
 from megatron_mimo.training.watch import Stages
+
+#: A microbatch on the device, its counts, the scale of its step, and the same numbers on the device.
+Ahead = tuple[Batch, Counts, StepScale, ToldScale]
 
 #: What a microbatch gave, and what makes its loss of it; None before the last pipeline stage.
 Forwarded = tuple[Tensor | MimoOutput, Callable[..., Any] | None]
@@ -65,6 +70,8 @@ class ForwardStep:
         self._microbatches, self._step, self._seed, self._on_step = microbatches, step, seed, on_step
         self._further = tuple(further_losses)
         self._steps: dict[int | None, StepBatches] = {}
+        self._told: dict[int | None, deque[ToldScale]] = {}
+        self._ahead: Iterator[Ahead] | None = None
         self._agreed: set[tuple[str, bool]] = set()
         self._evaluated: dict[int | None, int] = {}
 
@@ -80,31 +87,60 @@ class ForwardStep:
             `(outputs, loss_func)`: hidden states `[S_local, B, H]` before the last pipeline stage.
         """
         mimo = unwrap_model(model)
-        step, scale = self._current_step(data_iterator, mimo)
-        batch, counted = step.next()
+        told = None
+        if self._ahead is not None:
+            batch, counted, scale, told = next(self._ahead)
+        else:
+            step, scale = self._current_step(data_iterator, mimo)
+            if scale is not None and self._told.get(mimo.vp_stage):
+                told = self._told[mimo.vp_stage].popleft()
+            batch, counted = step.next()
         sources = batch.pop("sources", None)
         outputs, loss_mask = model(**batch)
         if not mimo.post_process:
             return outputs, None
         further = {each.name: each.term(outputs, loss_mask, batch, mimo) for each in self._further}
         if scale is not None:
-            self._check_counts(loss_terms(outputs, loss_mask) | further, counted, mimo)
-        told = counted_sources(counted) if mimo.training else []
+            self._check_counts(outputs, loss_mask, further, counted, mimo)
+        counted_of = counted_sources(counted) if mimo.training else []
         return outputs, partial(
             loss_func,
             loss_mask=loss_mask,
             weights=self.weights(mimo),
-            names=[*self._terms(mimo), *told],
-            reported=source_terms(outputs, loss_mask, sources, told, batch, mimo),
+            names=[*self._terms(mimo), *counted_of],
+            reported=source_terms(outputs, loss_mask, sources, counted_of, batch, mimo),
             further=further,
             scale=scale,
+            told=told,
             # Told once of a batch whose parts several ranks have: only the sum over ranks is used.
-            held=None if scale is None else int(counted[names.HELD]) if mimo.pg_collection.cp.rank() == 0 else 0,
+            held=None if scale is None else self._held(counted, mimo),
         )
 
     def weights(self, mimo: MimoModel) -> dict[str, float]:
         """Modality or further loss -> weight of its terms, 1 where it is not named."""
         return {**mimo.loss_weights, **{each.name: each.weight for each in self._further}}
+
+    def read(self, data_iterator: Iterator[Batch] | None, mimo: MimoModel) -> tuple[StepBatches, StepScale]:
+        """A training step's microbatches before its schedule runs, and its scale; for `given`.
+
+        Args:
+            data_iterator: as `__call__` takes it.
+            mimo: the model, of one stage.
+        """
+        step = self._read(data_iterator, mimo, self._microbatches())
+        if self._on_step is not None:
+            self._on_step(self._step(), step.counts)
+        self._begin(mimo, self._step(), 0)
+        return step, self._scale(step.counts, mimo)
+
+    @contextmanager
+    def given(self, microbatches: Iterable[Ahead]) -> Iterator[None]:
+        """Within it, the schedule gets these microbatches, on the device, and reads none."""
+        self._ahead = iter(microbatches)
+        try:
+            yield
+        finally:
+            self._ahead = None
 
     def start_evaluation(self) -> None:
         """The evaluation that follows draws what every one does; of two in a row nothing else tells."""
@@ -127,6 +163,7 @@ class ForwardStep:
                 self._on_step(self._step(), step.counts)
             if mimo.post_process:
                 scale_mtp(mimo.config, step.counts[names.HELD], step.counts[names.term("text")])
+                self._told[chunk] = deque(self._tell(step, mimo))
         self._begin(mimo, self._step(), self._microbatches() - len(step))
         return step, self._scale(step.counts, mimo) if mimo.post_process else None
 
@@ -169,11 +206,33 @@ class ForwardStep:
             per_token=mimo.config.calculate_per_token_loss,
         )
 
-    def _check_counts(self, terms: Mapping[str, LossTerm], counted: Counts, mimo: MimoModel) -> None:
+    def _tell(self, step: StepBatches, mimo: MimoModel) -> list[ToldScale]:
+        """The step's numbers on a GPU, where division by a number of the host's rounds otherwise; none on the CPU."""
+        device = next(mimo.parameters()).device
+        if device.type == "cpu":
+            return []
+        scale = self._scale(step.counts, mimo)
+        held = [self._held(counted, mimo) for counted in step.microbatch_counts]
+        return told_of(scale, numbers_of(scale, held, device))
+
+    def _held(self, counted: Counts, mimo: MimoModel) -> int:
+        return int(counted[names.HELD]) if mimo.pg_collection.cp.rank() == 0 else 0
+
+    def _check_counts(
+        self,
+        outputs: Tensor | MimoOutput,
+        loss_mask: Tensor | None,
+        further: Mapping[str, LossTerm],
+        counted: Counts,
+        mimo: MimoModel,
+    ) -> None:
         """Holds the counts told ahead against those of the losses, once for every term: it waits.
 
         A microbatch that shall count nothing of a term says nothing about those that do: both are looked at.
         """
+        terms: Mapping[str, LossTerm] = {}
+        if not {(name, counted[names.term(name)] > 0) for name in self._terms(mimo)} <= self._agreed:
+            terms = loss_terms(outputs, loss_mask) | dict(further)
         for name in terms:  # in one order on every rank: there is a collective in the loop
             expected = counted[names.term(name)]
             kind = (name, expected > 0)  # alike on the context-parallel ranks, which read the same batch

@@ -15,6 +15,7 @@ def placed_batches(batches: Iterator[Batch] | None, model: MimoModel) -> Iterato
 
     Both are made once, on the CPU, where the batch's collator did not: the host then knows the counts, which a first
     stage without decoders learns from nothing else, and which labels a last stage has to compute the loss of.
+    For a GPU a batch is checked here too (`MimoModel.settle`), where the model reads and does not write.
 
     Args:
         batches: tensors on the CPU.
@@ -29,9 +30,13 @@ def placed_batches(batches: Iterator[Batch] | None, model: MimoModel) -> Iterato
 
 def _placed(batch: Batch, model: MimoModel) -> Batch:
     placement, mask = placement_of(batch, model), mask_of(batch, model) if model.post_process else None
-    if mask is None:
-        return {**batch, "placement": placement}
-    return {**batch, "loss_mask": mask, "placement": placement.counting(mask)}
+    placed: Batch = {**batch, "placement": placement}
+    if mask is not None:
+        placed = {**placed, "loss_mask": mask, "placement": placement.counting(mask)}
+    # On the CPU the model checks at once what it is given.
+    if next(model.parameters()).device.type != "cpu" and (settled := model.settle(placed)) is not None:
+        placed = {**placed, "placement": settled}
+    return placed
 
 
 def part_for(batch: Batch, model: MimoModel) -> Batch:

@@ -47,6 +47,46 @@ class StepScale:
         return {name: torch.tensor(count, dtype=torch.float32) for name, count in self.counts.items()}
 
 
+@dataclass(frozen=True)
+class ToldScale:
+    """A step's numbers on the device, where a CUDA graph finds those of each step.
+
+    Args:
+        divisors: loss term -> its count over the step, float32 scalar.
+        factor: what Megatron will divide the step's gradient by, float32 scalar.
+        held: tokens that this rank reports of the microbatch, int32 scalar.
+    """
+
+    divisors: Mapping[str, Tensor]
+    factor: Tensor
+    held: Tensor
+
+
+def numbers_of(scale: StepScale, held: Iterable[float], device: torch.device) -> Tensor:
+    """float64 `[terms + 1 + microbatches]` on the device, there without waiting: what `told_of` takes apart.
+
+    Args:
+        scale: of the step.
+        held: tokens that this rank reports of each microbatch.
+        device: of the model.
+    """
+    numbers = [*scale.counts.values(), scale.factor, *held]
+    host = torch.tensor(numbers, dtype=torch.float64, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
+def told_of(scale: StepScale, numbers: Tensor) -> list[ToldScale]:
+    """A step's numbers for each of its microbatches, from `numbers_of`.
+
+    Args:
+        scale: whose terms they are.
+        numbers: float64 `[terms + 1 + microbatches]`.
+    """
+    terms = len(scale.counts)
+    told, held = numbers.float().unbind(), numbers[terms + 1 :].int().unbind()
+    return [ToldScale(dict(zip(scale.counts, told[:terms], strict=True)), told[terms], each) for each in held]
+
+
 def loss_func(
     outputs: Tensor | MimoOutput,
     *,
@@ -57,6 +97,7 @@ def loss_func(
     held: int | None = None,
     further: Mapping[str, LossTerm] | None = None,
     reported: Mapping[str, LossTerm] | None = None,
+    told: ToldScale | None = None,
     non_loss_data: bool = False,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]] | Tensor | MimoOutput:
     """A microbatch's loss, as Megatron's schedules take it.
@@ -71,6 +112,7 @@ def loss_func(
         held: tokens that this rank reports of the microbatch; None for those that the language loss looks at.
         further: terms beside the model's.
         reported: terms that are reported and are no part of the loss.
+        told: the same numbers on the device, in place of the host's.
         non_loss_data: the schedule collects outputs: they come back as they are.
 
     Returns:
@@ -84,14 +126,16 @@ def loss_func(
     tokens = _tokens(outputs, loss_mask)
     if scale is None:
         return total_loss(terms, weights), tokens, report(terms | dict(reported or {}), names)
-    loss = total_loss(terms, weights, scale.divisors())
+    loss = total_loss(terms, weights, scale.divisors() if told is None else told.divisors)
     logged = report(terms | dict(reported or {}), names, scale.counts)
-    logged["loss"] = torch.stack([loss.detach(), loss.new_tensor(1 / scale.parts)])
+    logged["loss"] = torch.stack([loss.detach(), loss.new_full((), 1 / scale.parts)])
     if not scale.per_token:
         tokens = torch.ones_like(tokens)
+    elif told is not None:
+        tokens = told.held
     elif held is not None:
         tokens = torch.full_like(tokens, held)
-    return loss * scale.factor, tokens, logged
+    return loss * (scale.factor if told is None else told.factor), tokens, logged
 
 
 def report(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ from megatron_mimo.training.masters import Masters
 from megatron_mimo.training.memory import check_memory
 from megatron_mimo.training.norms import norms_of
 from megatron_mimo.training.parts.control import TrainingControl
+from megatron_mimo.training.parts.whole_step import StepGraphs, WholeSteps, captures_of
 from megatron_mimo.training.progress import Progress
 from megatron_mimo.training.settings import History, StepReport, TrainerSettings, due
 from megatron_mimo.training.showing import Samples
@@ -83,6 +85,7 @@ class Trainer(Checkpointed):
         samples: prompts that the model answers at every evaluation.
         callbacks: what is told of each step and evaluation, such as loggers.
         further_losses: added to those of the model.
+        graphs: replay each step as one CUDA graph; None does so where `cuda_graph_impl` is "full_iteration".
 
     Raises:
         FileNotFoundError, ConnectionError: as `load_pretrained`.
@@ -108,6 +111,7 @@ class Trainer(Checkpointed):
         samples: Samples | None = None,
         callbacks: Sequence[Callback] = (),
         further_losses: Sequence[FurtherLoss] = (),
+        graphs: StepGraphs | None = None,
     ) -> None:
         self.samples = samples
         self.run, self.settings, self.control = run, settings, control or TrainingControl()
@@ -119,11 +123,13 @@ class Trainer(Checkpointed):
         for option, best in self._best.items():
             check_term(option, best.term, config, [each.name for each in further_losses])
         self.control.check(config)
+        captures = captures_of(graphs, config, run, ddp, self.control)
         self.models = build_chunks(config, run, self.control, pretrained)
         optimizer = with_precision_of(self.models[0], optimizer, ddp)
         for model in self.models:
             check_orthogonalized(model.modality_submodules, model.config, optimizer.optimizer)
-        self.chunks = wrap_chunks(self.models, run, ddp, self.control)
+        with nullcontext() if captures is None else captures.stream():  # DDP's hooks remember it
+            self.chunks = wrap_chunks(self.models, run, ddp, self.control)
         self.optimizer = get_megatron_optimizer(
             optimizer,
             self.chunks,
@@ -147,6 +153,10 @@ class Trainer(Checkpointed):
         self._source_names: Sequence[str] = ()
         self._told, self._stages = Told(callbacks), Stages()
         self.ema = None if settings.ema_decay is None else Ema(self.models, settings.ema_decay)
+        #: Runs training steps by CUDA graphs, and counts how they ran; None without.
+        self.graphs: WholeSteps | None = captures and WholeSteps(
+            graphs or StepGraphs(), captures, self.models[0], self._forward_step, self._gradients
+        )
         self._counts: Counts = {}
         self._saver, self._pace = Saver(checkpoints), Pace()
         self._trained = Trained.by(self.control, config, optimizer.use_distributed_optimizer)
@@ -345,7 +355,8 @@ class Trainer(Checkpointed):
         auxiliary.start_step(self.models[0].config)
         hook_schedule(self.chunks, self.optimizer.scale_loss, self._finalize)
         self._stages.enter(EVALUATING if forward_only else COMPUTING)
-        logged = get_forward_backward_func()(
+        schedule = partial(
+            get_forward_backward_func(),
             forward_step_func=self._forward_step,
             # Every chunk of an interleaved pipeline goes through the same batches.
             data_iterator=[iter(batches) for _ in self.chunks] if len(self.chunks) > 1 else iter(batches),
@@ -355,6 +366,7 @@ class Trainer(Checkpointed):
             micro_batch_size=batch_size,
             forward_only=forward_only,
         )
+        logged = schedule() if self.graphs is None or forward_only else self.graphs(iter(batches), schedule)
         if self.models[0].config.num_moe_experts is not None:
             release_graphs_of_experts(module for model in self.models for module in model.modules())
         return logged

@@ -170,19 +170,32 @@ def test_the_reader_sends_the_mask_and_tells_the_placement_which_labels_count(si
 def test_rows_are_looked_up_by_shard_and_on_a_device_rounded_up() -> None:
     counts = torch.zeros(2, 8, dtype=torch.bool)
     counts[0, [0, 3, 7]] = counts[1, 6] = True
-    mine = token_loss.counted_labels(counts, sequence_shard(8, cp_rank=0, cp_size=2), torch.device("cpu"))
+    shards = [sequence_shard(8, cp_rank=rank, cp_size=2) for rank in (0, 1)]
+    mine = token_loss.counted_labels(shards[0].cut(counts), shards[0], 3)
     assert mine.positions.tolist() == [0, 7, 14] and mine.places.tolist() == [0, 3, 6]
-    other = token_loss.counted_labels(counts, sequence_shard(8, cp_rank=1, cp_size=2), torch.device("cpu"))
-    assert other.positions.tolist() == [3] and other.places.tolist() == [1]
+    other = token_loss.counted_labels(shards[1].cut(counts), shards[1], 3)
+    assert other.positions.tolist()[0] == 3 and other.places.tolist() == [1, 8, 8]
+    assert other.positions.tolist()[1:] == [3, 4], "rows that do not count queue for one position"
+    gpu = torch.device("cuda")
+    assert [token_loss.rows_of_labels(count, 16_384, gpu) for count in (0, 1, 512, 513)] == [512, 512, 512, 1024]
+    assert token_loss.rows_of_labels(1, 48, gpu) == token_loss.ROUND
 
 
-@pytest.mark.parametrize("told", ["another", "fewer", "more"])
-def test_a_placement_that_counts_other_labels_than_the_mask_is_refused(told) -> None:
+def test_rows_beyond_those_that_count_change_neither_losses_nor_gradients(single_process, monkeypatch) -> None:
+    exact, padded = model_of("gpt"), model_of("gpt")
+    padded.load_state_dict(exact.state_dict())
+    expected = step(exact, MASKS["some"])
+    monkeypatch.setattr("megatron_mimo.plan.rows_of_labels", lambda count, labels, device: count + 7)
+    found = step(padded, MASKS["some"])
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("told", [1, 3])
+def test_a_placement_that_counts_fewer_or_more_labels_than_the_mask_is_refused(told) -> None:
     mask = torch.tensor([[0.0, 1.0, 0.5, 0.0]])
-    places = {"another": [1, 3], "fewer": [1], "more": [0, 1, 2]}[told]
-    with pytest.raises(ValueError, match=r"loss_mask counts 2 labels and the placement \d, of which \d are the same"):
-        check_counted(mask, torch.tensor(places), Checks())
-    check_counted(mask, torch.tensor([1, 2]), Checks())
+    with pytest.raises(ValueError, match=rf"loss_mask counts 2 labels, expected the {told} that the placement counts"):
+        check_counted(mask, told, Checks())
+    check_counted(mask, 2, Checks())
 
 
 def test_the_setting_is_kept_when_a_configuration_is_replaced() -> None:

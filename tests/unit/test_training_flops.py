@@ -22,10 +22,11 @@ H, F, V, LAYERS, B, S = tiny.HIDDEN, 64, tiny.VOCABULARY, 2, 3, 16
 READ, HEARD, WRITTEN = 4, 3, 5  # rows of tiny.batch
 # Query, key, value and output; the two of the MLP.
 LAYER = 4 * H * H + 2 * H * F
-LANGUAGE_WEIGHTS = LAYERS * LAYER + V * H
+COUNTED = int(tiny.batch()["loss_mask"].count_nonzero())  # labels, where alone logits are needed
+LOGITS = 2 * V * H * COUNTED
 # Scores and mixing, two operations each, half of them masked.
 ATTENTION = 4 * LAYERS * H / 2 * (B * S) * S
-LANGUAGE = 2 * LANGUAGE_WEIGHTS * B * S + ATTENTION
+LANGUAGE = 2 * LAYERS * LAYER * B * S + LOGITS + ATTENTION
 
 
 def flops(control: TrainingControl = TrainingControl(), training: bool = True, **changes) -> dict[str, float]:
@@ -45,6 +46,11 @@ def test_forward_pass_of_every_part_as_counted_by_hand(single_process):
         "audio/encoders/frames": 2 * tiny.PIXELS * 16 * HEARD,
         "audio/input_projections": 2 * 16 * H * HEARD,
     }
+
+
+def test_a_loss_at_every_position_is_said_to_need_no_more(single_process):
+    assert COUNTED < B * S
+    assert flops(loss_where_counted=False) == flops()
 
 
 def test_training_takes_three_forward_passes(single_process):
@@ -99,7 +105,7 @@ def test_a_token_meets_the_experts_that_the_router_chooses(single_process):
     )  # fmt: skip
     found = flops(training=False, language=tiny.language_spec(config))["language_model"]
     layer = 4 * H * H + 2 * (2 * H * F) + 4 * H  # two of four experts, and the router
-    assert found == 2 * (LAYERS * layer + V * H) * B * S + ATTENTION
+    assert found == 2 * LAYERS * layer * B * S + LOGITS + ATTENTION
 
 
 def test_grouped_queries_share_keys_and_values(single_process):

@@ -18,7 +18,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel import get_cuda_rng_tracker, is_graph_safe_cuda_rng_tracker
 
 from megatron_mimo.compat.checkpoints import other_groups, planned
 from megatron_mimo.compat.megatron import describe_momentum
@@ -339,11 +339,22 @@ def _random_state() -> dict:
     return {
         "torch": torch.get_rng_state(),
         "device": torch.cuda.get_rng_state(),
-        "tracker": get_cuda_rng_tracker().get_states(),
+        # A tracker that CUDA graphs can use holds generators.
+        "tracker": {
+            name: state.get_state() if isinstance(state, torch.Generator) else state
+            for name, state in get_cuda_rng_tracker().get_states().items()
+        },
     }
 
 
 def _set_random_state(state: dict) -> None:
     torch.set_rng_state(state["torch"])
     torch.cuda.set_rng_state(state["device"])
-    get_cuda_rng_tracker().set_states(state["tracker"])
+    tracker = get_cuda_rng_tracker()
+    if is_graph_safe_cuda_rng_tracker(tracker):
+        for name, kept in state["tracker"].items():
+            if name not in tracker.get_states():
+                tracker.add(name, len(tracker.seeds_))  # any seed: its state follows
+            tracker.get_states()[name].set_state(kept)
+    else:
+        tracker.set_states(state["tracker"])

@@ -136,7 +136,11 @@ def _traffic(placement: Placement, inputs: Nested, model: MimoModel) -> Counts:
     for modality in config.modality_submodules:
         given = inputs.get(modality) or {}
         for encoder in cast(Mapping, config.submodule_specs(modality).get("encoders") or {}):
-            counts[items(modality, encoder)] = float(_items(given.get(encoder) or {}))
+            # Those that pad a bucket are no items of the batch.
+            read = counts.get(rows_read(modality), 0.0)
+            spare = placement.host.spare.get(modality, 0) if placement.host is not None else 0
+            share = read / (read + spare) if spare else 1.0
+            counts[items(modality, encoder)] = float(_items(given.get(encoder) or {})) * share
     return counts
 
 

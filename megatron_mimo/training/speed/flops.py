@@ -5,7 +5,8 @@ Every weight matrix meets every row once, and a matrix product takes two operati
     forward of a part = 2 * weights * rows  +  4 * (attention width) * rows * (keys each row sees)
 
 A backward pass costs as much again for the gradient of the weights, where they train, and as much again
-for the gradient of the input, where something in the part or before it trains. What activation
+for the gradient of the input, where something in the part or before it trains. Logits are needed at the positions
+whose label counts, and counted there alone, wherever a model computes them. What activation
 recomputation repeats is not counted: these are the model's operations, not the hardware's. Not counted
 either are norms, activations, losses and the lookup of embeddings, which multiply no matrices, and
 attention in encoders and decoders that do not use Megatron's. Of sequences packed in one row each attends to
@@ -60,6 +61,7 @@ class PartSize:
         weights: elements of weight matrices that each row meets.
         trained: those of them that train.
         trainable: elements of all its parameters that train, tables and norms too.
+        logits: those of `weights` that make logits: needed at the positions whose label counts, nowhere else.
         attention: sum over its attention layers of heads times channels, half of it where the mask
             is causal.
         positions: inside an encoder for each item, inside a decoder for each token; 0 where it has one
@@ -71,6 +73,7 @@ class PartSize:
     attention: float = 0.0
     positions: float = 0.0
     trainable: float = 0.0
+    logits: float = 0.0
 
     @property
     def trains(self) -> bool:
@@ -116,7 +119,8 @@ def step_flops(sizes: Mapping[str, PartSize], counts: Counts, *, training: bool 
     flops = {}
     for name, size in sizes.items():
         rows, keys = _rows_and_keys(name, size, counts)
-        forward = 2 * size.weights * rows + 4 * size.attention * rows * keys
+        forward = 2 * (size.weights - size.logits) * rows + 4 * size.attention * rows * keys
+        forward += 2 * size.logits * counts.get(names.TOKENS, rows)
         trained = size.trained / size.weights if size.weights else 0.0
         inputs = any(other.trains for part, other in sizes.items() if part == name or _before(part, name))
         flops[name] = forward * (1 + trained + inputs if training else 1)
@@ -168,7 +172,8 @@ def _size(module: nn.Module, model: MimoModel) -> PartSize:
     if module is model.language_model and model.post_process and model.share_embeddings_and_output_weights:
         # A tied output layer multiplies the very table that the embedding looks up.
         lookups.discard(id(model.shared_embedding_or_output_weight()))
-    weights = trained = trainable = 0.0
+    head = _output_weight(module, model)
+    weights = trained = trainable = logits = 0.0
     for name, parameter in module.named_parameters():
         trainable += parameter.numel() if parameter.requires_grad else 0.0
         # Other matrices (learned queries, positions, class tokens) are added, not multiplied with.
@@ -178,8 +183,18 @@ def _size(module: nn.Module, model: MimoModel) -> PartSize:
         elements = parameter.numel() * _share(name, parameter, model)
         weights += elements
         trained += elements if parameter.requires_grad else 0.0
+        logits += elements if parameter is head else 0.0
     attention = sum(_attention_width(layer) for layer in module.modules() if isinstance(layer, Attention))
-    return PartSize(weights, trained, attention, _positions(module), trainable)
+    return PartSize(weights, trained, attention, _positions(module), trainable, logits)
+
+
+def _output_weight(module: nn.Module, model: MimoModel) -> nn.Parameter | None:
+    """What multiplies hidden states to logits, in the language model of the last stage."""
+    if module is not model.language_model or not model.post_process:
+        return None
+    if model.share_embeddings_and_output_weights:
+        return model.shared_embedding_or_output_weight()
+    return getattr(getattr(module, "output_layer", None), "weight", None)
 
 
 def _positions(module: nn.Module) -> float:

@@ -1,0 +1,135 @@
+"""CUDA graphs of one function, a graph for each shape of what it works on.
+
+    first times of a shape          the function itself, so that libraries start and kernels compile
+    then, once                      it is captured, on inputs that stay where they are
+    from then on                    copy the inputs in, replay
+
+All of it runs on one stream of its own: what autograd keeps of a parameter remembers the stream of its first use, and
+a capture may wait for no other. The captures share one pool of memory, since a replay is done with before the next.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_mimo.compat.megatron import generators_of_tracker
+
+logger = logging.getLogger(__name__)
+
+
+#: As many shapes without a graph are remembered, those seen last.
+KEPT_SHAPES = 256
+
+
+@dataclass
+class GraphCounts:
+    """How a function ran.
+
+    Args:
+        captured: graphs that there are.
+        replayed: runs by a replay.
+        eager: runs without a graph: the first of a shape, and all of a shape that got none.
+    """
+
+    captured: int = 0
+    replayed: int = 0
+    eager: int = 0
+
+
+@dataclass(frozen=True)
+class _Capture[Result]:
+    graph: torch.cuda.CUDAGraph
+    inputs: Sequence[Tensor]
+    result: Result
+
+
+class Captures[Result]:
+    """Runs a function by CUDA graphs.
+
+    Args:
+        limit: at most this many graphs. Each keeps its inputs; what the function works with is shared.
+        warmup: runs of a shape before it is captured.
+        device: where it runs.
+    """
+
+    def __init__(self, limit: int, warmup: int, device: torch.device) -> None:
+        self.counts = GraphCounts()
+        self._limit, self._warmup, self._device = limit, warmup, device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._pool = torch.cuda.graph_pool_handle()
+        self._captures: dict[Hashable, _Capture[Result]] = {}
+        self._seen: dict[Hashable, int] = {}
+
+    def __call__(
+        self, key: Hashable | None, inputs: Sequence[Tensor], run: Callable[[Sequence[Tensor]], Result]
+    ) -> Result:
+        """What `run(inputs)` gives; of a replay in memory that the next replay writes over.
+
+        Args:
+            key: equal for calls that one capture serves: `run` does the same, but for the values of `inputs`; None
+                where none may.
+            inputs: tensors on the device, of equal shapes for equal keys.
+            run: works on the tensors it is given, and on other memory that stays where it is. It may not wait for the
+                device when it is captured.
+        """
+        with self.stream():
+            capture = self._captures.get(key)
+            if capture is None and self._may_capture(key):
+                capture = self._captures[key] = self._capture(inputs, run)
+            if capture is None:
+                self.counts.eager += 1
+                return run(inputs)
+            for static, tensor in zip(capture.inputs, inputs, strict=True):
+                static.copy_(tensor, non_blocking=True)
+            capture.graph.replay()
+            self.counts.replayed += 1
+            return capture.result
+
+    def captured(self, key: Hashable) -> bool:
+        """Whether the next call with `key` is a replay."""
+        return key in self._captures
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """Within it, work is queued on the stream of the captures, between what is queued before and after."""
+        if self._stream is None:
+            yield
+            return
+        outside = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(outside)
+        with torch.cuda.stream(self._stream):
+            yield
+        outside.wait_stream(self._stream)
+
+    def _may_capture(self, key: Hashable | None) -> bool:
+        if key is None:
+            return False
+        seen = self._seen[key] = self._seen.pop(key, 0) + 1
+        if len(self._seen) > KEPT_SHAPES:
+            del self._seen[next(iter(self._seen))]
+        if seen <= self._warmup:
+            return False
+        if len(self._captures) < self._limit:
+            return True
+        if seen == self._warmup + 1:
+            logger.info("a shape beyond the %d that are captured runs without a CUDA graph", self._limit)
+        return False
+
+    def _capture(self, inputs: Sequence[Tensor], run: Callable[[Sequence[Tensor]], Result]) -> _Capture[Result]:
+        statics = [tensor.clone() for tensor in inputs]
+        graph = torch.cuda.CUDAGraph()
+        for generator in generators_of_tracker():
+            graph.register_generator_state(generator)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+            result = run(statics)
+        torch.cuda.synchronize()
+        self.counts.captured += 1
+        logger.info("CUDA graph %d captured, for inputs %s", self.counts.captured, [list(t.shape) for t in inputs])
+        return _Capture(graph, statics, result)

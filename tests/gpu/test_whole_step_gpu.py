@@ -1,0 +1,130 @@
+"""A training step as one CUDA graph on a GPU: bit by bit the eager step's, beside other work, without a host sync."""
+
+import functools
+
+import pytest
+import torch
+
+import megatron_mimo
+from megatron_mimo import MimoModel, specs
+from megatron_mimo.training import StepGraphs, Trainer
+from tests import tiny
+from tests.gpu.test_packed_gpu import on_gpu
+from tests.unit.test_whole_step import assert_same_steps, batch_of, config_of, trainer_of
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module", autouse=True)
+def run():
+    megatron_mimo.shutdown()
+    yield megatron_mimo.initialize(seed=1, graph_safe_rng=True)
+    megatron_mimo.shutdown()
+
+
+def language_of(backend: str, **changes):
+    kind = dict(bf16=True, params_dtype=torch.bfloat16) if backend == "transformer_engine" else {}
+    config = tiny.language_config(masked_softmax_fusion=False, **kind, **changes)
+    layers = functools.partial(specs.language_layer_spec, backend=backend)
+    return config_of(tiny.language_spec(config, transformer_layer_spec=lambda config, vp_stage=None: layers(config)))
+
+
+def pair_of(run, backend: str, graphs: StepGraphs, **changes) -> tuple[Trainer, Trainer]:
+    eager = trainer_of(run, config=language_of(backend, **changes))
+    graphed = trainer_of(run, graphs, config=language_of(backend, **changes))
+    graphed.models[0].load_state_dict(eager.models[0].state_dict())
+    return eager, graphed
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+def test_twenty_replayed_steps_of_changing_batches_equal_eager_ones_bit_by_bit(run, per_token):
+    eager, graphed = pair_of(run, "torch", StepGraphs(), calculate_per_token_loss=per_token)
+    batches = lambda step: [batch_of(2 * step), batch_of(2 * step + 1)]  # noqa: E731
+    assert_same_steps(eager, graphed, batches, 20)
+    counts = graphed.graphs.counts
+    assert (counts.captured, counts.replayed, counts.eager) == (1, 18, 2)
+
+
+def test_lengths_at_which_cudnn_writes_too_far_are_not_captured(run):
+    trainer = trainer_of(run, StepGraphs(), config=language_of("transformer_engine"))
+    for step in range(4):
+        trainer.train_step(lambda *_: [batch_of(step, length=24)])
+    assert (trainer.graphs.counts.captured, trainer.graphs.counts.eager) == (0, 4)
+
+
+def test_any_number_of_media_in_a_bucket_is_one_graph(run):
+    eager, graphed = pair_of(run, "torch", StepGraphs({"images": 4}))
+    for step, images in enumerate([2, 4, 1, 3, 4, 1, 2]):
+        expected, found = (each.train_step(lambda *_: [batch_of(step, images)]) for each in (eager, graphed))
+        torch.testing.assert_close(dict(found.losses), dict(expected.losses), rtol=1e-5, atol=1e-5)
+    counts = graphed.graphs.counts
+    assert (counts.captured, counts.replayed) == (1, 5)
+    for name, weight in eager.models[0].named_parameters():
+        torch.testing.assert_close(graphed.models[0].get_parameter(name), weight, rtol=1e-3, atol=1e-4)
+    bad = batch_of(9)
+    bad["input_ids"][0, bad["input_ids"][0] == tiny.READ] = 7
+    with pytest.raises(ValueError, match="special tokens"):
+        graphed.train_step(lambda *_: [bad])
+
+
+def test_replays_draw_dropout_anew(run):
+    config = language_of("torch", hidden_dropout=0.2, attention_dropout=0.2)
+    trainer = trainer_of(run, StepGraphs(), config=config)
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = group["max_lr"] = group["min_lr"] = 0.0
+    losses = []
+    for _ in range(8):
+        losses.append(trainer.train_step(lambda *_: [batch_of(0)]).losses["text"])
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = 0.0
+    assert trainer.graphs.counts.replayed == 6
+    assert len(set(losses[2:])) == 6, losses
+
+
+def test_evaluation_generation_other_shapes_and_a_second_model_run_beside_a_graphed_one(run):
+    alone, graphed = pair_of(run, "torch", StepGraphs(captures=1))
+    other = trainer_of(run, StepGraphs(), config=language_of("torch", num_layers=1))
+    for step in range(6):
+        length = 32 if step == 4 else 24
+        expected = alone.train_step(lambda *_: [batch_of(step, length=length)])
+        other.train_step(lambda *_: [batch_of(step, length=32)])
+        found = graphed.train_step(lambda *_: [batch_of(step, length=length)])
+        assert found.losses == expected.losses
+        held = [trainer.evaluate(lambda *_: [batch_of(50, 1, length=16)]) for trainer in (alone, graphed)]
+        assert held[0] == held[1]
+        said = [
+            trainer.generate([{"input_ids": torch.tensor([1, 2])}], max_new_tokens=3) for trainer in (alone, graphed)
+        ]
+        assert said[0][0].ids == said[1][0].ids
+    counts = graphed.graphs.counts
+    assert (counts.captured, counts.replayed, counts.eager) == (1, 3, 3) and other.graphs.counts.replayed == 4
+
+
+def test_a_step_checked_on_the_host_copies_nothing_to_it_and_pins_nothing(run, monkeypatch):
+    model, batch = MimoModel(language_of("torch")).cuda(), batch_of(0)
+    placement = model.settle(
+        {**batch, "placement": model.place(batch["input_ids"]).bound().counting(batch["loss_mask"])}
+    )
+    batch = {**on_gpu(batch), "placement": placement.to("cuda")}
+
+    def step() -> None:
+        outputs, mask = model(**batch)
+        megatron_mimo.total_loss(megatron_mimo.loss_terms(outputs, mask)).backward()
+
+    step()  # compiles and loads kernels
+    torch.cuda.synchronize()
+    pinned: list[object] = []
+    empty, pin = torch.empty, torch.Tensor.pin_memory
+    monkeypatch.setattr(
+        torch, "empty", lambda *a, **k: (pinned.append(a) if k.get("pin_memory") else None, empty(*a, **k))[1]
+    )
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x, *a: (pinned.append(x), pin(x, *a))[1])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    copies = [event.key for event in profile.key_averages() if "DtoH" in event.key]
+    assert not copies and not pinned and not model.checks._waiting

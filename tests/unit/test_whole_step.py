@@ -1,0 +1,260 @@
+"""A training step as one CUDA graph: what it computes, what it serves, what it refuses. Captures are recordings here;
+`tests/gpu/test_whole_step_gpu.py` holds the same on a GPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from megatron_mimo import MimoModel
+from megatron_mimo.training import StepGraphs, Trainer, TrainerSettings, TrainingControl
+from megatron_mimo.training.checkpoints import saving
+from megatron_mimo.training.parts import whole_step
+from megatron_mimo.training.speed.counts import items
+from tests import tiny
+from tests.recorded_graphs import record_graphs
+
+IMAGES = dict(modality_submodules={"images": tiny.image_spec(decoders={}, output_projections=[])})
+ROWS = 4  # of an image
+
+
+def config_of(language=None, **changes):
+    """A model that reads images."""
+    parts = {**IMAGES, "special_token_ids": {"images": tiny.READ}, "generation_token_ids": {}, **changes}
+    return tiny.mimo_config(language, **parts, modality_loss_weights={})
+
+
+def batch_of(seed: int, images: int = 2, length: int = 24) -> dict:
+    """Two samples with some images, all of them in the first where there is one alone; ten labels count."""
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 60, (2, length), generator=draw)
+    for image in range(images):
+        at = 1 + (ROWS + 1) * (image // 2) + seed % 3
+        ids[image % 2, at : at + ROWS] = tiny.READ
+    labels = ids.roll(-1, 1).clamp(0, tiny.VOCABULARY - 1)
+    mask = torch.zeros(2 * length)
+    mask[torch.randperm(2 * length, generator=draw)[:10]] = 1
+    pixels = torch.randn(images, ROWS, tiny.PIXELS, generator=draw)
+    inputs = {"images": {"patches": {"x": pixels}}} if images else {}
+    return dict(input_ids=ids, labels=labels, loss_mask=mask.view(2, length), modality_inputs=inputs)
+
+
+def trainer_of(run, graphs: StepGraphs | None = None, config=None, steps: int = 20, **options) -> Trainer:
+    return Trainer(
+        config or config_of(),
+        run,
+        TrainerSettings(steps=steps, decay="constant", progress=False),
+        optimizer=OptimizerConfig(lr=1e-2),
+        graphs=graphs,
+        **options,
+    )
+
+
+def pair(run, graphs: StepGraphs, **options) -> tuple[Trainer, Trainer]:
+    """A trainer without graphs and one with, of equal weights."""
+    eager, graphed = trainer_of(run, **options), trainer_of(run, graphs, **options)
+    graphed.models[0].load_state_dict(eager.models[0].state_dict())
+    return eager, graphed
+
+
+def assert_same_steps(eager: Trainer, graphed: Trainer, data, steps: int) -> None:
+    for step in range(steps):
+        expected, found = (each.train_step(lambda *_: data(step)) for each in (eager, graphed))
+        assert found.losses == expected.losses and found.gradient_norm == expected.gradient_norm, step
+    for name, weight in eager.models[0].named_parameters():
+        assert graphed.models[0].get_parameter(name).equal(weight), name
+
+
+@pytest.fixture
+def recorded(single_process, monkeypatch):
+    """A run whose random numbers a graph could use, and captures that are recordings."""
+    record_graphs(monkeypatch)
+    return replace(single_process, graph_safe_rng=True)
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+def test_twenty_replayed_steps_of_changing_batches_equal_eager_ones_bit_by_bit(recorded, per_token):
+    language = lambda: tiny.language_spec(tiny.language_config(calculate_per_token_loss=per_token))  # noqa: E731
+    eager, graphed = (
+        trainer_of(recorded, config=config_of(language())),
+        trainer_of(recorded, StepGraphs(warmup=1), config=config_of(language())),
+    )
+    graphed.models[0].load_state_dict(eager.models[0].state_dict())
+    assert_same_steps(eager, graphed, lambda step: [batch_of(2 * step), batch_of(2 * step + 1)], 20)
+    assert (graphed.graphs.counts.captured, graphed.graphs.counts.replayed, graphed.graphs.counts.eager) == (1, 19, 1)
+
+
+def test_a_step_that_no_graph_fits_runs_eagerly_and_is_counted(recorded):
+    eager, graphed = pair(recorded, StepGraphs(warmup=1, captures=1))
+    shapes = [24, 24, 24, 32, 32, 24, 16]
+    assert_same_steps(eager, graphed, lambda step: [batch_of(step, length=shapes[step])], len(shapes))
+    counts = graphed.graphs.counts
+    assert (counts.captured, counts.replayed, counts.eager) == (1, 3, 4)
+
+
+@pytest.mark.parametrize(("numbers", "replayed"), [([3, 3, 3], 2), ([2, 4, 1], 0)])
+def test_media_are_padded_to_a_bucket_by_items_that_no_position_reads(recorded, numbers, replayed):
+    # On the CPU rows are moved by how many there are: only one number replays. A GPU takes any.
+    eager, graphed = pair(recorded, StepGraphs({"images": 4}, warmup=1 if replayed else 9))
+    seen: list[int] = []
+    encoder = graphed.models[0].modality_submodules["images"].encoders["patches"]
+    encoder.register_forward_pre_hook(lambda module, given, keywords: seen.append(len(keywords["x"])), with_kwargs=True)
+    for step, images in enumerate(numbers):
+        expected, found = (each.train_step(lambda *_: [batch_of(step, images)]) for each in (eager, graphed))
+        torch.testing.assert_close(dict(found.losses), dict(expected.losses), rtol=1e-6, atol=1e-6)
+        # What a step is said to compute leaves the padding out.
+        assert graphed._counts[items("images", "patches")] == images == eager._counts[items("images", "patches")]
+    assert set(seen) == {4} and graphed.graphs.counts.replayed == replayed
+    assert graphed.graphs.counts.eager == len(numbers) - replayed
+    for name, weight in eager.models[0].named_parameters():
+        torch.testing.assert_close(graphed.models[0].get_parameter(name), weight, rtol=1e-5, atol=1e-6)
+
+
+def test_a_replay_counts_the_rows_of_its_own_batch(recorded):
+    trainer = trainer_of(recorded, StepGraphs(warmup=1))
+    for step in range(3):
+        trainer.train_step(lambda *_: [batch_of(step)])
+    assert trainer.graphs.counts.replayed == 2
+    bad = batch_of(3)
+    bad["input_ids"][0, bad["input_ids"][0] == tiny.READ] = 7
+    with pytest.raises(ValueError, match="images: sample 1 has 4 special tokens but 8 embeddings"):
+        trainer.train_step(lambda *_: [bad])
+
+
+def test_evaluation_generation_and_a_second_model_run_beside_a_graphed_one(recorded):
+    graphs = StepGraphs(warmup=1)
+    alone, graphed = pair(recorded, graphs)
+    other = trainer_of(recorded, graphs, config=config_of(tiny.language_spec(tiny.language_config(num_layers=1))))
+    for step in range(4):
+        expected = alone.train_step(lambda *_: [batch_of(step)])
+        other.train_step(lambda *_: [batch_of(step, length=32)])
+        found = graphed.train_step(lambda *_: [batch_of(step)])
+        assert found.losses == expected.losses
+        held = [trainer.evaluate(lambda *_: [batch_of(50, 1, length=16)]) for trainer in (alone, graphed)]
+        assert held[0] == held[1]
+        said = [
+            trainer.generate([{"input_ids": torch.tensor([1, 2])}], max_new_tokens=3) for trainer in (alone, graphed)
+        ]
+        assert said[0][0].ids == said[1][0].ids
+    assert graphed.graphs.counts.replayed == other.graphs.counts.replayed == 3
+
+
+def test_megatrons_own_switch_captures_the_step(recorded):
+    config = config_of(tiny.language_spec(tiny.language_config(cuda_graph_impl="full_iteration")))
+    trainer = trainer_of(recorded, config=config)
+    for step in range(4):
+        trainer.train_step(lambda *_: [batch_of(step)])
+    assert trainer.graphs.counts.replayed == 2 and trainer_of(recorded).graphs is None
+
+
+@pytest.mark.parametrize("kind", ["local", "transformer_engine"])
+def test_graphs_of_single_layers_are_refused_by_name(single_process, kind):
+    language = tiny.language_config()
+    language.cuda_graph_impl = kind
+    with pytest.raises(ValueError, match=f"cuda_graph_impl='{kind}' .*Set it to 'full_iteration'"):
+        MimoModel(config_of(tiny.language_spec(language)))
+
+
+def test_what_a_step_as_one_graph_cannot_be_right_with_is_refused_by_name(recorded):
+    def refused(match: str, config=None, graphs: StepGraphs | None = None, run=recorded, **options) -> None:
+        with pytest.raises(ValueError, match=match):
+            trainer_of(run, graphs or StepGraphs(), config or config_of(), **options)
+
+    refused("initialize\\(graph_safe_rng=True\\)", run=replace(recorded, graph_safe_rng=False))
+    refused("no generation_token_ids", tiny.mimo_config())
+    refused("buckets has 'films', expected modalities that are read: \\['images'\\]", graphs=StepGraphs({"films": 2}))
+    refused("overlap_grad_reduce=False", ddp=DistributedDataParallelConfig(overlap_grad_reduce=True))
+    refused("graphed=\\(\\)", control=TrainingControl(graphed=["encoders"]))
+    recomputed = tiny.language_config(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    refused("recompute_granularity=None", config_of(tiny.language_spec(recomputed)))
+
+
+def test_without_a_gpu_graphs_are_refused(single_process):
+    with pytest.raises(ValueError, match="CUDA graphs need a GPU"):
+        trainer_of(single_process, StepGraphs())
+
+
+@pytest.mark.parametrize("given", [dict(captures=0), dict(warmup=0), dict(buckets={"images": 0})])
+def test_numbers_below_one_are_refused(given):
+    with pytest.raises(ValueError, match="at least 1"):
+        StepGraphs(**given)
+
+
+def test_media_that_are_not_items_alike_are_refused(recorded):
+    trainer = trainer_of(recorded, StepGraphs({"images": 4}))
+    batch = batch_of(0)
+    batch["input_ids"][0, -1] = tiny.READ
+    with pytest.raises(ValueError, match="9 special tokens for 2 items, expected as many for each"):
+        trainer.train_step(lambda *_: [batch])
+    batch = batch_of(0)
+    batch["modality_inputs"]["images"]["patches"]["mask"] = torch.ones(3)
+    with pytest.raises(ValueError, match="expected one encoder, whose tensors have one leading dim"):
+        trainer.train_step(lambda *_: [batch])
+
+
+def test_a_batch_checked_on_the_host_is_looked_at_no_more(single_process):
+    model, batch = MimoModel(config_of()), batch_of(0)
+    placement = model.place(batch["input_ids"]).bound().counting(batch["loss_mask"])
+    settled = model.settle({**batch, "placement": placement})
+    assert settled.settled and not placement.settled
+    looked: list[object] = []
+    model.checks.check = lambda *given: looked.append(given)
+    model(**batch, placement=settled)
+    assert not looked
+    model(**batch, placement=placement)
+    assert looked, "one that nobody checked is looked at again"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "match"),
+    [
+        ("labels", lambda x: x + tiny.VOCABULARY, "labels outside the vocabulary"),
+        ("loss_mask", lambda x: -x, "negative, infinite or NaN"),
+        ("position_ids", lambda x: torch.zeros_like(x), "position"),
+    ],
+)
+def test_a_bad_batch_is_refused_on_the_host(single_process, name, change, match):
+    model, batch = MimoModel(config_of()), batch_of(0)
+    batch["position_ids"] = torch.arange(24).expand(2, -1)
+    batch[name] = change(batch[name])
+    with pytest.raises(ValueError, match=match):
+        model.settle({**batch, "placement": model.place(batch["input_ids"]).bound()})
+    assert not model.checks.settled
+
+
+def test_a_model_that_writes_settles_nothing(single_process):
+    model, batch = MimoModel(tiny.mimo_config()), tiny.batch()
+    assert model.settle({**batch, "placement": model.place(batch["input_ids"])}) is None
+
+
+def test_attention_that_writes_too_far_at_some_lengths_is_captured_at_the_others_alone(recorded, monkeypatch):
+    monkeypatch.setattr(whole_step, "_has_cudnn", lambda module: isinstance(module, GPTModel))
+    monkeypatch.setattr(whole_step, "CUDNN_ROWS", 32)
+    trainer = trainer_of(recorded, StepGraphs(warmup=1))
+    for step, length in enumerate([32, 24, 32, 24, 24]):
+        trainer.train_step(lambda *_: [batch_of(step, length=length)])
+    counts = trainer.graphs.counts
+    assert (counts.captured, counts.replayed, counts.eager) == (1, 1, 4)
+    monkeypatch.setattr(whole_step, "_has_cudnn", lambda module: not isinstance(module, GPTModel))
+    with pytest.raises(ValueError, match="an encoder that trains has attention of TransformerEngine"):
+        trainer_of(recorded, StepGraphs())
+
+
+def test_random_numbers_of_a_graph_are_kept_in_a_checkpoint_as_states(single_process, monkeypatch):
+    generator = torch.Generator().manual_seed(5)
+    tracker = get_cuda_rng_tracker()
+    before = tracker.get_states()
+    monkeypatch.setattr(saving, "is_graph_safe_cuda_rng_tracker", lambda tracker: True)
+    tracker.set_states({**before, "a graph's": generator})
+    try:
+        kept = saving._random_state()["tracker"]["a graph's"]
+        drawn = torch.rand(3, generator=generator)
+        assert isinstance(kept, torch.Tensor)
+        tracker.get_states()["a graph's"].set_state(kept)
+        assert torch.equal(torch.rand(3, generator=generator), drawn)
+    finally:
+        tracker.set_states(before)
