@@ -1,9 +1,11 @@
 """The benchmarks run, at toy sizes on the CPU; what they measure there means nothing."""
 
+import doctest
 import json
 
 import pytest
 
+from benchmarks import kinds, plot
 from tests import warm
 
 pytestmark = pytest.mark.process
@@ -26,6 +28,23 @@ def test_a_training_step_gives_upstreams_loss(tmp_path):
     upstream, ours, everywhere = json.loads((tmp_path / "step.json").read_text())["results"]
     assert (upstream["name"], ours["name"]) == ("upstream", "ours")
     assert ours["loss"] == everywhere["loss"] == pytest.approx(upstream["loss"], rel=1e-6)
+
+
+def test_a_step_of_a_trainer(tmp_path):
+    run("benchmarks.trainer_step", "--small", "--steps", "1", "--out", str(tmp_path / "trainer.json"))
+    (eager,) = json.loads((tmp_path / "trainer.json").read_text())["results"]
+    assert eager["replayed"] == 0 and len(eager["losses"]) == 6
+
+
+def test_what_a_step_takes_is_sorted_by_kind_and_drawn(tmp_path):
+    for module in (kinds, plot):
+        assert not doctest.testmod(module).failed and doctest.testmod(module).attempted
+    result = {"name": "ours", "step_ms": 10.0, "busy_ms": 8.0, "kinds_ms": {"GEMM": 6.0, "copies": 4.0}}
+    figures = {"results": [result], "flops": {"language_model": 4e12}, "peak": 1e15, "device": "a GPU"}
+    assert plot.bars(figures)["ours"] == pytest.approx({"GEMM": 4.8, "copies": 3.2, "idle": 2.0})
+    (tmp_path / "step.json").write_text(json.dumps(figures | {"launches_a_second": 1e5}))
+    plot.draw([tmp_path / "step.json"], tmp_path / "step.svg")
+    assert (tmp_path / "step.svg").stat().st_size > 1000
 
 
 def test_the_loss_where_labels_count():

@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_mimo import MimoModel
 from megatron_mimo.training import StepGraphs, Trainer, TrainerSettings, TrainingControl
-from megatron_mimo.training.checkpoints import saving
+from megatron_mimo.training.checkpoints import random_state
 from megatron_mimo.training.parts import whole_step
 from megatron_mimo.training.speed.counts import items
 from tests import tiny
@@ -248,13 +248,13 @@ def test_random_numbers_of_a_graph_are_kept_in_a_checkpoint_as_states(single_pro
     generator = torch.Generator().manual_seed(5)
     tracker = get_cuda_rng_tracker()
     before = tracker.get_states()
-    monkeypatch.setattr(saving, "is_graph_safe_cuda_rng_tracker", lambda tracker: True)
-    tracker.set_states({**before, "a graph's": generator})
+    monkeypatch.setattr(random_state, "is_graph_safe_cuda_rng_tracker", lambda tracker: True)
+    tracker.set_states({"a graph's": generator})
     try:
-        kept = saving._random_state()["tracker"]["a graph's"]
+        kept = random_state.random_state()
+        assert isinstance(kept["tracker"]["a graph's"], torch.Tensor)
         drawn = torch.rand(3, generator=generator)
-        assert isinstance(kept, torch.Tensor)
-        tracker.get_states()["a graph's"].set_state(kept)
+        random_state.set_random_state(kept)
         assert torch.equal(torch.rand(3, generator=generator), drawn)
     finally:
         tracker.set_states(before)

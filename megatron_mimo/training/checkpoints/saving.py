@@ -13,12 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.tensor_parallel import get_cuda_rng_tracker, is_graph_safe_cuda_rng_tracker
 
 from megatron_mimo.compat.checkpoints import other_groups, planned
 from megatron_mimo.compat.megatron import describe_momentum
@@ -28,6 +26,7 @@ from megatron_mimo.model import MimoModel
 from megatron_mimo.training.checkpoints.directories import found_at, is_complete, newest_first
 from megatron_mimo.training.checkpoints.inert import description_of
 from megatron_mimo.training.checkpoints.manifest import COMPLETE, Damaged
+from megatron_mimo.training.checkpoints.random_state import random_state, set_random_state
 from megatron_mimo.training.checkpoints.reading import Problems, agree, check, read
 from megatron_mimo.training.checkpoints.trained import Trained, check_trained
 from megatron_mimo.training.checkpoints.writing import Saver
@@ -219,7 +218,7 @@ def _load(
     schedule.num_steps = 0  # it adds those of the checkpoint
     schedule.load_state_dict(state["schedule"])
     if same_layout:
-        _set_random_state(state["random"])
+        set_random_state(state["random"])
     return Loaded(state["step"], read_state(path), state.get("evaluations", {}))
 
 
@@ -316,7 +315,7 @@ def _state(
         describe_momentum(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=metadata)
     if random:
-        state["random"] = ShardedObject("random", _random_state(), (run.world_size,), (run.rank,))
+        state["random"] = ShardedObject("random", random_state(), (run.world_size,), (run.rank,))
     return state
 
 
@@ -333,28 +332,3 @@ def _metadata(run: Run, form: str) -> dict:
 
 def _saved(metadata: dict) -> dict:
     return {name: value for name, value in metadata.items() if name != "dp_cp_group"}
-
-
-def _random_state() -> dict:
-    return {
-        "torch": torch.get_rng_state(),
-        "device": torch.cuda.get_rng_state(),
-        # A tracker that CUDA graphs can use holds generators.
-        "tracker": {
-            name: state.get_state() if isinstance(state, torch.Generator) else state
-            for name, state in get_cuda_rng_tracker().get_states().items()
-        },
-    }
-
-
-def _set_random_state(state: dict) -> None:
-    torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state(state["device"])
-    tracker = get_cuda_rng_tracker()
-    if is_graph_safe_cuda_rng_tracker(tracker):
-        for name, kept in state["tracker"].items():
-            if name not in tracker.get_states():
-                tracker.add(name, len(tracker.seeds_))  # any seed: its state follows
-            tracker.get_states()[name].set_state(kept)
-    else:
-        tracker.set_states(state["tracker"])
