@@ -222,7 +222,7 @@ def _trained(prepared: Prepared, stage: Stage, before: Path | None) -> Trainer |
             save_every=recipe.checkpoints.every,
             directory=directory,
             progress=recipe.loggers.progress,
-            early_stopping=patience and EarlyStopping(patience, recipe.evaluation.compare),
+            early_stopping=None if patience is None else EarlyStopping(patience, recipe.evaluation.compare),
             part_norms=recipe.loggers.part_norms,
             ema_decay=recipe.ema_decay,
         ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -62,6 +61,6 @@ def source_terms(
     shard = sequence_shard(
         sources.shape[1], cp_rank=cp.rank(), cp_size=cp.size(), cu_seqlens=boundaries, device=sources.device
     )
-    mine = cast(Tensor, shard.cut(sources))
+    mine = shard.cut(sources)
     with torch.no_grad():
         return {name: language_term(language, loss_mask * (mine == index)) for index, name in enumerate(names)}

@@ -73,7 +73,7 @@ def norms_of(
             tensor_group = groups.expt_tp if expert else groups.tp
             if not param_is_not_tensor_parallel_duplicate(parameter, tensor_group):
                 continue
-            gradient = parameter.main_grad.view(-1)  # type: ignore[attr-defined]  # DDP's
+            gradient = parameter.main_grad.view(-1)  # DDP's
             copies = (groups.expt_dp if expert else groups.dp_cp).size()
             if shards is not None:
                 gradient, copies = gradient[shards.get(parameter, slice(0, 0))], instances

@@ -64,7 +64,7 @@ class Telling:
                 return {}, True, False, True, 0, None, None, 0
             if self._ema is not None:
                 self._ema.start()
-            schedule = named.get("opt_param_scheduler", given[4] if len(given) > 4 else None)
+            schedule = named["opt_param_scheduler"] if "opt_param_scheduler" in named else given[4]
             learning_rate = schedule.get_lr({})  # of a group that says nothing of its own
             started, norms = perf_counter(), dict[str, float]()
             chunks, optimizer = (named.get(name, given[at] if len(given) > at else None) for name, at in _PLACES)

@@ -206,10 +206,9 @@ def averages_of_weights_are_those_of_one_rank_and_a_resumed_run_s_are_exact_on_e
             for name, average in found.items():
                 torch.testing.assert_close(average, expected[name], rtol=1e-4, atol=1e-5, msg=f"{layout} {name}")
         dist.barrier()
-        # In another layout than the one that wrote them.
-        other = averaging()
-        assert other.load(where / "0" / "step_00000004" if not options else directory / "step_00000004") == 4
-        assert other.ema.updates == 4
+        if options:  # also in another layout than the one that wrote them
+            other = averaging()
+            assert other.load(where / "0" / "step_00000004") == 4 and other.ema.updates == 4
 
 
 @case(ranks=2, timeout_s=240)
