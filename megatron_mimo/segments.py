@@ -2,8 +2,8 @@
 
 Megatron's own refuses packed sequences without TransformerEngine. Here each sample is a call of torch's
 `scaled_dot_product_attention` of its own: no mask where attention is causal, and one the size of the sample where it
-has spans that see all of themselves. On a GPU one fused kernel does all samples (`segment_kernels`), where dropout and
-dtype let it. Nothing is the size of the pack squared.
+has spans that see all of themselves. Where `SegmentAttention.one_kernel` is set, a fused kernel does all samples on a
+GPU (`segment_kernels`), as far as dropout and dtype let it. Nothing is the size of the pack squared.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -126,7 +127,13 @@ class SegmentAttention(DotProductAttention):
 
     Without `packed_seq_params` it is `DotProductAttention`. With them every sequence attends to itself alone. Positions
     of padding, which come last in their sequence, are seen by no other.
+
+    Attributes:
+        one_kernel: whether on a GPU one fused kernel takes the place of a call for each sample. Off: it is not measured
+            there yet (`python -m benchmarks.packed_attention`).
     """
+
+    one_kernel: ClassVar[bool] = False
 
     def forward(
         self,
@@ -189,7 +196,7 @@ class SegmentAttention(DotProductAttention):
     ) -> Tensor | None:
         """One kernel's output for all sequences, None where none can do it, such as on a CPU or with dropout."""
         boundaries, spans, spanned = _host_facts(params)
-        if self.training and self.attention_dropout.p:
+        if not self.one_kernel or (self.training and self.attention_dropout.p):
             return None
         if spans is not None and any(spanned):
             if not causal or not segment_kernels.takes_flexible(query):

@@ -41,7 +41,9 @@ def attention(dtype: torch.dtype, queries: int, groups: int) -> SegmentAttention
         num_attention_heads=queries, num_query_groups=groups, kv_channels=64, params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
     )  # fmt: skip
-    return SegmentAttention(config, 1, AttnMaskType.causal, "self")
+    core = SegmentAttention(config, 1, AttnMaskType.causal, "self")
+    core.one_kernel = True
+    return core
 
 
 def drawn(dtype: torch.dtype, queries: int, groups: int) -> list[Tensor]:
