@@ -164,7 +164,7 @@ class MimoModel(MegatronModel):
         """
         # The one place that waits for checks, those of earlier steps: this step's own would stall the device.
         made = placement if isinstance(placement, Placement) else None
-        self._checks.begin(made and made.arrival, settled=made is not None and made.settled)
+        self._checks.begin(None if made is None else made.arrival, settled=made is not None and made.settled)
         self._check.tokens(
             input_ids,
             position_ids,

@@ -202,12 +202,13 @@ class Planner:
         before, self._checks.settled = self._checks.settled, False
         try:
             ids, packed, mask = batch["input_ids"], batch.get("packed_seq_params"), batch.get("padding_mask")
-            tokens = (batch.get(name) for name in ("position_ids", "attention_mask", "labels", "loss_mask"))
-            self._check.tokens(ids, *tokens, packed, mask, None)
+            positions, attention = batch.get("position_ids"), batch.get("attention_mask")
+            labels, weights = batch.get("labels"), batch.get("loss_mask")
+            self._check.tokens(ids, positions, attention, labels, weights, packed, mask, None)
             media = self._check.media(batch.get("modality_inputs"), None, None)
             brought = Brought.of(frozenset(media.inputs), {}, {})
-            plan = self.plan(ids, batch.get("position_ids"), packed, mask, placement, brought, True, 0)
-            self.learned(ids, batch.get("labels"), batch.get("loss_mask"), brought.reads, plan)
+            plan = self.plan(ids, positions, packed, mask, placement, brought, True, 0)
+            self.learned(ids, labels, weights, brought.reads, plan)
         finally:
             self._checks.settled = before
         return replace(placement, host=replace(placement.host, settled=True))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from megatron_mimo.batch import Nested, Shown
@@ -194,14 +195,15 @@ class BatchCheck:
                 f"expected a placement of tokens {tables} and {dict(generating)} in ids {list(input_ids.shape)}, found "
                 f"one of {found} and {written} in {list(made.source.shape)}; make it with model.place"
             )
-        if made.ids is None or made.ids is input_ids:
+        ids = made.ids
+        if ids is None or ids is input_ids:
             return
 
         def verify(differ: Tensor) -> None:
             if differ:
                 raise ValueError("placement was not made from these input_ids; make it with model.place")
 
-        self._checks.look(lambda: (made.ids != input_ids).any(), verify, "placement")
+        self._checks.look(lambda: torch.ne(ids, input_ids).any(), verify, "placement")
 
     def padding(self, placement: Placement, padding: Tensor) -> None:
         """Refuses tokens of modalities in padding: nothing is read or written there.

@@ -87,7 +87,8 @@ class ForwardStep:
             `(outputs, loss_func)`: hidden states `[S_local, B, H]` before the last pipeline stage.
         """
         mimo = unwrap_model(model)
-        told = None
+        told: ToldScale | None = None
+        scale: StepScale | None
         if self._ahead is not None:
             batch, counted, scale, told = next(self._ahead)
         else:

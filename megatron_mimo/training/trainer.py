@@ -52,7 +52,7 @@ from megatron_mimo.training.masters import Masters
 from megatron_mimo.training.memory import check_memory
 from megatron_mimo.training.norms import norms_of
 from megatron_mimo.training.parts.control import TrainingControl
-from megatron_mimo.training.parts.whole_step import StepGraphs, WholeSteps, captures_of
+from megatron_mimo.training.parts.whole_step import StepGraphs, captures_of, whole_steps
 from megatron_mimo.training.progress import Progress
 from megatron_mimo.training.settings import History, StepReport, TrainerSettings, due
 from megatron_mimo.training.showing import Samples
@@ -154,9 +154,7 @@ class Trainer(Checkpointed):
         self._told, self._stages = Told(callbacks), Stages()
         self.ema = None if settings.ema_decay is None else Ema(self.models, settings.ema_decay)
         #: Runs training steps by CUDA graphs, and counts how they ran; None without.
-        self.graphs: WholeSteps | None = captures and WholeSteps(
-            graphs or StepGraphs(), captures, self.models[0], self._forward_step, self._gradients
-        )
+        self.graphs = whole_steps(graphs, captures, self.models[0], self._forward_step, self._gradients)
         self._counts: Counts = {}
         self._saver, self._pace = Saver(checkpoints), Pace()
         self._trained = Trained.by(self.control, config, optimizer.use_distributed_optimizer)

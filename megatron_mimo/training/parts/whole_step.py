@@ -27,7 +27,7 @@ from megatron_mimo.model import MimoModel
 from megatron_mimo.placement import Placement
 from megatron_mimo.tally import HostFacts
 from megatron_mimo.token_loss import rows_of_labels
-from megatron_mimo.training.finite import Gradients, Logged
+from megatron_mimo.training.finite import Gradients
 from megatron_mimo.training.forward import Ahead, ForwardStep
 from megatron_mimo.training.parts.captured import Captures, GraphCounts
 from megatron_mimo.training.parts.control import TrainingControl
@@ -160,7 +160,9 @@ class WholeSteps:
         """How steps ran."""
         return self._captures.counts
 
-    def __call__(self, batches: Iterator[Batch] | None, schedule: Callable[[], Sequence[Logged]]) -> Sequence[Logged]:
+    def __call__(
+        self, batches: Iterator[Batch] | None, schedule: Callable[[], list[dict[str, Tensor]]]
+    ) -> list[dict[str, Tensor]]:
         """What the schedule gives for a step.
 
         Args:
@@ -184,7 +186,7 @@ class WholeSteps:
         if self._captures.captured(key):
             self._recheck(key, manifests)
 
-        def run(inputs: Sequence[Tensor]) -> tuple[Sequence[Logged], Tensor | None]:
+        def run(inputs: Sequence[Tensor]) -> tuple[list[dict[str, Tensor]], Tensor | None]:
             *buffers, numbers = inputs
             ahead = _ahead(manifests, buffers, counts, scale, numbers)
             with self._forward_step.given(ahead), self._model.checks.recording() as self._brought[key]:
@@ -204,6 +206,19 @@ class WholeSteps:
             batch = from_bytes(manifest, torch.empty(manifest.size, dtype=torch.uint8))
             for table, rows, items in brought:
                 cast(Placement, batch["placement"]).check_rows(table, rows, items)
+
+
+def whole_steps(
+    settings: StepGraphs | None,
+    captures: Captures | None,
+    model: MimoModel,
+    forward_step: ForwardStep,
+    gradients: Gradients,
+) -> WholeSteps | None:
+    """What runs training steps by CUDA graphs, as `WholeSteps` takes it; None without captures."""
+    if captures is None:
+        return None
+    return WholeSteps(settings or StepGraphs(), captures, model, forward_step, gradients)
 
 
 def in_buckets(batch: Batch, buckets: Mapping[str, int], model: MimoModel) -> Batch:

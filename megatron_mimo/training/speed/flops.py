@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -193,7 +194,7 @@ def _output_weight(module: nn.Module, model: MimoModel) -> nn.Parameter | None:
     if module is not model.language_model or not model.post_process:
         return None
     if model.share_embeddings_and_output_weights:
-        return model.shared_embedding_or_output_weight()
+        return cast(nn.Parameter, model.shared_embedding_or_output_weight())
     return getattr(getattr(module, "output_layer", None), "weight", None)
 
 
