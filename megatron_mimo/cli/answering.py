@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import batched
 from pathlib import Path
@@ -14,7 +15,7 @@ from megatron_mimo.cli.errors import Refused
 from megatron_mimo.cli.models import Opened
 from megatron_mimo.cli.prompts import Prompt, Spoken, prompts_of
 from megatron_mimo.data.sources import Source
-from megatron_mimo.generation.results import GenerationOutput, TextPart, save
+from megatron_mimo.generation.results import GenerationOutput, MediaPart, TextPart, save
 from megatron_mimo.launch import Run
 
 #: Below the output's directory: what is finished, what was asked for, and the lines of each attempt and rank.
@@ -105,14 +106,23 @@ def _line(prompt: Prompt, answer: GenerationOutput, output: Path) -> dict[str, A
     if answer.error is not None:
         return line | {"error": " ".join(str(answer.error).split())}
     media = [part for part in answer.parts if not isinstance(part, TextPart)]
-    folder = output / "media" / f"{prompt.index:08d}"
-    paths = iter(save([GenerationOutput(parts=list(media))], folder) if media else ())
+    paths = iter(_saved(media, output / "media" / f"{prompt.index:08d}") if media else ())
     for part in answer.parts:
         if isinstance(part, TextPart):
             line["parts"].append({"type": "text", "text": part.text})
         else:
             line["parts"].append({"type": part.kind, part.kind: str(next(paths).relative_to(output))})
     return line
+
+
+def _saved(media: Sequence[MediaPart], folder: Path) -> list[Path]:
+    """The files of a record's media, whose folder is there once all are whole; one of an earlier attempt goes."""
+    writing = folder.with_name(f"writing_{folder.name}")
+    shutil.rmtree(writing, ignore_errors=True)
+    written = save([GenerationOutput(parts=list(media))], writing)
+    shutil.rmtree(folder, ignore_errors=True)
+    writing.rename(folder)
+    return [folder / path.name for path in written]
 
 
 def _done(parts: Path) -> dict[int, dict[str, Any]]:

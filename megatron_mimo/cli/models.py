@@ -69,7 +69,7 @@ class Opened:
 
 
 def find(given: str) -> Place:
-    """Where a model lies: of a run's directory its model, or a checkpoint below it with the run's recipe.
+    """Where a model lies: of a run's directory its model, or a checkpoint with the recipe that it keeps.
 
     Args:
         given: by the command line.
@@ -87,7 +87,7 @@ def find(given: str) -> Place:
             if (above / RECIPE).is_file():
                 recipe = read_recipe(str(above / RECIPE))
                 return Place(path, recipe.model, True, recipe.processor.template)
-        raise Refused(f"{given}: expected a checkpoint of a run, whose directory has {RECIPE}, found none above it")
+        raise Refused(f"{given}: expected a checkpoint that a recipe trained, found no {RECIPE} in it")
     if (path / RECIPE).is_file() and not any((path / name).is_file() for name in (OWN, SINGLE, INDEX)):
         if not (path / MODEL).is_dir():
             raise Refused(f"{given}: its run is not done; finish it with train, or name a checkpoint in {path}/stages")

@@ -232,6 +232,7 @@ def _trained(prepared: Prepared, stage: Stage, before: Path | None) -> Trainer |
         checkpoints=CheckpointSettings(
             background=recipe.checkpoints.background,
             keep_last=recipe.checkpoints.keep_last,
+            texts={RECIPE: written(recipe)},
             keep_best=recipe.evaluation.compare if recipe.checkpoints.keep_best else None,
         ),
         pretrained=weights_of(recipe.model) if begins and before is None else None,

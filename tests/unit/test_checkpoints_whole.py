@@ -285,11 +285,28 @@ def test_what_is_kept_are_the_newest_every_so_many_and_the_best(single_process, 
         (dict(keep_last=1, keep_every=0), "keep_every must be at least 1"),
         (dict(keep_every=5), "need keep_last"),
         (dict(keep_best="loss"), "need keep_last"),
+        (dict(texts={"../recipe.yaml": ""}), "expected names that end with .yaml, .txt or .md"),
+        (dict(texts={"mimo.json": ""}), "found 'mimo.json'"),
     ],
 )
-def test_settings_that_keep_nothing_or_all_twice_are_refused(given, message):
+def test_settings_that_keep_nothing_or_all_twice_or_write_over_files_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
         CheckpointSettings(**given)
+
+
+def test_texts_lie_in_each_checkpoint_and_one_that_was_changed_is_told(single_process, tmp_path):
+    kept = CheckpointSettings(texts={"recipe.yaml": "stages: []\n"})
+    ours = Trainer(
+        tiny.mimo_config(), single_process, trainer(single_process, steps=1, directory=tmp_path).settings,
+        optimizer=ADAM, checkpoints=kept,
+    )  # fmt: skip
+    ours.train(one_batch)
+    (path,) = tmp_path.iterdir()
+    assert (path / "recipe.yaml").read_text() == "stages: []\n" and "recipe.yaml" in manifest.read(path).files
+    assert ours.load(path) == 1
+    (path / "recipe.yaml").write_text("stages: {}\n")
+    with pytest.raises(ValueError, match="recipe.yaml: changed since it was written"):
+        ours.load(path)
 
 
 def test_the_hash_of_a_file_is_that_of_what_was_written(checkpoint):

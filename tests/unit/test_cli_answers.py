@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -75,6 +76,18 @@ def test_generate_answers_each_record_once_and_in_order_after_kill_9_and_on_two_
     assert other.returncode == 2 and "temperature: 0.0 then, 0.5 now" in other.stderr
 
 
+@pytest.mark.parametrize("axis", ["tensor", "pipeline"])
+def test_generate_and_convert_on_two_ranks_of_one_model_give_what_one_gives(axis: str, tmp_path: Path) -> None:
+    done = warm.ranks(2, "-m", "megatron_mimo.cli", *asking(tmp_path / "answers", f"--{axis}", 2))
+    assert done.returncode == 0, done.stderr
+    captions = [(pictures() / f"{number:02}.txt").read_text() for number in range(60)]
+    assert [line["text"] for line in answers(tmp_path / "answers")] == captions
+    done = warm.ranks(2, "-m", "megatron_mimo.cli", "convert", trained(), tmp_path / "hf", f"--{axis}", 2)
+    assert done.returncode == 0, done.stderr
+    expected, found = (load_file(one / "model.safetensors") for one in (trained() / "model", tmp_path / "hf"))
+    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+
+
 def test_a_record_that_cannot_be_used_has_its_error_and_the_others_are_answered(tmp_path: Path) -> None:
     records = [{"image": "00.png", "text": "?"}, {"image": "gone.png", "text": "?"}, {"image": "01.png", "text": "?"}]
     file = tmp_path / "records.jsonl"
@@ -104,9 +117,13 @@ def test_convert_keeps_each_weight_from_form_to_form_and_transformers_loads_it(t
     assert sum(one.numel() for one in load_file(tmp_path / "st").values()) > 0
 
     # A checkpoint of training is one too; a smaller dtype is asked for; nothing is written over.
-    checkpoint = next((trained() / "stages/whole").iterdir())
+    # It keeps its recipe, so it may lie anywhere.
+    checkpoint = tmp_path / "elsewhere"
+    shutil.copytree(next((trained() / "stages/whole").iterdir()), checkpoint)
+    assert (checkpoint / "recipe.yaml").read_text() == (trained() / "recipe.yaml").read_text()
     done = command("convert", checkpoint, tmp_path / "half", "--dtype", "bfloat16")
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "half" / "recipe.yaml").read_text() == (trained() / "recipe.yaml").read_text()
     half = load_file(tmp_path / "half" / "model.safetensors")
     assert {one.dtype for one in half.values()} == {torch.bfloat16}
     for words, told in (

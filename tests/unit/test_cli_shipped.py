@@ -10,12 +10,31 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from megatron_mimo.cli.reading import shipped
-from tests import commands
+from tests import commands, warm
 from tests.commands import any_to_any, command, draw, listen, pictures, sounds
 
 pytestmark = pytest.mark.process
 
 TEXTS = {f"It is {colour}." for colour in commands.COLOURS}
+
+
+KILLED = """
+import os, signal, sys
+from megatron_mimo.generation import results
+from megatron_mimo.cli.entry import main
+
+whole, calls = results._png, []
+def until(path, image):
+    calls.append(None)
+    whole(path, image)
+    if len(calls) == 11:
+        path.write_bytes(path.read_bytes()[:20])
+        os.kill(os.getpid(), signal.SIGKILL)
+    return path
+results._png = until
+sys.argv[1:] = {words!r}
+main()
+"""
 
 
 def losses(directory: Path, stage: str, name: str) -> list[float]:
@@ -75,3 +94,21 @@ def test_what_draws_answers_texts_with_pictures_and_reads_where_it_has_encoders(
         assert {line["text"] for line in answered(run, pictures())} <= TEXTS
     else:  # it has no reader, which each record is told
         assert all("no reader" in line["error"] for line in answered(run, pictures()))
+        goes_on_where_it_was_killed_with_half_a_picture_written(run, tmp_path / "broken", run / "answers" / "3")
+
+
+def goes_on_where_it_was_killed_with_half_a_picture_written(run: Path, output: Path, whole: Path) -> None:
+    words = ["generate", run, pictures(), "--columns", "write", "--output", output, "--max-new-tokens", 12]
+    assert warm.python("-c", KILLED.format(words=[str(word) for word in words])).returncode == -9
+    # What has a name of its own is whole: the batch of 8 that is done, and two pictures of the next.
+    told = [json.loads(line) for part in (output / "parts").iterdir() for line in part.read_text().splitlines()]
+    assert [line["index"] for line in told] == list(range(8))
+    named = sorted(path for path in (output / "media").glob("0*/*"))
+    assert len(named) == 10 and all(Image.open(path).load() for path in named)
+    done = warm.ranks(2, "-m", "megatron_mimo.cli", *words)  # data-parallel ranks share out what is left
+    assert done.returncode == 0, done.stderr
+    told = [line for part in (output / "parts").iterdir() for line in part.read_text().splitlines()]
+    assert sorted(json.loads(line)["index"] for line in told) == list(range(60))
+    assert (output / "answers.jsonl").read_text() == (whole / "answers.jsonl").read_text()
+    files = [{path.relative_to(at): path.read_bytes() for path in at.glob("media/*/*")} for at in (output, whole)]
+    assert files[0] == files[1] and len(files[0]) >= 60

@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_mimo.training.checkpoints import manifest
@@ -36,10 +36,12 @@ class CheckpointSettings:
         keep_every: besides these, those whose steps are a multiple of it.
         keep_best: besides these, the one with the lowest evaluation loss of this term (`"loss"` for the weighted sum),
             evaluated at the step that was saved.
+        texts: name -> content of further files of each checkpoint, such as the recipe that it was trained with.
 
     Raises:
         TypeError: a number that is not whole.
-        ValueError: a number below 1, or something to keep besides all.
+        ValueError: a number below 1, something to keep besides all, or a name in `texts` that is a path or one of a
+            checkpoint's own.
 
     Example:
         >>> CheckpointSettings(background=True, keep_last=2, keep_every=1000)
@@ -50,6 +52,7 @@ class CheckpointSettings:
     keep_last: int | None = None
     keep_every: int | None = None
     keep_best: str | None = None
+    texts: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("keep_last", "keep_every"):
@@ -58,6 +61,11 @@ class CheckpointSettings:
                 check_whole(f"CheckpointSettings: {name}", value, least=1)
         if self.keep_last is None and (self.keep_every is not None or self.keep_best is not None):
             raise ValueError("CheckpointSettings: keep_every and keep_best need keep_last; without it all are kept")
+        for name in self.texts:
+            if Path(name).name != name or name.startswith(".") or Path(name).suffix not in (".yaml", ".txt", ".md"):
+                raise ValueError(
+                    f"CheckpointSettings: texts: expected names that end with .yaml, .txt or .md, found {name!r}"
+                )
 
 
 def is_complete(path: Path) -> bool:

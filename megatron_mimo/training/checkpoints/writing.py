@@ -327,6 +327,8 @@ class Saver:
         if failed:
             raise OSError("; ".join(failed))
         describe(job.plan, [each.results for each in outcomes])
+        for name, text in self.settings.texts.items():
+            manifest.write_durably(job.plan.directory / name, text.encode())
         job.beside(job.plan.directory)
         files = {name: each for outcome in outcomes for name, each in outcome.files.items()}
         manifest.write(job.plan.directory, job.config, files, job.losses)
