@@ -94,17 +94,28 @@ def write_data(folder: Path, count: int) -> Path:
         for index in range(16):
             low = draw.integers(0, 256, (size[0] // 8, size[1] // 8, 3), dtype=np.uint8)
             Image.fromarray(low).resize((size[1], size[0])).save(folder / f"{rows}_{index}.png")
-    lines = []
+    records = []
     for _ in range(count):
         kind = draw.choice(4, p=SHARES)
         rows, items = [(0, 0), (576, 1), (256, draw.integers(1, 13)), (128, draw.integers(4, 25))][kind]
         media = [{"type": "image", "image": f"{rows}_{draw.integers(16)}.png"} for _ in range(items)]
         asked = " ".join(draw.choice(WORDS, draw.integers(10, 300)))
         said = " ".join(draw.choice(WORDS, draw.integers(10, 300)))
-        content = [*media, {"type": "text", "text": asked}]
-        lines.append(
-            json.dumps({"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": said}]})
+        records.append((media, asked, said))
+    return write_records(folder, records)
+
+
+def write_records(folder: Path, records: list[tuple[list[dict], str, str]]) -> Path:
+    """A file of JSON lines: media and a question of the user's, and what is to be said, each record."""
+    lines = [
+        json.dumps(
+            {"messages": [
+                {"role": "user", "content": [*media, {"type": "text", "text": asked}]},
+                {"role": "assistant", "content": said},
+            ]}
         )
+        for media, asked, said in records
+    ]  # fmt: skip
     path = folder / "train.jsonl"
     path.write_text("\n".join(lines) + "\n")
     return path

@@ -34,6 +34,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
 
 import megatron_mimo
+from benchmarks.data import write_records
 from benchmarks.step import FULL, SMALL, Size, configs
 from examples.recipes import vlm_clip_1b as recipe
 from megatron_mimo import MimoModelConfig, specs
@@ -62,19 +63,14 @@ def write_data(folder: Path, count: int, longest: int, images: int, side: int) -
         low = draw.integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8)
         width, height = draw.integers(side, side * 4 // 3, 2)
         Image.fromarray(low).resize((int(width), int(height)), Image.Resampling.BICUBIC).save(folder / f"{index}.png")
-    lines = []
+    records = []
     for _ in range(count):
         media = [
             {"type": "image", "image": f"{draw.integers(PICTURES)}.png"} for _ in range(draw.integers(1, images + 1))
         ]
         asked, said = (" ".join(draw.choice(WORDS, draw.integers(1, longest // 8))) for _ in range(2))
-        content = [*media, {"type": "text", "text": asked}]
-        lines.append(
-            json.dumps({"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": said}]})
-        )
-    path = folder / "train.jsonl"
-    path.write_text("\n".join(lines) + "\n")
-    return path
+        records.append((media, asked, said))
+    return write_records(folder, records)
 
 
 def process(config: MimoModelConfig, size: Size, dtype: torch.dtype) -> SampleProcessor:

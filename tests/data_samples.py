@@ -3,7 +3,9 @@
 import io
 import json
 import wave
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from megatron_mimo.data.chat import PLAIN_TEMPLATE, ChatText
 from megatron_mimo.data.loading import PackedData, ReadingOptions
 from megatron_mimo.data.media import Limits
 from megatron_mimo.data.packing import PackShape
+from megatron_mimo.data.progress import joined_states
 from megatron_mimo.data.readers import Reading
 from megatron_mimo.data.samples import Handling, SampleProcessor
 from megatron_mimo.data.sources import JsonLines
@@ -190,3 +193,24 @@ def tiny_data(path: Path, rank: int = 0, size: int = 1, workers: int = 0, **chan
     shape = PackShape(length=32, multiple=2, buffer=6)
     options = ReadingOptions(workers=workers)
     return PackedData([JsonLines(path)], tiny_processor(**changes), shape, rank=rank, size=size, options=options)
+
+
+def seen_by_other_ranks(made: Callable[..., Any], first: int, then: int) -> list[int]:
+    """Positions in an epoch that `first` ranks begin, and `then` ranks end from the state of those.
+
+    Args:
+        made: gives the data of a rank, by `rank` and `size`.
+        first, then: numbers of ranks.
+    """
+    ranks = [made(rank=rank, size=first) for rank in range(first)]
+    seen: list[int] = []
+    for turns, data in enumerate(ranks, start=2):  # ranks are not equally far
+        for _ in range(turns):
+            seen += next(data).positions
+    state = json.loads(json.dumps(joined_states([data.state_dict() for data in ranks])))
+    for rank in range(then):
+        data = made(rank=rank, size=then)
+        data.load_state_dict(state)
+        for pack in data:
+            seen += pack.positions
+    return seen

@@ -16,8 +16,10 @@ from megatron_mimo.generation.graphs import Recorder
 
 logger = logging.getLogger(__name__)
 
-#: Forms of an encoder's inputs that are recorded; others that come later run as they are.
+#: Forms of an encoder's inputs that are recorded; others that come again later run as they are.
 MOST_FORMS = 8
+#: As many forms that came once are remembered, those that came last.
+_REMEMBERED = 256
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -57,19 +59,19 @@ class RecordedForward:
         self._name, self._recorder = name, recorder
         self._forward: Callable[..., Any] = encoder.forward
         self._device = device
-        self._held: dict[Hashable, tuple[list[Any], Callable[[], Any], list[Any]] | None] = {}
+        self._held: dict[Hashable, tuple[list[Any], Callable[[], Any], list[Any]]] = {}
+        self._seen: dict[Hashable, None] = {}
         self._plain = False
 
     def __call__(self, *args: Any, **keywords: Any) -> Any:
         leaves, form = flatten((args, keywords))
         key = None if self._plain or torch.is_grad_enabled() else self._key(leaves, form)
-        if key is None or (key not in self._held and len(self._held) == MOST_FORMS):
+        if key is None:
             return self._forward(*args, **keywords)
-        if key not in self._held:
-            self._held[key] = None
-            return self._forward(*args, **keywords)
-        held = self._held[key]
+        held = self._held.get(key)
         if held is None:
+            if len(self._held) == MOST_FORMS or not self._came(key):
+                return self._forward(*args, **keywords)
             output, reason = run_watched(partial(self._forward, *args, **keywords), self._device)
             if reason is not None:
                 self._plain = True
@@ -88,6 +90,14 @@ class RecordedForward:
         self._recorder.run(("encoder", self._name, key), step, [])
         return outputs[0]
 
+    def _came(self, key: Hashable) -> bool:
+        """Whether inputs of this form came before; they have, from now on."""
+        before = key in self._seen
+        self._seen[key] = None
+        if len(self._seen) > _REMEMBERED:
+            del self._seen[next(iter(self._seen))]
+        return before
+
     def _buffers(self, leaves: list[Any], form: Any) -> tuple[list[Any], Callable[[], Any], list[Any]]:
         """Inputs in memory of their own, the call that reads them, and where its output is put."""
         kept = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -96,14 +106,14 @@ class RecordedForward:
 
     def _key(self, leaves: list[Any], form: Any) -> Hashable | None:
         """All but the tensors' content; None for inputs that a recording cannot stand for."""
-        found: list[Hashable] = [str(form)]
+        found: list[Hashable] = [form]
         for leaf in leaves:
             if isinstance(leaf, Tensor):
                 if leaf.device != self._device:
                     return None
                 found.append((leaf.shape, leaf.stride(), leaf.dtype))
             elif isinstance(leaf, _PLAIN):
-                found.append(leaf)
+                found.append((type(leaf), leaf))  # 1, 1.0 and True are equal, and no encoder need take them alike
             else:
                 return None
         return tuple(found)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -168,17 +169,7 @@ def _state_after(path: Path, count: int) -> dict:
 
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2), (3, 2)])
 def test_another_number_of_ranks_sees_every_sample_of_the_epoch_once(path, first, then):
-    ranks = [data_of(path, rank=rank, size=first, samples=COUNT) for rank in range(first)]
-    seen: list[int] = []
-    for turns, data in enumerate(ranks, start=2):  # ranks are not equally far
-        for _ in range(turns):
-            seen += next(data).positions
-    state = json.loads(json.dumps(joined_states([data.state_dict() for data in ranks])))
-    for rank in range(then):
-        data = data_of(path, rank=rank, size=then, samples=COUNT)
-        data.load_state_dict(state)
-        for pack in data:
-            seen += pack.positions
+    seen = made.seen_by_other_ranks(partial(data_of, path, samples=COUNT), first, then)
     assert sorted(seen) == list(range(COUNT))
 
 

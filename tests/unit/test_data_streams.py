@@ -1,11 +1,12 @@
 """Streams of `datasets` give the same packs after any crash, and what would not is refused."""
 
 import json
+from functools import partial
 
 import datasets
 import pytest
 
-from megatron_mimo.data import DatasetsStream, PackedData, PackShape, ReadingOptions, joined_states, show
+from megatron_mimo.data import DatasetsStream, PackedData, PackShape, ReadingOptions, show
 from megatron_mimo.data.messages import SampleError
 from tests import data_samples as made
 from tests.unit.test_data_loading import digest, taken
@@ -91,17 +92,7 @@ def test_a_run_that_resumes_twice_within_what_it_reads_again_goes_on_too(files, 
 
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2), (3, 2)])
 def test_another_number_of_ranks_sees_every_record_of_the_epoch_once(files, first, then):
-    ranks = [data_of(files, rank=rank, size=first, samples=COUNT) for rank in range(first)]
-    seen: list[int] = []
-    for turns, data in enumerate(ranks, start=2):  # ranks are not equally far
-        for _ in range(turns):
-            seen += next(data).positions
-    state = json.loads(json.dumps(joined_states([data.state_dict() for data in ranks])))
-    for rank in range(then):
-        data = data_of(files, rank=rank, size=then, samples=COUNT)
-        data.load_state_dict(state)
-        for pack in data:
-            seen += pack.positions
+    seen = made.seen_by_other_ranks(partial(data_of, files, samples=COUNT), first, then)
     assert sorted(seen) == list(range(COUNT))
 
 

@@ -64,11 +64,22 @@ def test_from_the_second_call_of_a_form_on_other_values_go_through_the_recording
 def test_inputs_of_another_form_are_recorded_apart_up_to_a_number():
     encoder = Encoder()
     forward, steps = recorded(encoder)
+    for rows in range(20, 60):  # forms that come once take no place
+        forward(torch.randn(rows, 4))
     for rows in range(1, MOST_FORMS + 3):
         for _ in range(2):
             x, mask = torch.randn(rows, 4), torch.randn(rows, 4)
             torch.testing.assert_close(forward(x, mask=mask), encoder.linear(x * mask))
     assert len(steps.captured) == MOST_FORMS
+
+
+@torch.no_grad()
+def test_numbers_that_are_equal_and_of_other_types_are_other_forms():
+    encoder = Encoder()
+    forward, steps = recorded(encoder)
+    for scale in (1, 1.0, True) * 2:
+        forward(x=torch.randn(2, 4), scale=scale)
+    assert len(steps.captured) == 3
 
 
 @torch.no_grad()

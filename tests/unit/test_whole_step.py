@@ -94,6 +94,15 @@ def test_a_step_that_no_graph_fits_runs_eagerly_and_is_counted(recorded):
     assert_same_steps(eager, graphed, lambda step: [batch_of(step, length=shapes[step])], len(shapes))
     counts = graphed.graphs.counts
     assert (counts.captured, counts.replayed, counts.eager) == (1, 3, 4)
+    assert len(graphed.graphs._brought) == 1  # nothing is kept of shapes that got no graph
+
+
+def test_an_object_that_may_hold_anything_is_never_taken_for_another():
+    """Two that do not live at one time may have one address."""
+    cpu = torch.device("cpu")
+    assert len({whole_step._signature({"told": [object()]}, cpu) for _ in range(20)}) == 20
+    assert len({whole_step._signature({"told": [value]}, cpu) for value in (1, 1.0, True)}) == 3
+    assert len({whole_step._signature({"told": [24, "x", None]}, cpu) for _ in range(20)}) == 1
 
 
 @pytest.mark.parametrize(("numbers", "replayed"), [([3, 3, 3], 2), ([2, 4, 1], 0)])

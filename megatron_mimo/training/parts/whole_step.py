@@ -194,6 +194,8 @@ class WholeSteps:
             return logged, self._gradients.largest
 
         logged, self._gradients.largest = self._captures(key, [*buffers, numbers], run)
+        if not self._captures.captured(key):
+            del self._brought[key]
         return logged
 
     def _recheck(self, key: Hashable, manifests: Sequence[Manifest]) -> None:
@@ -297,7 +299,7 @@ def _signature(node: Any, device: torch.device) -> Hashable:
             return type(node), node
         case _ if is_dataclass(node):
             return type(node), node
-    return type(node), id(node)  # what may hold anything is a shape of its own: such steps run without a graph
+    return object()  # what may hold anything is a shape of its own, each time: such steps run without a graph
 
 
 def _length(manifest: Manifest) -> int:
