@@ -25,7 +25,7 @@ from megatron_mimo import MimoModelConfig
 from megatron_mimo.launch import Run, initialize, shutdown
 from megatron_mimo.training.trainer import StepData
 
-STEPS = {"flow": 1000, "codes": 400}
+STEPS = {"flow": 800, "codes": 400}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -36,7 +36,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default="both",
         help="flow: reads, hears, draws and dials; codes: draws with codes of a VQ tokenizer trained first",
     )
-    parser.add_argument("--steps", type=int, help="of each model; by default 1000 for flow and 400 for codes")
+    parser.add_argument("--steps", type=int, help=f"of each model; by default {STEPS}")
     parser.add_argument("--codec-steps", type=int, default=400, help="of the VQ tokenizer")
     parser.add_argument("--batch-size", type=int, default=64, help="samples a step, over all ranks")
     parser.add_argument("--seed", type=int, default=1)
