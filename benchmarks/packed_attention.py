@@ -29,10 +29,10 @@ from megatron_mimo import specs
 from megatron_mimo.segments import SegmentAttention, SegmentedParams, segmented
 
 
-class Fused(SegmentAttention):
-    """One kernel for all samples."""
+class Apart(SegmentAttention):
+    """A call for each sample."""
 
-    one_kernel = True
+    one_kernel = False
 
 
 def pack(length: int, whole: bool, device: torch.device) -> SegmentedParams:
@@ -94,10 +94,10 @@ def main() -> None:
     )  # fmt: skip
     shape = (arguments.length, arguments.heads, arguments.width)
     inputs = [torch.randn(shape, device=run.device, dtype=dtype, requires_grad=True) for _ in range(3)]
-    names: dict[str, tuple[type, bool]] = {"apart": (SegmentAttention, False), "torch, fused": (Fused, False)}
+    names: dict[str, tuple[type, bool]] = {"apart": (Apart, False), "torch, fused": (SegmentAttention, False)}
     if on_gpu and specs.choose_backend("auto") == "transformer_engine":
         names["TransformerEngine"] = (specs.core_attention("transformer_engine"), False)
-    names |= {"apart, media whole": (SegmentAttention, True), "torch, fused, media whole": (Fused, True)}
+    names |= {"apart, media whole": (Apart, True), "torch, fused, media whole": (SegmentAttention, True)}
     results = {}
     for name, (kind, whole) in names.items():
         core = kind(config, 1, AttnMaskType.causal, "self")

@@ -142,11 +142,12 @@ def norm(backend: Backend = "auto", normalization: str = "LayerNorm") -> type:
     return TorchNorm
 
 
-def core_attention(backend: Backend = "auto", *, cached: bool = False) -> type:
+def core_attention(backend: Backend = "auto", config: TransformerConfig | None = None, *, cached: bool = False) -> type:
     """The module between queries, keys and values and what attention gives, in every language layer of a backend.
 
     The one place where it is chosen: `language_layer_spec` and `hybrid_stack_spec` put it into their layers, and
-    `generation.borrow` the `cached` one, which is one for all backends, for the time of a call.
+    `generation.borrow` the `cached` one, which is one for all backends, for the time of a call. In float32, which
+    TransformerEngine's kernels for packed samples lack, it is the plain-torch one but under context parallelism.
 
     Raises:
         ValueError: `backend` is unknown or not installed.
@@ -157,7 +158,8 @@ def core_attention(backend: Backend = "auto", *, cached: bool = False) -> type:
     """
     if cached:
         return CachedAttention
-    if choose_backend(backend) == "transformer_engine":
+    full = config is not None and config.params_dtype is torch.float32 and config.context_parallel_size == 1
+    if choose_backend(backend) == "transformer_engine" and not full:
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
         return TEDotProductAttention
@@ -356,7 +358,7 @@ def clip_vit_spec(
 
 def _of_backend(node: Any, backend: Backend, config: TransformerConfig) -> Any:
     """`node`, the specs of a language model's layers, with the backend's norm and core attention in their places."""
-    attention = core_attention(backend)
+    attention = core_attention(backend, config)
 
     def attend(part: Any) -> Any:
         return replace(part, core_attention=attention) if isinstance(part, SelfAttentionSubmodules) else part

@@ -6,7 +6,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 import megatron_mimo
-from megatron_mimo import MimoModel, segment_kernels
+from megatron_mimo import MimoModel, segment_kernels, specs
 from megatron_mimo.segments import SegmentAttention, SegmentedParams, segmented
 from tests import data_samples as made
 from tests import tiny
@@ -42,7 +42,6 @@ def attention(dtype: torch.dtype, queries: int, groups: int) -> SegmentAttention
         bf16=dtype is torch.bfloat16,
     )  # fmt: skip
     core = SegmentAttention(config, 1, AttnMaskType.causal, "self")
-    core.one_kernel = True
     return core
 
 
@@ -95,6 +94,33 @@ def test_a_microbatch_makes_one_mask_and_nothing_waits_or_grows_with_the_square(
     assert params.block_mask() is mask
     scores = 4 * 2048 * 2048 * 2
     assert torch.cuda.max_memory_allocated() - before < scores
+
+
+def test_transformer_engine_takes_samples_that_are_padded_apart_and_does_not_wait_to_see_it(run):
+    pytest.importorskip("transformer_engine")
+    config = tiny.language_config(num_attention_heads=4, kv_channels=64, params_dtype=torch.bfloat16, bf16=True)
+    core = specs.core_attention("transformer_engine", config)(config, 1, AttnMaskType.causal, "self")
+    assert not isinstance(core, SegmentAttention)
+    inputs, params = drawn(torch.bfloat16, 4, 4), params_of(False, True)
+    real = torch.cat([torch.arange(a, a + n) for a, n in zip(PADDED, params.cu_seqlens_q.diff().tolist())]).cuda()
+
+    def step(core, inputs: list[Tensor]) -> list[Tensor]:
+        found = core(*inputs, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=params)
+        weight = torch.linspace(0, 1, found.numel(), device="cuda").view_as(found).to(found.dtype)
+        kept = torch.zeros_like(weight).index_copy(0, real, weight[real])
+        return [one[real] for one in (found.detach(), *torch.autograd.grad(found, inputs, kept))]
+
+    step(core, inputs)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = step(core, inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    exact = [one.detach().double().requires_grad_() for one in inputs]
+    plain = SegmentAttention(config, 1, AttnMaskType.causal, "self")
+    for ours, theirs in zip(found, step(plain, exact), strict=True):
+        assert (ours.double() - theirs).norm() < 1e-2 * theirs.norm()
 
 
 @pytest.mark.parametrize("whole", [False, True])

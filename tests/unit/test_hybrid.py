@@ -1,5 +1,6 @@
 """Megatron's HybridModel on plain torch, as the language model of a MimoModel and alone."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 
 from megatron_mimo import MimoModel, specs
+from megatron_mimo.segments import SegmentAttention
 from tests import tiny
 
 EXPERTS = dict(num_moe_experts=4, moe_router_topk=2, moe_token_dispatcher_type="alltoall", add_bias_linear=False)
@@ -90,12 +92,21 @@ def test_the_core_attention_of_every_language_layer_is_that_of_core_attention(si
     class Own(DotProductAttention):
         pass
 
-    monkeypatch.setattr(specs, "core_attention", lambda backend: Own)
+    monkeypatch.setattr(specs, "core_attention", lambda backend, config: Own)
     config = tiny.language_config(num_layers=2)
     gpt = MimoModel(tiny.mimo_config(tiny.language_spec(config)))
     for model in (gpt, mimo("*-*-")):
         found = [module for module in model.modules() if isinstance(module, DotProductAttention)]
         assert [type(module) for module in found] == [Own, Own]
+
+
+def test_float32_takes_plain_torchs_attention_on_transformer_engine(monkeypatch) -> None:
+    monkeypatch.setattr(specs, "choose_backend", lambda backend: backend)
+    for dtype, context in itertools.product((torch.float32, torch.bfloat16), (1, 2)):
+        config = tiny.language_config(params_dtype=dtype)
+        config.context_parallel_size = context
+        plain = specs.core_attention("transformer_engine", config) is SegmentAttention
+        assert plain == (dtype is torch.float32 and context == 1), (dtype, context)
 
 
 def test_a_stack_without_a_final_norm_has_none(single_process) -> None:

@@ -69,6 +69,15 @@ def test_plain_boundaries_of_megatron_are_enough_on_the_cpu(single_process):
     )
 
 
+def test_what_lies_between_samples_is_told_beforehand():
+    """Else TransformerEngine asks the device in every layer. Padding after the last sample is not between samples."""
+    ends = torch.tensor([0, 5, 9], dtype=torch.int32)
+    told = [segmented(ends, padded).pad_between_seqs for padded in (
+        None, ends, torch.tensor([0, 5, 12], dtype=torch.int32), torch.tensor([0, 6, 12], dtype=torch.int32)
+    )]  # fmt: skip
+    assert told == [False, False, False, True]
+
+
 def test_scores_are_scaled_as_megatrons_are(single_process):
     """The whole of a batch of one as one sequence, with scaling by layer too."""
     for changes in ({}, {"apply_query_key_layer_scaling": True, "attention_softmax_in_fp32": True}):
@@ -207,7 +216,7 @@ def test_attention_that_would_see_a_span_as_text_is_named_before_anything_runs(s
         def forward(self, *given, **named):
             raise AssertionError("the batch reached the layers")
 
-    monkeypatch.setattr(specs, "core_attention", lambda backend: EngineAttention)
+    monkeypatch.setattr(specs, "core_attention", lambda backend, config: EngineAttention)
     model = MimoModel(MimoModelConfig(tiny.language_spec(tiny.language_config())))
     ids = torch.randint(0, 60, (1, 16), generator=torch.Generator().manual_seed(1))
     bounds = torch.tensor(BOUNDS, dtype=torch.int32)
@@ -232,7 +241,7 @@ def test_a_model_whose_media_see_the_whole_of_themselves_is_not_built_where_atte
     with pytest.raises(ValueError, match=r"MimoModel: \['images'\] have media spans .* under context parallelism"):
         MimoModel(config, pg_collection=groups)
     monkeypatch.undo()
-    monkeypatch.setattr(specs, "core_attention", lambda backend: EngineAttention)
+    monkeypatch.setattr(specs, "core_attention", lambda backend, config: EngineAttention)
     message = "expected none in front of EngineAttention, which ignores them.*leave out whole_spans of the MimoModelC"
     with pytest.raises(ValueError, match=message):
         MimoModel(config)
