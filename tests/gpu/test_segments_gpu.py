@@ -1,5 +1,7 @@
 """Fused kernels of packed attention on a GPU: the outputs and gradients of a call for each sample, without a wait."""
 
+from functools import partial
+
 import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
@@ -130,7 +132,8 @@ def test_a_model_on_packs_of_files_gives_the_cpus_loss(run, tmp_path, whole):
     torch.manual_seed(0)
     model = MimoModel(
         tiny.mimo_config(
-            tiny.language_spec(config), modality_submodules={"images": tiny.image_spec()},
+            tiny.language_spec(config, transformer_layer_spec=partial(specs.language_layer_spec, backend="torch")),
+            modality_submodules={"images": tiny.image_spec()},
             special_token_ids={"images": tiny.READ},
         )
     )  # fmt: skip
