@@ -90,6 +90,10 @@ OTHERS = {
         ),
         "decoder 'dots' of 'images': none there, LinearDecoder here",
     ),
+    "spans that see the whole of themselves": (
+        lambda: tiny.mimo_config(whole_spans={"images"}),
+        "whole_spans: none there, images here",
+    ),
 }
 
 
@@ -131,10 +135,20 @@ def test_what_the_model_is_is_json_that_a_reader_understands(checkpoint):
         "begin_token_ids": {},
         "end_token_ids": {},
         "decoders": {"audio": {}, "images": {"pixels": "LinearDecoder"}},
+        "whole_spans": [],
     }
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 1}', '{"format": 1, "model": {}}', '{"model": {}}'])
+def test_a_checkpoint_from_before_whole_spans_does_not_speak_of_them():
+    ours = identity.identity_of(tiny.mimo_config(whole_spans={"images"}))
+    assert not identity.differences({name: value for name, value in ours.items() if name != "whole_spans"}, ours)
+
+
+SPANS = '{"format": 1, "model": {"vocabulary": 64, "decoders": {}, "whole_spans": 3}, "files": {}, "losses": {}}'
+MODELLESS = ["", "{", "[]", '{"format": 1}', '{"format": 1, "model": {}}', '{"model": {}}']
+
+
+@pytest.mark.parametrize("content", [*MODELLESS, SPANS])
 def test_a_file_of_another_content_is_refused(content, checkpoint, single_process):
     (checkpoint / "mimo.json").write_text(content)
     with pytest.raises(ValueError, match="is not the file that was written with this checkpoint"):

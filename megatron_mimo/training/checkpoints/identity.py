@@ -20,7 +20,7 @@ def identity_of(config: MimoModelConfig) -> dict[str, Any]:
 
     Returns:
         `vocabulary` (None where the language model does not say), token ids by modality, the names of the modalities,
-        and of each its decoders with their classes; as JSON has it.
+        of each its decoders with their classes, and whose spans see the whole of themselves; as JSON has it.
 
     Example:
         >>> from megatron.core.transformer.spec_utils import ModuleSpec
@@ -34,7 +34,12 @@ def identity_of(config: MimoModelConfig) -> dict[str, Any]:
         modality: {name: _kind(decoder) for name, decoder in sorted(_decoders(config, modality).items())}
         for modality in sorted(config.modality_submodules)
     }
-    return {"vocabulary": config.language_model.params.get("vocab_size"), **ids, "decoders": decoders}
+    return {
+        "vocabulary": config.language_model.params.get("vocab_size"),
+        **ids,
+        "decoders": decoders,
+        "whole_spans": sorted(config.whole_spans),
+    }
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
@@ -51,8 +56,12 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
         ['vocabulary: 72 tokens there, 64 here; a smaller vocabulary cannot hold its rows']
     """
     found = []
-    for name in sorted({*theirs, *ours} - {"vocabulary", "decoders"}):
+    for name in sorted({*theirs, *ours} - {"vocabulary", "decoders", "whole_spans"}):
         found += _ids_that_differ(name, theirs.get(name, {}), ours.get(name, {}))
+    if "whole_spans" in theirs and "whole_spans" in ours:  # releases up to 0.1 do not say
+        whole, seen = (", ".join(model["whole_spans"]) for model in (theirs, ours))
+        if whole != seen:
+            found.append(f"whole_spans: {whole or 'none'} there, {seen or 'none'} here")
     there, here = theirs.get("vocabulary"), ours.get("vocabulary")
     if there is not None and here is not None and there > here:
         found.append(f"vocabulary: {there} tokens there, {here} here; a smaller vocabulary cannot hold its rows")
