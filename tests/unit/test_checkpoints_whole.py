@@ -15,7 +15,7 @@ from megatron.core.optimizer import OptimizerConfig
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_mimo.training import Trainer
-from megatron_mimo.training.checkpoints import directories, manifest, reading
+from megatron_mimo.training.checkpoints import directories, inert, manifest, reading
 from megatron_mimo.training.checkpoints.directories import CheckpointSettings
 from megatron_mimo.training.checkpoints.manifest import Damaged
 from tests import evil, tiny
@@ -186,6 +186,22 @@ def test_layers_that_keep_something_besides_weights_load_from_a_checkpoint_witho
 
 
 # Writing ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_checkpoint_holds_is_read_as_often_whatever_it_holds(single_process, tmp_path, monkeypatch):
+    """With a description of 10,000 names, to read it once a parameter takes hours."""
+    read, real = [], inert.description_of
+    for module in (inert, reading):
+        monkeypatch.setattr(module, "description_of", lambda file: read.append(file) or real(file))
+    counts = []
+    for layers in (1, 4):
+        config = tiny.mimo_config(tiny.language_spec(tiny.language_config(num_layers=layers)))
+        ours = trainer(single_process, config, steps=1, directory=tmp_path / str(layers), optimizer=ADAM)
+        ours.train(one_batch)
+        read.clear()
+        ours.load(tmp_path / str(layers) / "step_00000001")
+        counts.append(len(read))
+    assert counts[0] == counts[1] <= 6
 
 
 def test_while_a_checkpoint_takes_the_place_of_one_of_its_step_the_old_one_is_found(

@@ -254,11 +254,14 @@ def without_extra_state(wanted: dict, path: Path) -> None:
     As those of torch's layers, which load into TransformerEngine's; these then begin with scales of their own.
     """
     stored = description_of(path / ".metadata").state_dict_metadata
-    for name, each in list(wanted.items()):
-        if isinstance(each, dict):
-            without_extra_state(each, path)
-        elif isinstance(each, ShardedObject) and _is_extra_state(each) and each.unique_key not in stored:
-            del wanted[name]
+    nested = [wanted]
+    while nested:
+        here = nested.pop()
+        for name, each in list(here.items()):
+            if isinstance(each, dict):
+                nested.append(each)
+            elif isinstance(each, ShardedObject) and _is_extra_state(each) and each.unique_key not in stored:
+                del here[name]
 
 
 # Reading beside the model ----------------------------------------------------------------------------------------
