@@ -2,7 +2,8 @@
 
 import logging
 import math
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -13,8 +14,10 @@ import torch.distributed as dist
 from megatron_mimo.axes import Layout
 from megatron_mimo.compat.cuda_on_cpu import cpu_backend_enabled, disable_cpu_backend, enable_cpu_backend
 from megatron_mimo.compat.notices import Answered
+from megatron_mimo.compat.torch import pretend_world
 from megatron_mimo.draws import seed_draws
 from megatron_mimo.exits import exit_on_error
+from megatron_mimo.torchrun import torchrun_number, under_torchrun, world_size
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -135,7 +138,7 @@ def initialize(
     _check_seed(seed)
     _check_timeout(timeout_s)
     layout = Layout(
-        world_size=_world_size(),
+        world_size=world_size(),
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
@@ -159,7 +162,7 @@ def initialize(
             "initialize: torch.distributed is initialised already, by other code than megatron_mimo. Remove that call: "
             "initialize() builds every process group itself."
         )
-    local_rank = _torchrun_number("LOCAL_RANK", 0, 0) if _under_torchrun() else 0
+    local_rank = torchrun_number("LOCAL_RANK", 0, 0) if under_torchrun() else 0
     backend = _choose_backend(backend, local_rank)
 
     enabled_here = False
@@ -182,6 +185,29 @@ def initialize(
     _current = _Current(run, enabled_here, _world())
     logger.info("rank %d of %d on %s (%s): %s, seed %d", run.rank, run.world_size, device, backend, layout, seed)
     return run
+
+
+@contextmanager
+def pretended(layout: Layout, rank: int = 0) -> Iterator[Run]:
+    """Within it, the `Run` of one rank of a layout without the others, on the CPU: collectives move nothing.
+
+    Raises:
+        RuntimeError: a run is in progress.
+    """
+    global _current
+    if dist.is_initialized():
+        raise RuntimeError("pretended: a run is in progress, expected none. Call megatron_mimo.shutdown() first.")
+    enabled_here = not cpu_backend_enabled()
+    enable_cpu_backend(force=True)
+    _notices.__enter__()
+    try:
+        pretend_world(rank, layout.world_size)
+        run = _build_groups(layout, 0, torch.device("cpu"), "fake", 0, 600.0, False)
+        _current = _Current(run, enabled_here, _world())
+        yield run
+    finally:
+        _current = None
+        _tear_down(enabled_here)
 
 
 def current_run() -> Run:
@@ -228,31 +254,6 @@ def _check_timeout(timeout_s: float) -> None:
         )
 
 
-def _torchrun_number(name: str, least: int, default: int) -> int:
-    """The number in one of torchrun's variables."""
-    value = os.environ.get(name, str(default))
-    if not value.strip().isdecimal() or int(value) < least:
-        raise ValueError(
-            f"initialize: expected a whole number of at least {least} in the environment variable {name}, found "
-            f"{value!r}. Start the ranks with torchrun, which sets it, or remove RANK, WORLD_SIZE, MASTER_ADDR and "
-            "MASTER_PORT to run one process alone."
-        )
-    return int(value)
-
-
-def _world_size() -> int:
-    """Ranks that torchrun started, 1 under plain python."""
-    if not _under_torchrun():
-        return 1
-    rank, world_size = _torchrun_number("RANK", 0, 0), _torchrun_number("WORLD_SIZE", 1, 1)
-    if rank >= world_size:
-        raise ValueError(
-            f"initialize: expected RANK below WORLD_SIZE in the environment, found {rank} and {world_size}. Start the "
-            "ranks with torchrun, which sets both."
-        )
-    return world_size
-
-
 def _world() -> dist.ProcessGroup | None:
     """The group of all ranks as torch has it now; None where there is none."""
     return dist.group.WORLD if dist.is_initialized() else None
@@ -270,11 +271,6 @@ def _check_groups(current: _Current) -> None:
         "torch.distributed.destroy_process_group() or megatron.core.parallel_state.destroy_model_parallel(). Call "
         "megatron_mimo.shutdown(), which ends a run, in its place; then initialize() builds new ones."
     )
-
-
-def _under_torchrun() -> bool:
-    """Whether this process was started as one rank of several, by torchrun or anything that sets its variables."""
-    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
 def _choose_backend(backend: str | None, local_rank: int) -> str:
@@ -296,7 +292,7 @@ def _join_world(backend: str, timeout_s: float) -> None:
     """Initialises torch.distributed for the world that torchrun started, or for this process alone."""
     global _torchrun_store
     timeout = timedelta(seconds=timeout_s)
-    if not _under_torchrun():
+    if not under_torchrun():
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     if _torchrun_store is None:
@@ -306,8 +302,8 @@ def _join_world(backend: str, timeout_s: float) -> None:
     dist.init_process_group(
         backend,
         store=dist.PrefixStore(f"megatron_mimo/{_runs_started}", _torchrun_store),
-        rank=_torchrun_number("RANK", 0, 0),
-        world_size=_torchrun_number("WORLD_SIZE", 1, 1),
+        rank=torchrun_number("RANK", 0, 0),
+        world_size=torchrun_number("WORLD_SIZE", 1, 1),
         timeout=timeout,
     )
 
@@ -340,6 +336,7 @@ def _build_groups(
         expert_model_parallel_size=layout.expert_model_parallel_size,
         expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
         distributed_timeout_minutes=timeout_s / 60,
+        create_gloo_process_groups=backend != "fake",  # of `pretended`
     )
     pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
     graph_safe = graph_safe_rng and device.type == "cuda"

@@ -10,6 +10,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from torch.utils import _device
 
 from megatron_mimo.compat.cuda_streams import STREAM, Event, Guard, Stream
 
-__all__ = ["answers"]
+__all__ = ["answers", "gpu_without_memory"]
 
-_CPU = torch.device("cpu")
+_CPU = torch.device("cpu")  # or what `gpu_without_memory` puts there
 
 # Functions with a keyword `device`.
 _FACTORIES = (
@@ -32,6 +33,17 @@ _FACTORIES = (
 )  # fmt: skip
 _OF_TENSORS = ("new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros")
 _OF_FFT = ("fftfreq", "rfftfreq")
+
+
+@contextmanager
+def gpu_without_memory() -> Iterator[None]:
+    """Within it what is asked for on the GPU is made on the meta device, while the CPU backend is on."""
+    global _CPU
+    before, _CPU = _CPU, torch.device("meta")
+    try:
+        yield
+    finally:
+        _CPU = before
 
 
 def answers() -> Iterator[tuple[object, str, Any]]:

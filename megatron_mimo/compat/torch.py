@@ -6,6 +6,7 @@ Checked by `tests/unit/test_compat.py` on the installed version; last read in to
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import torch
@@ -273,3 +274,31 @@ def own_store() -> dist.Store:
     from torch.distributed.distributed_c10d import _get_default_store
 
     return _get_default_store().clone()  # type: ignore[attr-defined]
+
+
+def watched(operation: Callable[[Callable, tuple, dict], Any]) -> AbstractContextManager:
+    """Within it `operation(function, arguments, named)` runs in the place of every operation, backward's too.
+
+    Private: `torch.utils._python_dispatch.TorchDispatchMode`, since torch 1.13, of this thread alone.
+    Reason: what tensors are made is seen nowhere else, and `saved_tensors_hooks` sees what is kept alone.
+    When it goes: `torch.autograd.graph.saved_tensors_hooks`, and what lives between operations stays uncounted.
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return operation(function, args, kwargs or {})
+
+    return Watched()
+
+
+def pretend_world(rank: int, size: int) -> None:
+    """Initialises torch.distributed as one rank of many, without the others: collectives move nothing.
+
+    Private: `torch.testing._internal.distributed.fake_pg`, whose import registers the backend "fake", since torch 2.1.
+    Reason: a rank's part of a model is built, and what it takes counted, on a machine without the others.
+    When it goes: count layouts on as many processes of gloo.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)

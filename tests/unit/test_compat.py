@@ -59,6 +59,8 @@ NAMES = {
     "torch.unflatten": ("torch.utils._pytree.tree_unflatten", ["leaves", "treespec"]),
     "torch.forget_compiled_names": ("torch._dynamo.trace_rules.clear_lru_cache", []),
     "torch.build_table_of_factories": ("torch.utils._device._device_constructors", []),
+    "torch.pretend_world": ("torch.testing._internal.distributed.fake_pg._create_fake_pg", ["common_opts"]),
+    "torch.watched": ("torch.utils._python_dispatch.TorchDispatchMode.__torch_dispatch__", ["self", "func", "types"]),
     "torch.script_as": ("torch.jit._builtins._get_builtin_table", []),
     "megatron.gathers_parameters": (
         "megatron.core.distributed.distributed_data_parallel.DistributedDataParallel._make_forward_pre_hook", ["self"]

@@ -54,6 +54,7 @@ ROOMS = [
     "megatron_model",
     "model",
     "exits",
+    "torchrun",
     "launch",
     "layout",
     "pretrained",
