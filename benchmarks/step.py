@@ -14,6 +14,9 @@ of Megatron's does when it reads the gradient norm. Variants:
     both        ours, the compiled encoder's launches replayed
     whole       ours, forward, loss and backward as one CUDA graph (Trainer(graphs=StepGraphs()))
     best        the same with the compiled encoder
+    rope        best, with Megatron's fused_single_qkv_rope: queries, keys and values leave their rows turned
+    cudnn       best, the encoder's attention by cuDNN in place of flash attention
+    fewer       best, with both
 
 Variants take turns of a few steps, so that a drift of the machine meets all of them; device time by stage
 comes from `benchmarks.stages`, by kind of kernel from `benchmarks.kinds`. A ratio to upstream says as much about the
@@ -30,10 +33,12 @@ import sys
 import time
 import warnings
 from argparse import ArgumentParser
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +46,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import megatron_mimo
 from benchmarks.kinds import device_times, launches_a_second
@@ -62,9 +68,11 @@ with warnings.catch_warnings():
     )
 
 STEPS_A_TURN = 5
-WHOLE = ["whole", "best"]
+FEWER = ["rope", "cudnn", "fewer"]
+WHOLE = ["whole", "best", *FEWER]
 ON_GPU = ["compiled", "graphed", "both", *WHOLE]
 VARIANTS = ["ours", "everywhere", *ON_GPU]
+PLAIN = [name for name in VARIANTS if name not in FEWER]
 
 
 @dataclass(frozen=True)
@@ -112,8 +120,10 @@ SIZES = {"1b": FULL, "3b": THREE_B, "7b": SEVEN_B}
 # Models ----------------------------------------------------------------------------------
 
 
-def configs(size: Size, backend: specs.Backend, dtype: torch.dtype) -> tuple[ModuleSpec, ModuleSpec]:
-    """Specs of the language model and of the images' submodules."""
+def configs(
+    size: Size, backend: specs.Backend, dtype: torch.dtype, changes: Mapping[str, Any] | None = None
+) -> tuple[ModuleSpec, ModuleSpec]:
+    """Specs of the language model, its configuration with `changes`, and of the images' submodules."""
     common = dict(
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -122,7 +132,7 @@ def configs(size: Size, backend: specs.Backend, dtype: torch.dtype) -> tuple[Mod
         bias_dropout_fusion=False,
         gradient_accumulation_fusion=False,
     )
-    language = TransformerConfig(
+    settings = dict(
         **size.language,
         **common,
         gated_linear_unit=True,
@@ -133,6 +143,7 @@ def configs(size: Size, backend: specs.Backend, dtype: torch.dtype) -> tuple[Mod
         apply_rope_fusion=backend == "transformer_engine",
         bias_activation_fusion=True,  # as Megatron's arguments have it
     )
+    language = TransformerConfig(**settings | dict(changes or {}))
     vision = TransformerConfig(**size.vision, **common, activation_func=F.gelu)
     projection = TransformerConfig(
         num_layers=1,
@@ -159,9 +170,15 @@ def configs(size: Size, backend: specs.Backend, dtype: torch.dtype) -> tuple[Mod
     return model, images
 
 
-def build(size: Size, backend: specs.Backend, dtype: torch.dtype, device: torch.device):
-    """Both models around the same modules."""
-    language, images = configs(size, backend, dtype)
+def build(
+    size: Size,
+    backend: specs.Backend,
+    dtype: torch.dtype,
+    device: torch.device,
+    changes: Mapping[str, Any] | None = None,
+):
+    """Both models around the same modules; `changes` of the language model's configuration."""
+    language, images = configs(size, backend, dtype, changes)
     tokens = {"images": recipe.IMAGE_TOKEN}
     ours = MimoModel(MimoModelConfig(language, {"images": images}, tokens)).to(device, dtype)
     with warnings.catch_warnings():
@@ -205,12 +222,14 @@ class Variant:
         loss: runs the model on the batch.
         make_forward: makes what the encoder's `forward` is meanwhile; holds what it captured.
         captures: where the whole step is captured; None where it is launched kernel by kernel.
+        within: what is switched on for its steps.
     """
 
     name: str
     loss: Callable[[], Tensor]
     make_forward: Callable[[], Callable]
     captures: Captures | None = None
+    within: Callable[[], AbstractContextManager] = nullcontext
 
 
 class Steps:
@@ -224,7 +243,8 @@ class Steps:
         self._encoder.forward = forward
         started = time.perf_counter()
         run = partial(self._passes, variant)
-        loss = run(()) if variant.captures is None else variant.captures(variant.name, (), run)
+        with variant.within():
+            loss = run(()) if variant.captures is None else variant.captures(variant.name, (), run)
         launched = time.perf_counter()
         self.wait()
         ended = time.perf_counter()
@@ -359,7 +379,10 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="toy sizes")
     parser.add_argument("--size", choices=SIZES, default="1b", help="of the language model, in parameters")
     parser.add_argument("--backend", default="auto", choices=["auto", "torch", "transformer_engine"])
-    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS, help="beside upstream's")
+    parser.add_argument("--variants", nargs="*", default=PLAIN, choices=VARIANTS, help="beside upstream's")
+    parser.add_argument("--length", type=int, default=None, help="of the sequences; the size's own where left out")
+    parser.add_argument("--recompute", action="store_true", help="every layer's activations, in the backward pass")
+    parser.add_argument("--alone", action="store_true", help="without upstream's")
     parser.add_argument("--rounds", type=int, default=8, help=f"turns of each variant, of {STEPS_A_TURN} steps")
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--out", type=Path, default=None, help="JSON with every figure")
@@ -369,21 +392,19 @@ def main() -> None:
     on_gpu = run.device.type == "cuda"
     quiet = launches_a_second() if on_gpu else None
     size = SMALL if options.small else SIZES[options.size]
+    size = replace(size, length=options.length or size.length)
     dtype = torch.bfloat16 if on_gpu else torch.float32
     backend = specs.choose_backend(options.backend)
-    ours, theirs = build(size, backend, dtype, run.device)
+    recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    ours, theirs = build(size, backend, dtype, run.device, recompute if options.recompute else None)
     samples = recipe.RandomSamples(size.length, size.vocabulary, side=size.side)
     batch = recipe.collate([samples[index] for index in range(size.batch)])
     flops = step_flops(part_sizes([ours]), count_batch(batch, ours))
 
     encoder = ours.modality_submodules["images"].encoders["clip"]
     device_batch = to_device(batch, run.device, dtype)
-    # The reader of batches makes the placement on the CPU and tells it which labels count (training/reading.py).
-    placement = ours.place(batch["input_ids"])
-    counting = placement.bound().counting(batch["loss_mask"])
-    counting = ours.settle({**batch, "placement": counting}) or counting
-    placed = device_batch | {"placement": counting.to(run.device)}
-    everywhere = device_batch | {"placement": placement.to(run.device)}
+    placed = placed_on(ours, batch, device_batch, run.device)
+    everywhere = device_batch | {"placement": ours.place(batch["input_ids"]).to(run.device)}
     forwards = {
         "ours": lambda: encoder.forward,
         "everywhere": lambda: encoder.forward,  # the language loss at every position, as upstream's
@@ -393,14 +414,18 @@ def main() -> None:
         "whole": lambda: encoder.forward,
         "best": lambda: CompiledForward(encoder, dynamic=False),
     }
+    forwards |= {"rope": forwards["best"], "cudnn": partial(anew, encoder), "fewer": partial(anew, encoder)}
+    switches = {name: partial(switched, name, ours.language_model.config) for name in FEWER}
     captures: Captures | None = Captures(len(WHOLE), 3, run.device) if on_gpu else None
     variants = [Variant("upstream", partial(loss_of_theirs, theirs, device_batch), forwards["ours"])]
+    variants = [] if options.alone else variants
     variants += [
         Variant(
             name,
             partial(loss_of_ours, ours, everywhere if name == "everywhere" else placed),
             forwards[name],
             captures if name in WHOLE else None,
+            switches.get(name, nullcontext),
         )
         for name in options.variants
         if on_gpu or name not in ON_GPU
@@ -431,6 +456,32 @@ def main() -> None:
             "size": asdict(size),
         }
         options.out.write_text(json.dumps(figures | {"results": [asdict(r) for r in results]}, indent=1))
+
+
+def anew(encoder: torch.nn.Module) -> CompiledForward:
+    """The encoder compiled again: which attention it calls is in the code that was compiled before."""
+    torch.compiler.reset()
+    return CompiledForward(encoder, dynamic=False)
+
+
+@contextmanager
+def switched(name: str, language: TransformerConfig) -> Iterator[None]:
+    """Within it, what the variant `name` switches on is on: for what runs, compiles or is captured meanwhile."""
+    before = language.fused_single_qkv_rope
+    language.fused_single_qkv_rope = name in ("rope", "fewer")
+    backends = [SDPBackend.CUDNN_ATTENTION] if name in ("cudnn", "fewer") else []
+    try:
+        with sdpa_kernel(backends) if backends else nullcontext():
+            yield
+    finally:
+        language.fused_single_qkv_rope = before
+
+
+def placed_on(model: MimoModel, batch: dict, moved: dict, device: torch.device) -> dict:
+    """`moved`, the batch on the device, with the placement that the reader of batches makes on the CPU."""
+    counting = model.place(batch["input_ids"]).bound().counting(batch["loss_mask"])  # training/reading.py
+    counting = model.settle({**batch, "placement": counting}) or counting
+    return moved | {"placement": counting.to(device)}
 
 
 def to_device(batch: dict, device: torch.device, dtype: torch.dtype) -> dict:

@@ -5,6 +5,8 @@
 
 Forward, loss and backward of the same weights and the same batch: the loss everywhere with Megatron's plain and fused
 cross-entropy, and where labels count with both. No optimizer. The losses are compared before anything is timed.
+Where Liger-Kernel is installed, its fused output layer and cross-entropy are timed beside ours, alone: from the same
+hidden states to the gradients of states and weight, on every row and on the rows whose labels count.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -22,6 +26,8 @@ from torch import Tensor
 
 import megatron_mimo
 from megatron_mimo import MimoModel, MimoModelConfig, specs
+from megatron_mimo.sharding import sequence_shard
+from megatron_mimo.token_loss import TokenLoss, counted_labels, rows_of_labels
 
 FULL = dict(layers=24, hidden=896, heads=14, groups=2, ffn=4864, vocabulary=151_936, length=4096, batch=4)
 SMALL = dict(layers=2, hidden=32, heads=4, groups=2, ffn=64, vocabulary=1000, length=64, batch=2)
@@ -109,6 +115,57 @@ def main() -> None:
         ratio = figures["everywhere"][0] / milliseconds
         print(f"| {name} | {milliseconds:.2f} | {ratio:.3f} | {peak:.2f} | {losses[name]:.5f} |")
 
+    heads(first, batch, ids, mask, size, dtype, options.rounds, on_gpu)
+
+
+def heads(
+    model: MimoModel,
+    batch: dict,
+    ids: Tensor,
+    mask: Tensor,
+    size: dict[str, int],
+    dtype: torch.dtype,
+    rounds: int,
+    on_gpu: bool,
+) -> None:
+    """Prints output layer and loss alone, forward and backward: ours, and Liger-Kernel's where it is installed."""
+    language = model.language_model
+    device, weight = batch["labels"].device, language.shared_embedding_or_output_weight()
+    states = torch.randn(size["length"], size["batch"], size["hidden"], device=device, dtype=dtype, requires_grad=True)
+    labels, counts = batch["labels"], batch["loss_mask"] > 0
+    total = int(mask.sum())
+    shard = sequence_shard(size["length"], device=device)
+    picked = counts.nonzero()  # [K, 2], of (b, s)
+
+    def ours() -> Tensor:
+        loss = TokenLoss(counted_labels(counts, shard, rows_of_labels(total, mask.numel(), device)), shard, None)
+        losses = loss(
+            hidden_states=states,
+            labels=labels,
+            output_layer=language.output_layer,
+            output_weight=weight,
+            scale_logits=lambda logits: logits,
+            compute_language_model_loss=language.compute_language_model_loss,
+        )
+        return (losses.float() * batch["loss_mask"]).sum() / total
+
+    calls = {"ours, where labels count": ours}
+    if find_spec("liger_kernel") is not None:
+        from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+
+        liger = LigerFusedLinearCrossEntropyLoss(ignore_index=-100)
+        hidden = labels.masked_fill(~counts, -100)
+        calls["Liger-Kernel's, every row"] = lambda: liger(
+            weight, states.transpose(0, 1).reshape(-1, size["hidden"]), hidden.flatten()
+        )
+        calls["Liger-Kernel's, where labels count"] = lambda: liger(
+            weight, states[picked[:, 1], picked[:, 0]], labels[picked[:, 0], picked[:, 1]]
+        )
+    print("| output layer and loss alone | ms | peak GiB | loss |\n|---|---:|---:|---:|")
+    for name, call in calls.items():
+        milliseconds, peak, loss = measure_call(call, [states, weight], rounds, on_gpu)
+        print(f"| {name} | {milliseconds:.2f} | {peak:.2f} | {loss:.5f} |", flush=True)
+
 
 def share_weights(model: MimoModel, source: MimoModel) -> None:
     """Lets `model` compute with the very parameters of `source`."""
@@ -126,22 +183,32 @@ def loss_of(model: MimoModel, batch: dict) -> Tensor:
 
 def measure(model: MimoModel, batch: dict, rounds: int, on_gpu: bool) -> tuple[float, float]:
     """Median milliseconds of a step, and the peak of allocated GiB beyond what lay there before."""
+    return measure_call(lambda: loss_of(model, batch), list(model.parameters()), rounds, on_gpu)[:2]
+
+
+def measure_call(
+    call: Callable[[], Tensor], leaves: Sequence[Tensor], rounds: int, on_gpu: bool
+) -> tuple[float, float, float]:
+    """Median milliseconds of `call` and its backward pass, the peak of GiB beyond what lay there before, its loss."""
     taken = []
     for index in range(rounds + 2):
-        model.zero_grad(set_to_none=True)
+        for leaf in leaves:
+            leaf.grad = None
         if on_gpu:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
         began = time.perf_counter()
-        loss_of(model, batch).backward()
+        loss = call()
+        loss.backward()
         if on_gpu:
             torch.cuda.synchronize()
         if index >= 2:
             taken.append(time.perf_counter() - began)
     peak = (torch.cuda.max_memory_allocated() - before) / 2**30 if on_gpu else float("nan")
-    model.zero_grad(set_to_none=True)
-    return statistics.median(taken) * 1e3, peak
+    for leaf in leaves:
+        leaf.grad = None
+    return statistics.median(taken) * 1e3, peak, float(loss.detach())
 
 
 if __name__ == "__main__":

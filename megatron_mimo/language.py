@@ -21,6 +21,7 @@ from megatron_mimo.attention_mask import joined_with_causal
 from megatron_mimo.build import build, constructor_parameters, maker, name_of, takes_any
 from megatron_mimo.check.positions import PositionKind
 from megatron_mimo.compat.hybrid import with_output_processor
+from megatron_mimo.fp8 import check_fp8_layers, check_fp8_widths
 from megatron_mimo.multi_token import LaterRows, embedding_handed_to
 from megatron_mimo.plan import Learned, Plan
 from megatron_mimo.rotary import GridGPT
@@ -52,10 +53,11 @@ def build_language_model(
 
     Raises:
         ValueError: an interleaved schedule over two stages that would mix up its messages; CUDA graphs of single
-            layers.
+            layers; fp8 with widths or layers that cannot multiply in it.
     """
     check_interleaving(spec.params["config"])
     check_graphs(spec.params["config"])
+    check_fp8_widths(spec.params["config"])
     taken = constructor_parameters(spec)
     offered = {"pre_process": pre_process, "post_process": post_process, "vp_stage": vp_stage}
     _check_stage(spec, offered, taken)
@@ -65,7 +67,9 @@ def build_language_model(
     length = taken.get("max_sequence_length")
     if length is not None and length.default is inspect.Parameter.empty:
         offered["max_sequence_length"] = DEFAULT_MAX_SEQUENCE_LENGTH
-    return build(_with_own_layers(spec, vp_stage), offered, through_keywords=True, what="language_model")
+    model = build(_with_own_layers(spec, vp_stage), offered, through_keywords=True, what="language_model")
+    check_fp8_layers(model)
+    return model
 
 
 def check_graphs(config: TransformerConfig) -> None:

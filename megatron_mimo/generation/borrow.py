@@ -111,7 +111,9 @@ def borrowed(model: Any, turn: Turn, rows: int, slots: int) -> Iterator[Sequence
         The cached attentions of this rank, in order.
     """
     language = model.language_model
+    model.set_is_first_microbatch()  # weights kept in fp8 may be older than the last step's
     with ExitStack() as stack:
+        stack.callback(model.set_is_first_microbatch)  # what ran here counts as none
         stack.enter_context(evaluating(model))
         for module in language.modules():
             for name in (*_SEQUENCE_PARALLEL, *_RECOMPUTE):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_mimo.fp8 import row_multiple
 from megatron_mimo.generation.borrow import evaluating
 from megatron_mimo.generation.drawing import Drawing
 from megatron_mimo.generation.events import Finished, Sample
@@ -36,7 +38,8 @@ def rescored(
     Collectives: those of a forward pass, a send between neighbouring pipeline stages, and as `Stage.shared`.
     """
     said = [sample for sample in samples if sample.learned]
-    multiple = model.pg_collection.tp.size() if model.config.sequence_parallel else 1
+    ranks = model.pg_collection.tp.size() if model.config.sequence_parallel else 1
+    multiple = math.lcm(ranks, row_multiple(model.config, 1))
     drawing = Drawing(model, stage) if stage.first else None
     whole = [_whole(sample, drawing, known.sections) for sample in said]
     together = batched(whole, known, stage.device, multiple) if whole else None

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_mimo.batch import Batch
 from megatron_mimo.data.step import Counts
+from megatron_mimo.fp8 import check_fp8_rows
 from megatron_mimo.launch import Run
 from megatron_mimo.layout import check_sequence_length
 from megatron_mimo.training.speed.counts import term
@@ -154,8 +155,9 @@ def _shapes_of(batches: object, run: Run, config: TransformerConfig) -> list[tup
             f"microbatches of shapes {sorted(set(found))}: pipeline stages exchange hidden "
             "states of one shape. Pad them alike, or set TransformerConfig.variable_seq_lengths."
         )
-    for _, length in set(found):
+    for size, length in set(found):
         check_sequence_length(length, run.layout, config)
+        check_fp8_rows(size * length, config, run.layout.context_parallel_size)
     return found
 
 

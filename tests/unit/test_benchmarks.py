@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from benchmarks import kinds, plot
+from benchmarks import fp8, kinds, plot
 from tests import warm
 
 pytestmark = pytest.mark.process
@@ -45,6 +45,15 @@ def test_what_a_step_takes_is_sorted_by_kind_and_drawn(tmp_path):
     (tmp_path / "step.json").write_text(json.dumps(figures | {"launches_a_second": 1e5}))
     plot.draw([tmp_path / "step.json"], tmp_path / "step.svg")
     assert (tmp_path / "step.svg").stat().st_size > 1000
+
+
+def test_fp8_beside_bf16_where_there_is_none(tmp_path):
+    assert not doctest.testmod(fp8).failed and doctest.testmod(fp8).attempted
+    run("benchmarks.fp8", "--small", "--steps", "4", "--timed", "1", "--out", str(tmp_path / "fp8.json"))
+    figures = json.loads((tmp_path / "fp8.json").read_text())
+    assert [each["name"] for each in figures["times"]] == ["bf16"]
+    losses = [each["losses"] for each in figures["training"]["runs"]]
+    assert len(losses) == 3 and all(len(each) == 4 for each in losses) and losses[0] != losses[1]
 
 
 def test_the_loss_where_labels_count():

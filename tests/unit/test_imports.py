@@ -14,6 +14,7 @@ ROOMS = [
     "moved",
     "axes",
     "compat",
+    "fp8",
     "config",
     "losses",
     "deferred",
