@@ -5,10 +5,14 @@ BIN := .venv/bin
 RECIPE := pyproject.toml constraints.txt
 QUICK := not process and not gpu and not long
 
-.PHONY: demo check lint types test test-long clean
+.PHONY: demo docs check lint types test test-long clean
 
 demo: .venv/.demo-installed
 	$(BIN)/python -m examples.digits
+
+# The site of docs/, in out/site; a link that leads nowhere ends it.
+docs: .venv/.test-installed
+	$(BIN)/mkdocs build --strict
 
 # Before every commit: what needs no further process. The types are checked beside the tests.
 check: lint
