@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from megatron_mimo.generation.in_the_loop import sample_flow, sample_one_by_one
     from megatron_mimo.hf.codec import HFCodec
     from megatron_mimo.hf.encoder import HFEncoder
+    from megatron_mimo.hf.image_codec import HFImageCodec
     from megatron_mimo.launch import exit_on_error, initialize, shutdown
     from megatron_mimo.losses import LossTerm, global_counts, total_loss
     from megatron_mimo.modality.encoding import EncodedRows
@@ -37,6 +38,7 @@ _HOMES = {
     "EncodedRows": "modality.encoding",
     "HFCodec": "hf.codec",
     "HFEncoder": "hf.encoder",
+    "HFImageCodec": "hf.image_codec",
     "LossTerm": "losses",
     "MimoModel": "model",
     "MimoModelConfig": "config",

@@ -7,7 +7,15 @@ from tempfile import mkdtemp
 
 import torch
 from PIL import Image
-from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
+from transformers import (
+    EncodecConfig,
+    EncodecModel,
+    JanusVQVAE,
+    JanusVQVAEConfig,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperModel,
+)
 
 from examples.llava.tiny import COLOURS, SIZE, make_parts
 from tests import warm
@@ -64,7 +72,7 @@ def whisper() -> Path:
 
 
 @cache
-def sounds(count: int = 40) -> Path:
+def sounds(count: int = 40, text: str = "It is {}.") -> Path:
     """A folder of WAV files of unequal length with one of four tones, each with its text beside it."""
     folder = Path(mkdtemp(prefix="mimo-commands-")) / "sounds"
     folder.mkdir()
@@ -77,7 +85,7 @@ def sounds(count: int = 40) -> Path:
             file.setsampwidth(2)
             file.setframerate(16000)
             file.writeframes(tone.numpy().tobytes())
-        (folder / f"{number:02}.txt").write_text(f"It is {colour}.")
+        (folder / f"{number:02}.txt").write_text(text.format(colour))
     return folder
 
 
@@ -109,15 +117,67 @@ def any_to_any(directory: Path, *changes: str, steps: int = 6) -> list[str]:
     ]  # fmt: skip
 
 
+@cache
+def codec() -> Path:
+    """A directory of a VQ-VAE of Janus whose codes stand for squares of two pixels, of fresh weights."""
+    directory = Path(mkdtemp(prefix="mimo-commands-"))
+    torch.manual_seed(1)
+    config = JanusVQVAEConfig(
+        embed_dim=4, num_embeddings=32, latent_channels=8, base_channels=32, channel_multiplier=[1, 1],
+        num_res_blocks=1, num_patches=4,
+    )  # fmt: skip
+    JanusVQVAE(config).save_pretrained(directory)
+    return directory
+
+
+@cache
+def sound_codec() -> Path:
+    """A directory of an EnCodec of two codebooks that has other codes for each of the tones of `sounds`."""
+    directory = Path(mkdtemp(prefix="mimo-commands-"))
+    torch.manual_seed(1)
+    config = EncodecConfig(
+        num_filters=4, hidden_size=16, codebook_size=32, codebook_dim=16, upsampling_ratios=[8, 5, 4],
+        num_residual_layers=1, num_lstm_layers=1, sampling_rate=8000, target_bandwidths=[0.5], normalize=False,
+    )  # fmt: skip
+    model = EncodecModel(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("original0"):  # the norm of a layer's weight
+                parameter.fill_(2.0)
+    for name, buffer in model.named_buffers():
+        if name.endswith("embed"):  # codebooks begin as zeros
+            buffer.copy_(0.1 * torch.randn(buffer.shape))
+    model.save_pretrained(directory)
+    return directory
+
+
+def spoken() -> Path:
+    """`sounds` whose texts ask for them."""
+    return sounds(text="Say {}.")
+
+
+def say_and_draw(directory: Path, *changes: str, steps: int = 6) -> list[str]:
+    """`train draw` at tiny size, of a model that says sounds as codes and draws pictures by a flow transformer."""
+    draws = "{kind: flow_transformer, size: [8, 8], patch: 4, hidden_width: 32, depth: 2, heads: 4}"
+    says = f"{{kind: codes, codec: {sound_codec()}, seconds: 0.9, hidden_width: 32}}"
+    trained = ("images/generation_input", "images/decoders", "audio/generation_input", "audio/decoders")
+    rates = "{" + "".join(f"{part}: 3e-3, " for part in trained) + "language_model: 3e-3}"
+    stage = f"{{name: whole, steps: {steps}, microbatches: 2, decay: constant, trains: {rates}}}"
+    return draw(
+        directory, f"data=[{{path: {pictures()}, columns: write}}, {{path: {spoken()}, columns: write}}]",
+        f"model.modalities.images.writes={draws}",
+        f"model.modalities.audio={{writes: {says}, generation_token: <say>}}", f"stages=[{stage}]", *changes,
+    )  # fmt: skip
+
+
 def draw(directory: Path, *changes: str, steps: int = 6) -> list[str]:
     """`train draw` at tiny size."""
     language_model, _ = parts()
-    sizes = "{kind: flow_transformer, size: [8, 8], patch: 4, hidden_width: 32, depth: 2, heads: 4}"
     rates = "{images/generation_input: 3e-3, images/decoders: 3e-3, language_model: 3e-3}"
     return [
         "train", "draw", f"directory={directory}", f"data={{path: {pictures()}, columns: write}}",
-        f"model.language_model={language_model}", f"model.modalities.images.writes={sizes}", "model.dtype=float32",
-        "packing.length=128", "stages.0.steps=2", f"stages.1.steps={steps}", "stages.0.microbatches=1",
-        "stages.1.microbatches=2", f"stages.1.trains={rates}", "stages.1.decay=constant", "loggers.progress=false",
-        *changes,
+        f"model.language_model={language_model}", f"model.modalities.images.writes.codec={codec()}",
+        "model.modalities.images.writes.size=[8, 8]", "model.dtype=float32", "packing.length=128", "stages.0.steps=2",
+        f"stages.1.steps={steps}", "stages.0.microbatches=1", "stages.1.microbatches=2", f"stages.1.trains={rates}",
+        "stages.1.decay=constant", "loggers.progress=false", *changes,
     ]  # fmt: skip

@@ -21,6 +21,9 @@ from megatron_mimo.launch import Run
 #: Below the output's directory: what is finished, what was asked for, and the lines of each attempt and rank.
 ANSWERS, ASKED, PARTS = "answers.jsonl", "asked.json", "parts"
 
+#: Positions of an answer's text where nothing else is asked for.
+TEXT_TOKENS = 128
+
 #: Of what is asked for: not options of `MimoModel.generate` that are passed on as they are.
 _OURS = ("model", "max_new_tokens", "seed")
 
@@ -38,17 +41,19 @@ def generate(
         source: of records; what stands before a record's last answer is asked.
         output: directory of the answers, with those of an earlier attempt.
         run: in progress.
-        asked: options of `MimoModel.generate`, `seed` an int, and whatever else an answer depends on, as JSON.
+        asked: options of `MimoModel.generate`, `seed` an int, `max_new_tokens` (None for `TEXT_TOKENS` and one
+            medium), and whatever else an answer depends on, as JSON.
         batch_size: records that are answered together.
 
     Raises:
         Refused: `output` holds answers that were asked for otherwise.
     """
     parts = output / PARTS
+    asked = {**asked, "max_new_tokens": asked["max_new_tokens"] or TEXT_TOKENS + opened.written.rows}
     done = _done(parts)
     attempt = len({path.name.partition("-")[0] for path in parts.glob("*.jsonl")}) if parts.is_dir() else 0
     _barrier(run)  # every rank has looked before one writes
-    _check_asked(output, {**asked, "records": len(source), "data": str(source.path)}, run)
+    _check_asked(output, {**asked, "records": len(source), "data": str(source.path), "columns": source.columns}, run)
     options = {name: value for name, value in asked.items() if name not in _OURS}
     spoken = Spoken(opened.config)
     options |= {"stop_ids": spoken.ends, "tokenizer": spoken, "on_error": "return"}
@@ -62,7 +67,8 @@ def generate(
         prompts = list(prompts_of(source, opened.process, indices))
         answers = _answered(opened, prompts, asked, options)
         if writes:
-            lines = [_line(one, answer, output) for one, answer in zip(prompts, answers)]
+            rate = opened.written.sampling_rate
+            lines = [_line(one, answer, output, rate) for one, answer in zip(prompts, answers)]
             with file.open("a", encoding="utf-8") as stream:
                 stream.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     _barrier(run)
@@ -101,12 +107,12 @@ def _answered(
     return [found.get(one.index) or GenerationOutput(error=ValueError(one.error), reason="error") for one in prompts]
 
 
-def _line(prompt: Prompt, answer: GenerationOutput, output: Path) -> dict[str, Any]:
+def _line(prompt: Prompt, answer: GenerationOutput, output: Path, rate: int) -> dict[str, Any]:
     line: dict[str, Any] = {"index": prompt.index, "text": answer.text, "parts": [], "reason": answer.reason}
     if answer.error is not None:
         return line | {"error": " ".join(str(answer.error).split())}
     media = [part for part in answer.parts if not isinstance(part, TextPart)]
-    paths = iter(_saved(media, output / "media" / f"{prompt.index:08d}") if media else ())
+    paths = iter(_saved(media, output / "media" / f"{prompt.index:08d}", rate) if media else ())
     for part in answer.parts:
         if isinstance(part, TextPart):
             line["parts"].append({"type": "text", "text": part.text})
@@ -115,11 +121,12 @@ def _line(prompt: Prompt, answer: GenerationOutput, output: Path) -> dict[str, A
     return line
 
 
-def _saved(media: Sequence[MediaPart], folder: Path) -> list[Path]:
-    """The files of a record's media, whose folder is there once all are whole; one of an earlier attempt goes."""
+def _saved(media: Sequence[MediaPart], folder: Path, rate: int) -> list[Path]:
+    """The files of a record's media, clips of `rate` samples a second; the folder is there once all are whole, and one
+    of an earlier attempt goes."""
     writing = folder.with_name(f"writing_{folder.name}")
     shutil.rmtree(writing, ignore_errors=True)
-    written = save([GenerationOutput(parts=list(media))], writing)
+    written = save([GenerationOutput(parts=list(media))], writing, sampling_rate=rate)
     shutil.rmtree(folder, ignore_errors=True)
     writing.rename(folder)
     return [folder / path.name for path in written]

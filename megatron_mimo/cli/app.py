@@ -144,6 +144,10 @@ def check_processes(layout: Layout, processes: int) -> None:
 ModelName = Annotated[str, typer.Argument(help="A directory, a name on the hub, a run's directory or its checkpoint.")]
 Tensor = Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")]
 Pipeline = Annotated[int, typer.Option(min=1, help="Pipeline stages.")]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(min=1, help="Positions that an answer may add; by default 128, and those of an image or clip."),
+]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the model's own.")]
 
 
@@ -167,7 +171,7 @@ def generate(
     model: ModelName,
     data: Annotated[Path, typer.Argument(help="Records to answer: .jsonl or any other data, as docs/data.md lists.")],
     output: Annotated[Path, typer.Option(help="Directory of answers.jsonl and media/.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Positions that an answer may add.")] = 128,
+    max_new_tokens: MaxNewTokens = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Share of the likeliest tokens.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the draws; record i has seed + i.")] = 0,
@@ -204,7 +208,7 @@ def evaluate(
     model: ModelName,
     data: Annotated[list[Path], typer.Argument(help="Data sets whose records end with the right answer.")],
     output: Annotated[Path, typer.Option(help="Directory of scores.json, samples.html and the answers.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Positions that an answer may add.")] = 128,
+    max_new_tokens: MaxNewTokens = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Records that are answered together.")] = 8,
     samples: Annotated[int, typer.Option(min=0, help="Records of each data set on the page.")] = 32,
     dtype: Dtype = None,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from megatron_mimo.cli.building import DECODER, ENCODER, medium_of
+from megatron_mimo.cli.building import ENCODER, decoder_of, tokenizer_of
 from megatron_mimo.cli.errors import Refused
-from megatron_mimo.cli.recipe import Encoder, Modality, Model
+from megatron_mimo.cli.model_recipe import Codes, Encoder, Flow, Modality, Model
 from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.data import (
     PLAIN_TEMPLATE,
@@ -19,12 +20,14 @@ from megatron_mimo.data import (
     ImageWriter,
     SampleProcessor,
     SoundReader,
+    SoundWriter,
 )
 from megatron_mimo.data.messages import Kind
 from megatron_mimo.data.readers import Reader
 from megatron_mimo.data.writers import Writer
 from megatron_mimo.hf.blueprint import Origin
 from megatron_mimo.hf.encoder import rows_of_sound
+from megatron_mimo.hf.image_codec import ImageCodes
 from megatron_mimo.hf.source import resolve
 from megatron_mimo.pretrained import load_processor
 from megatron_mimo.training.pretraining.packs import sample_processor
@@ -49,21 +52,30 @@ def processor_of(config: MimoModelConfig, model: Model | None, template: str | N
     if found is not tokenizer and not any(one.writes for one in parts.values()):
         found.chat_template = own
         return sample_processor(found, config)
-    handling = {cast(Kind, medium_of(name, one)): _handling(name, one, config) for name, one in parts.items()}
+    handling = {cast(Kind, one.medium_at(name)): _handling(name, one, config) for name, one in parts.items()}
     return SampleProcessor(ChatText(tokenizer, template=own), handling)
 
 
 def _handling(name: str, modality: Modality, config: MimoModelConfig) -> Handling:
-    writer = None
-    if (writes := modality.writes) is not None:
-        writer = ImageWriter(
-            DECODER, size=writes.size, rows=writes.rows, span=(0.0, 1.0), channels=writes.channels, patch=writes.patch
-        )
+    writer = None if modality.writes is None else _writer(name, modality.writes, config)
     reader = None
     if (reads := modality.reads) is not None:
-        make = _image_reader if medium_of(name, modality) == "image" else _sound_reader
+        make = _image_reader if modality.medium_at(name) == "image" else _sound_reader
         reader = make(f"{name}.reads", reads, config.origin, f"{name}/encoders/{ENCODER}")
-    return Handling.of(config, name, reader=cast(Reader | None, reader), writer=cast(Writer | None, writer))
+    return Handling.of(config, name, reader=cast(Reader | None, reader), writer=writer)
+
+
+def _writer(name: str, writes: Flow | Codes, config: MimoModelConfig) -> Writer:
+    decoder = decoder_of(writes)
+    if isinstance(writes, Flow):
+        shape: dict[str, Any] = dict(channels=writes.channels, patch=writes.patch)
+        return ImageWriter(decoder, size=writes.size, rows=writes.rows, span=(0.0, 1.0), **shape)
+    told, grid = tokenizer_of(config, name)
+    rows = math.prod(grid)
+    if isinstance(told, ImageCodes):
+        size = (grid[0] * told.side, grid[1] * told.side)
+        return ImageWriter(decoder, size=size, rows=rows, span=(0.0, 1.0))
+    return SoundWriter(decoder, samples=rows * told.samples_per_token, rate=told.sampling_rate, rows=rows)
 
 
 def _image_reader(where: str, reads: Encoder, origin: object, path: str) -> ImageReader:

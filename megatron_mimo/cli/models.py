@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from megatron_mimo.cli.building import model_config
+from megatron_mimo.cli.building import Written, model_config, written_by
 from megatron_mimo.cli.errors import Refused
 from megatron_mimo.cli.laying_out import processor_of
+from megatron_mimo.cli.model_recipe import Model
 from megatron_mimo.cli.reading import read_recipe
-from megatron_mimo.cli.recipe import Model
 from megatron_mimo.cli.settings import Settings
 from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.data import SampleProcessor
@@ -57,10 +57,12 @@ class Opened:
     Args:
         models: this rank's chunks, in evaluation mode.
         process: makes prompts.
+        written: what it writes.
     """
 
     models: list[MimoModel]
     process: SampleProcessor
+    written: Written
 
     @property
     def config(self) -> MimoModelConfig:
@@ -111,7 +113,8 @@ def open_model(place: Place, run: Run, dtype: str | None = None) -> Opened:
         FileNotFoundError, ValueError: as `from_pretrained` and `load_parts`.
     """
     models = read_model(place, run, dtype)
-    return Opened(models, processor_of(models[0].mimo_config, place.model, place.template))
+    config = models[0].mimo_config
+    return Opened(models, processor_of(config, place.model, place.template), written_by(config, place.model))
 
 
 def read_model(place: Place, run: Run, dtype: str | None = None) -> list[MimoModel]:

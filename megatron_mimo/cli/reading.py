@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_mimo.cli.errors import Refused
+from megatron_mimo.cli.model_recipe import KINDS
 from megatron_mimo.cli.nearest import unknown
 from megatron_mimo.cli.recipe import Recipe
 
@@ -119,7 +120,13 @@ def _index(node: list[Any], word: str, key: str) -> int:
 
 def _told(error: Any) -> str:
     """What pydantic found, as `place: what was expected, what was found`."""
-    place = ".".join(str(step) for step in error["loc"])
+    steps = [str(step) for step in error["loc"]]
+    # After a field that has several kinds pydantic names the kind.
+    place = ".".join(step for before, step in zip(("", *steps), steps) if before != "writes" or step not in KINDS)
+    if error["type"] == "union_tag_invalid":
+        return f"{place}.kind: {unknown('kind', error['ctx']['tag'], KINDS)}"
+    if error["type"] == "union_tag_not_found":
+        return f"{place}.kind: expected one of {list(KINDS)}, found none"
     if error["type"] == "missing":
         return f"{place}: expected a value, found none"
     said = error["msg"].removeprefix("Value error, ")

@@ -6,139 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
 
-from megatron_mimo.cli.nearest import unknown
-
-Count = PositiveInt
-
-
-class Strict(BaseModel):
-    """Keys that it does not have are refused, with the nearest that it has."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_keys(cls, given: Any) -> Any:
-        if isinstance(given, dict):
-            for key in given:
-                if key not in cls.model_fields:
-                    raise ValueError(unknown("key", str(key), cls.model_fields))
-        return given
+from megatron_mimo.cli.model_recipe import Count, Model, Strict
 
 
 def _as_list(given: Any) -> Any:
     return [given] if isinstance(given, str | dict) else given
-
-
-class Encoder(Strict):
-    """What reads a modality.
-
-    Args:
-        name: a directory, or a name on the hub.
-        as_it_is: transformers' own module in place of Megatron's layers; the only way for sound.
-        frozen: of one as it is: takes no gradient in any stage, and keeps no activations.
-        layer: of one as it is: whose states are taken; None for its output.
-        select: of one as it is: "patch" leaves class and register tokens out.
-    """
-
-    name: str
-    as_it_is: bool = False
-    frozen: bool = False
-    layer: int | None = None
-    select: Literal["all", "patch"] = "all"
-
-    @model_validator(mode="after")
-    def _of_one_as_it_is(self) -> Self:
-        if not self.as_it_is and (self.frozen or self.layer is not None or self.select != "all"):
-            raise ValueError("frozen, layer and select are those of an encoder as_it_is; set as_it_is: true")
-        return self
-
-
-class Decoder(Strict):
-    """What writes images.
-
-    Args:
-        kind: "flow" draws patches of pixels by rectified flow, in which the language model takes part at every step;
-            "flow_transformer" runs the language model once, and its own attention at every step.
-        size: height and width of the images, in pixels.
-        patch: side of the square that a generation token stands for.
-        channels: 3, or 1 for grey.
-        hidden_width, depth, heads: of the decoder; heads are those of a "flow_transformer".
-    """
-
-    kind: Literal["flow", "flow_transformer"]
-    size: tuple[Count, Count]
-    patch: Count
-    channels: Literal[1, 3] = 3
-    hidden_width: Count = 1024
-    depth: Count = 3
-    heads: Count = 8
-
-    @model_validator(mode="after")
-    def _divides(self) -> Self:
-        if self.size[0] % self.patch or self.size[1] % self.patch:
-            raise ValueError(f"patch {self.patch} does not divide the size {list(self.size)}")
-        return self
-
-    @property
-    def rows(self) -> int:
-        """Generation tokens of an image."""
-        return (self.size[0] // self.patch) * (self.size[1] // self.patch)
-
-
-class Modality(Strict):
-    """How the model reads or writes one modality.
-
-    Args:
-        medium: which of the data's media are its; None: images for a name that begins with "image", else audio.
-        reads: its encoder: a name, or more about it.
-        token: at which the encoder's rows are placed, by default <image> or <sound>; one that the tokenizer lacks is
-            added.
-        writes: its decoder; None: it is read alone.
-        generation_token: whose hidden states feed the decoder.
-    """
-
-    medium: Literal["image", "audio"] | None = None
-    reads: Annotated[
-        Encoder | None, BeforeValidator(lambda given: {"name": given} if isinstance(given, str) else given)
-    ] = None
-    token: str | None = None
-    writes: Decoder | None = None
-    generation_token: str = "<draw>"
-
-    @model_validator(mode="after")
-    def _does_something(self) -> Self:
-        if self.reads is None and self.writes is None:
-            raise ValueError("expected reads, writes or both, found neither")
-        return self
-
-
-class Model(Strict):
-    """The model: one that is whole, or one that is put together of parts.
-
-    Args:
-        source: of a whole one: a directory or a name on the hub.
-        language_model: of one of parts: the same.
-        modalities: of one of parts.
-        dtype: of the weights; None for the files'.
-        backend: what layers compute with; "auto" takes TransformerEngine where it is.
-    """
-
-    source: str | None = None
-    language_model: str | None = None
-    modalities: dict[str, Modality] = {}
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    backend: Literal["auto", "transformer_engine", "apex", "torch"] = "auto"
-
-    @model_validator(mode="after")
-    def _one_of_two(self) -> Self:
-        if (self.source is None) == (self.language_model is None):
-            raise ValueError("expected source (a whole model) or language_model (of one put together), one of the two")
-        if self.source is not None and self.modalities:
-            raise ValueError("modalities go with language_model; a whole model (source) brings its own")
-        return self
 
 
 class Source(Strict):
@@ -251,16 +125,16 @@ class Evaluation(Strict):
         compare: the loss by which evaluations are compared: "loss" (the weighted sum), "text", "MODALITY/decoder".
         steps: packs on each data-parallel rank.
         samples: how many of these records the model answers each time, into `samples/` of the run.
-        max_new_tokens: of such an answer.
+        max_new_tokens: of such an answer; None: 128, and those of an image or clip.
     """
 
-    data: Sources = []
+    data: Sources = Field(default_factory=list)
     every: Count | None = None
     patience: Count | None = None
     compare: str = "loss"
     steps: Count = 8
     samples: Annotated[int, Field(ge=0)] = 4
-    max_new_tokens: Count = 128
+    max_new_tokens: Count | None = None
 
 
 class Checkpoints(Strict):
@@ -325,7 +199,7 @@ class Recipe(Strict):
     directory: Path
     seed: Annotated[int, Field(ge=0)] = 1234
     model: Model
-    data: Sources = []
+    data: Sources = Field(default_factory=list)
     held_out: Annotated[float, Field(gt=0, lt=1)] | None = None
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
     processor: Processor = Processor()
@@ -335,7 +209,7 @@ class Recipe(Strict):
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpoints = Checkpoints()
     loggers: Loggers = Loggers()
-    megatron: dict[str, Any] = {}
+    megatron: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

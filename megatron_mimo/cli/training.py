@@ -14,7 +14,8 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 
 from megatron_mimo.batch import Batch
-from megatron_mimo.cli.building import frozen_parts, model_config, weights_of
+from megatron_mimo.cli.answering import TEXT_TOKENS
+from megatron_mimo.cli.building import frozen_parts, model_config, weights_of, written_by
 from megatron_mimo.cli.errors import Refused
 from megatron_mimo.cli.laying_out import processor_of
 from megatron_mimo.cli.logs import loggers_of
@@ -284,10 +285,12 @@ def _samples(prepared: Prepared, stage: Stage, loggers: Sequence[Logger]) -> Sam
     boards = [each for each in loggers if isinstance(each, TensorBoard)]
     source, spoken = parts_of(recipe, _evaluated(recipe, stage)[0])[1], Spoken(prepared.config)
     prompts = [prompt.given for prompt in islice(prompts_of(source, prepared.process), wanted) if prompt.given]
+    what = written_by(prepared.config, recipe.model)
     return Samples(
         prompts,
-        recipe.evaluation.max_new_tokens,
+        recipe.evaluation.max_new_tokens or TEXT_TOKENS + what.rows,
         {"tokenizer": spoken, "stop_ids": spoken.ends},
         directory=recipe.directory / SAMPLES / stage.name,
         board=boards[0] if boards else None,
+        sampling_rate=what.sampling_rate,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,36 @@ from megatron_mimo.hf.files import open_checkpoint
 from megatron_mimo.hf.towers import source
 
 _KINDS = ("encodec", "mimi")
+
+
+@dataclass(frozen=True)
+class SoundCodes:
+    """What codes of sounds are.
+
+    Args:
+        codebooks: that are taken.
+        codebook_size: codes of each.
+        sampling_rate: of the sounds, samples a second.
+        samples_per_token: of a sound, which fill one frame of codes.
+    """
+
+    codebooks: int
+    codebook_size: int
+    sampling_rate: int
+    samples_per_token: int
+
+
+def sound_codes(
+    name_or_path: str | Path | None = None, codebooks: int | None = None, *, config: Mapping[str, Any] | None = None
+) -> SoundCodes:
+    """What codes an `HFCodec` of the same arguments has; no weight is read.
+
+    Raises:
+        FileNotFoundError, ConnectionError, ValueError: as `HFCodec`.
+    """
+    directory, own = source(name_or_path, config)
+    _check(directory or "config", own)
+    return _told(own, codebooks)
 
 
 class HFCodec(nn.Module):
@@ -52,13 +83,10 @@ class HFCodec(nn.Module):
         directory, own = source(name_or_path, config)
         _check(directory or "config", own)
         self.model = _fresh(own) if directory is None else _read(directory)
-        self._bandwidth, self.codebooks = _codebooks(own, codebooks)
-        self.codebook_size, self.sampling_rate = int(own.codebook_size), int(own.sampling_rate)
-        self.samples_per_token = (
-            math.prod(own.upsampling_ratios)
-            if own.model_type == "encodec"
-            else round(own.sampling_rate / own.frame_rate)
-        )
+        self._bandwidth, _ = _codebooks(own, codebooks)
+        told = _told(own, codebooks)
+        self.codebooks, self.codebook_size = told.codebooks, told.codebook_size
+        self.sampling_rate, self.samples_per_token = told.sampling_rate, told.samples_per_token
 
     def tokens(self, samples: int) -> int:
         """Frames of codes that a sound of so many samples gives.
@@ -115,6 +143,13 @@ def _check(directory: Path | str, config: Any) -> None:
             f"{directory}: expected one chunk without loudness beside its codes, found normalize={config.normalize} "
             f"and chunk_length_s={config.chunk_length_s}. Take EnCodec's 24 kHz model."
         )
+
+
+def _told(config: Any, codebooks: int | None) -> SoundCodes:
+    encodec = config.model_type == "encodec"
+    frame = math.prod(config.upsampling_ratios) if encodec else round(config.sampling_rate / config.frame_rate)
+    _, count = _codebooks(config, codebooks)
+    return SoundCodes(count, int(config.codebook_size), int(config.sampling_rate), int(frame))
 
 
 def _codebooks(config: Any, asked: int | None) -> tuple[float | None, int]:

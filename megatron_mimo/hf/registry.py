@@ -20,6 +20,7 @@ from megatron_mimo.hf.files import DTYPES
 CLASSES = {
     "HFCodec": "megatron_mimo.hf.codec",
     "HFEncoder": "megatron_mimo.hf.encoder",
+    "HFImageCodec": "megatron_mimo.hf.image_codec",
     "Projector": "megatron_mimo.hf.llava",
     "VisionModalitySubmodules": "megatron_mimo.modality.kinds",
     "AudioModalitySubmodules": "megatron_mimo.modality.kinds",

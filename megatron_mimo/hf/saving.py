@@ -24,6 +24,7 @@ from megatron_mimo.hf.codec import HFCodec
 from megatron_mimo.hf.comparing import unlike, vocabulary_of
 from megatron_mimo.hf.encoder import HFEncoder
 from megatron_mimo.hf.filling import module_at, parameters_of, place_of
+from megatron_mimo.hf.image_codec import HFImageCodec, own_config
 from megatron_mimo.hf.processors import llava_processor, tokenizer_of
 from megatron_mimo.hf.reading import Place, refuse
 from megatron_mimo.hf.registry import Undescribed, describe
@@ -378,7 +379,8 @@ def _standalone(spec: Any, built: Mapping[str, Any], name: str = "") -> Any:
     if spec.module is HFEncoder and name in built:
         return ModuleSpec(module=HFEncoder, params=built[name].saved_params())
     params = dict(spec.params or {})
-    if spec.module is HFCodec:
+    if spec.module in (HFCodec, HFImageCodec):
         _, config = source(params.pop("name_or_path", None), params.pop("config", None))
-        return ModuleSpec(module=HFCodec, params=params | {"config": as_json(config)})
+        config = own_config(config) if spec.module is HFImageCodec else config
+        return ModuleSpec(module=spec.module, params=params | {"config": as_json(config)})
     return replace(spec, params=_standalone(params, built), submodules=_standalone(spec.submodules, built))

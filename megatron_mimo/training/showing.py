@@ -83,5 +83,6 @@ class Samples:
                     board.add_text(tag, text, step)
                 elif part.kind == "image" and part.value.dim() == 3:
                     board.add_image(tag, part.value.float().clamp(0, 1), step)
-                elif part.kind == "audio" and part.value.dim() == 1:
-                    board.add_audio(tag, part.value.float().clamp(-1, 1)[None], step, self.sampling_rate)
+                elif part.kind == "audio" and part.value.dim() in (1, 2):
+                    clip = part.value.float().reshape(-1, part.value.shape[-1]).mean(0, keepdim=True)  # of all channels
+                    board.add_audio(tag, clip.clamp(-1, 1), step, self.sampling_rate)

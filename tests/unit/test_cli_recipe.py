@@ -46,6 +46,26 @@ def test_a_shipped_recipe_is_one_whose_resolved_form_says_the_same(name: str, tm
         ("model.source=owner/other", "model: expected source .* or language_model"),
         ("model.modalities.images={token: a}", "model.modalities.images: expected reads, writes or both"),
         ("model.modalities.images.reads={name: a, frozen: true}", "as_it_is: true"),
+        (
+            "model.modalities.images.writes={kind: code, size: [8, 8]}",
+            "images.writes.kind: .*'code'; did you mean 'codes'",
+        ),
+        ("model.modalities.images.writes={size: [8, 8]}", "images.writes.kind: expected one of .*'codes'., found none"),
+        (
+            "model.modalities.images.writes={kind: flow, size: [8, 8]}",
+            "images.writes.patch: expected a value, found none",
+        ),
+        (
+            "model.modalities.images.writes={kind: flow, size: [8, 8], patch: 3}",
+            "images.writes: patch 3 does not divide",
+        ),
+        (
+            "model.modalities.images.writes={kind: codes, codec: a}",
+            "images.writes: expected size .of images. or seconds",
+        ),
+        ("model.modalities.images.writes={kind: codes, codec: a, seconds: 1}", "writes: expected a decoder of image"),
+        ("model.modalities.speech={writes: {kind: flow, size: [8, 8], patch: 4}}", "kind: codes with seconds"),
+        ("model.modalities.images.writes={kind: codes, codec: a, size: [8, 8], codebooks: 2}", "writes: codebooks:"),
         ("data=[{path: a, weight: 1}, b]", "a weight for each source of data or for none"),
         ("data=[]", "stages.projector: expected data"),
         ("layout={context: 2}", "evaluation.samples: answers need a layout without context"),

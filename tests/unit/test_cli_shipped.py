@@ -1,17 +1,23 @@
 """The recipes that ship beside `caption` run at tiny size: from files to a model that hears, reads and draws."""
 
 import json
+import shutil
+import wave
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file
 
+from megatron_mimo import HFCodec, HFImageCodec
 from megatron_mimo.cli.reading import shipped
+from megatron_mimo.data.media import open_sound
+from megatron_mimo.data.messages import Medium
 from tests import commands, warm
-from tests.commands import any_to_any, command, draw, listen, pictures, sounds
+from tests.commands import any_to_any, command, draw, listen, pictures, say_and_draw, sounds, spoken
 
 pytestmark = pytest.mark.process
 
@@ -43,9 +49,9 @@ def losses(directory: Path, stage: str, name: str) -> list[float]:
     return [one[name] for one in found if one["stage"] == stage and one["kind"] == "train" and name in one]
 
 
-def answered(model: Path, *words: object) -> list[dict]:
-    output = model / "answers" / str(len(words))
-    done = command("generate", model, *words, "--output", output, "--max-new-tokens", 12)
+def answered(model: Path, data: Path, *words: object) -> list[dict]:
+    output = model / "answers" / "-".join([data.parent.name, *(str(word).strip("-") for word in words)])
+    done = command("generate", model, data, *words, "--output", output)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) | {"at": output} for line in (output / "answers.jsonl").read_text().splitlines()]
 
@@ -61,7 +67,7 @@ def test_listen_learns_texts_of_sounds_and_its_language_model_loads_in_transform
     assert len(done.stderr.splitlines()) < 10  # nothing of weights that are left out on purpose
     text = losses(run, "whole", "text")
     assert text[-1] < text[0] / 3
-    found = answered(run, sounds())
+    found = answered(run, sounds(), "--max-new-tokens", 12)
     assert len(found) == 40 and {line["text"] for line in found} <= TEXTS
     done = command("evaluate", run, sounds(), "--output", tmp_path / "scores", "--max-new-tokens", 12)
     assert done.returncode == 0 and "sounds: records 40, exact" in done.stdout, done.stderr
@@ -79,26 +85,90 @@ def test_listen_learns_texts_of_sounds_and_its_language_model_loads_in_transform
     assert again == [line["text"] for line in found]
 
 
-@pytest.mark.parametrize("recipe", [any_to_any, draw])
-def test_what_draws_answers_texts_with_pictures_and_reads_where_it_has_encoders(recipe, tmp_path: Path) -> None:
+def drawn(model: Path, data: Path) -> list[tuple[int, Path]]:
+    """A record's number and the file that answers it, which its parts begin with."""
+    lines = answered(model, data, "--columns", "write")
+    assert all("error" not in line and line["parts"][0]["type"] != "text" for line in lines), lines
+    firsts = [(line, line["parts"][0]) for line in lines]
+    return [(line["index"], line["at"] / part[part["type"]]) for line, part in firsts]
+
+
+def test_any_to_any_draws_pictures_of_texts_and_reads_pictures(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    done = command(*recipe(run, steps=40))
+    done = command(*any_to_any(run, steps=40))
     assert done.returncode == 0, done.stderr
-    drawn = losses(run, "whole", "images/pixels")
-    assert sum(drawn[-5:]) < sum(drawn[:5])
-    for line in answered(run, pictures(), "--columns", "write"):
-        assert [part["type"] for part in line["parts"]][:1] == ["image"], line
-        image = Image.open(line["at"] / line["parts"][0]["image"])
-        assert image.size == (8, 8) and image.mode == "RGB"
-    if recipe is any_to_any:
-        assert {line["text"] for line in answered(run, pictures())} <= TEXTS
-    else:  # it has no reader, which each record is told
-        assert all("no reader" in line["error"] for line in answered(run, pictures()))
-        goes_on_where_it_was_killed_with_half_a_picture_written(run, tmp_path / "broken", run / "answers" / "3")
+    loss = losses(run, "whole", "images/pixels")
+    assert sum(loss[-5:]) < sum(loss[:5])
+    for _, file in drawn(run, pictures()):
+        assert (image := Image.open(file)).size == (8, 8) and image.mode == "RGB"
+    assert {line["text"] for line in answered(run, pictures(), "--max-new-tokens", 12)} <= TEXTS
+
+
+def test_draw_draws_what_its_codec_makes_of_the_colour_asked_for_and_needs_the_codec_no_more(tmp_path: Path) -> None:
+    run, codec = tmp_path / "run", shutil.copytree(commands.codec(), tmp_path / "codec")
+    done = command(*draw(run, f"model.modalities.images.writes.codec={codec}", steps=60))
+    assert done.returncode == 0, done.stderr
+    expected = [codec_makes(HFImageCodec(codec), file) for file in sorted(pictures().glob("*.png"))]
+    shutil.rmtree(codec)
+    found = drawn(run, pictures())
+    # Sixteen codes of 32, drawn and not the likeliest ones: by chance none would be right.
+    alike = [torch.equal(pixels(file), expected[index]) for index, file in found]
+    assert sum(alike) > len(alike) / 3 and len(alike) == 60
+    # It has no reader, which each record is told.
+    assert all("no reader" in line["error"] for line in answered(run, pictures(), "--max-new-tokens", 12))
+    done = command("convert", run, tmp_path / "hf")
+    assert done.returncode == 0, done.stderr
+    again = drawn(tmp_path / "hf", pictures())
+    assert [file.read_bytes() for _, file in again] == [file.read_bytes() for _, file in found]
+    goes_on_where_it_was_killed_with_half_a_picture_written(run, tmp_path / "broken", found[0][1].parents[2])
+
+
+def codec_makes(codec: HFImageCodec, file: Path) -> torch.Tensor:
+    """A picture's codes as a picture, as `generate` saves it: uint8 `[3, 8, 8]`."""
+    image = pixels(file, (8, 8))[None] / 255
+    with torch.no_grad():
+        return (codec.decode(codec.encode(image))[0].clamp(0, 1) * 255).round().byte()
+
+
+def pixels(file: Path, size: tuple[int, int] | None = None) -> torch.Tensor:
+    image = Image.open(file)
+    return torch.from_numpy(np.array(image if size is None else image.resize(size))).permute(2, 0, 1)
+
+
+def test_sounds_are_said_as_codes_beside_pictures_that_a_flow_transformer_draws(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = command(*say_and_draw(run, "held_out=0.1", "evaluation.samples=1", steps=70))
+    assert done.returncode == 0, done.stderr
+    loss = losses(run, "whole", "images/pixels")
+    assert sum(loss[-5:]) < sum(loss[:5])
+    assert all(file.suffix == ".png" and Image.open(file).size == (8, 8) for _, file in drawn(run, pictures()))
+    codec = HFCodec(commands.sound_codec())
+    tones = [codec_says(codec, file) for file in sorted(spoken().glob("*.wav"))[:4]]
+    found = [(index % 4, clip(file)) for index, file in drawn(run, spoken())]
+    nearest = [max(range(4), key=lambda tone: (tones[tone] == heard).sum()) == index for index, heard in found]
+    assert sum(nearest) > len(nearest) / 2 and len(nearest) == 40  # by chance a quarter
+    (sample,) = (run / "samples" / "whole" / "step_00000070").glob("*.png")
+    assert Image.open(sample).size == (8, 8)
+
+
+def codec_says(codec: HFCodec, file: Path) -> torch.Tensor:
+    """A sound's codes as a clip, as `generate` saves it."""
+    heard = torch.zeros(7200)
+    samples = torch.from_numpy(open_sound(Medium(path=file.name), codec.sampling_rate, file.parent).samples)
+    heard[: len(samples)] = samples
+    with torch.no_grad():
+        return (codec.decode(codec.encode(heard[None]))[0, 0].clamp(-1, 1) * 32767).round().short()
+
+
+def clip(file: Path) -> torch.Tensor:
+    """0.9 seconds at the codec's rate, int16."""
+    with wave.open(str(file)) as opened:
+        assert (opened.getnchannels(), opened.getframerate(), opened.getnframes()) == (1, 8000, 7200)
+        return torch.frombuffer(bytearray(opened.readframes(7200)), dtype=torch.int16)
 
 
 def goes_on_where_it_was_killed_with_half_a_picture_written(run: Path, output: Path, whole: Path) -> None:
-    words = ["generate", run, pictures(), "--columns", "write", "--output", output, "--max-new-tokens", 12]
+    words = ["generate", run, pictures(), "--columns", "write", "--output", output]
     assert warm.python("-c", KILLED.format(words=[str(word) for word in words])).returncode == -9
     # What has a name of its own is whole: the batch of 8 that is done, and two pictures of the next.
     told = [json.loads(line) for part in (output / "parts").iterdir() for line in part.read_text().splitlines()]
