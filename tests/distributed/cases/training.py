@@ -174,7 +174,7 @@ def a_compiled_encoder_trains_alike_where_its_parameters_are_gathered_late(run: 
     assert bool(graphs) == (dist.get_rank() == 0), "the other rank has no image"
 
 
-@case(ranks=2, **TENSOR)
+@case(ranks=2, long=True, **TENSOR)
 def a_compiled_encoder_gives_what_it_gives_uncompiled(run: Run) -> None:
     encoder = vision_transformer(tiny.language_config(tensor_model_parallel_size=2))
     images = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
