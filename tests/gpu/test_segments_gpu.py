@@ -9,7 +9,9 @@ from torch import Tensor
 
 import megatron_mimo
 from megatron_mimo import MimoModel, segment_kernels, specs
+from megatron_mimo.data.transfer import from_bytes, to_bytes
 from megatron_mimo.segments import SegmentAttention, SegmentedParams, segmented
+from megatron_mimo.training.sources import batch_of
 from tests import data_samples as made
 from tests import tiny
 
@@ -126,23 +128,22 @@ def test_transformer_engine_takes_samples_that_are_padded_apart_and_does_not_wai
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_a_model_on_packs_of_files_gives_the_cpus_loss(run, tmp_path, whole):
-    pack = next(made.tiny_data(made.tiny_records(tmp_path), whole=whole))
-    config = tiny.language_config(kv_channels=16)
-    torch.manual_seed(0)
-    model = MimoModel(
-        tiny.mimo_config(
-            tiny.language_spec(config, transformer_layer_spec=partial(specs.language_layer_spec, backend="torch")),
-            modality_submodules={"images": tiny.image_spec()},
-            special_token_ids={"images": tiny.READ},
+def test_a_model_on_packs_of_files_gives_the_cpus_loss(no_run, tmp_path, whole):
+    manifest, buffer = to_bytes(batch_of(next(made.tiny_data(made.tiny_records(tmp_path), whole=whole))))
+    losses, state = {}, None
+    for backend, device in (("gloo", "cpu"), ("nccl", "cuda")):
+        megatron_mimo.initialize(seed=1, backend=backend)
+        layers = partial(specs.language_layer_spec, backend="torch")
+        model = MimoModel(
+            tiny.mimo_config(
+                tiny.language_spec(tiny.language_config(kv_channels=16), transformer_layer_spec=layers),
+                modality_submodules={"images": tiny.image_spec()},
+                special_token_ids={"images": tiny.READ},
+            )
         )
-    )  # fmt: skip
-    from megatron_mimo.data.transfer import from_bytes, to_bytes
-    from megatron_mimo.training.sources import batch_of
-
-    manifest, buffer = to_bytes(batch_of(pack))
-    losses = {}
-    for device in ("cuda", "cpu"):
+        state = state or {name: value for name, value in model.state_dict().items() if value is not None}
+        model.load_state_dict(state, strict=False)
         model.to(device)
         losses[device] = tiny.total(model, from_bytes(manifest, buffer.to(device))).item()
+        megatron_mimo.shutdown()
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3)
