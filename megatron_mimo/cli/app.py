@@ -111,12 +111,15 @@ def check(recipe: Recipe, processes: int, *, layout: bool = True) -> None:
         FileNotFoundError, ValueError: data or a model that is not there.
     """
     from megatron_mimo.cli.building import names_of
+    from megatron_mimo.cli.judges import found_judge
     from megatron_mimo.cli.kept import check_kept
     from megatron_mimo.cli.settings import settings_of
     from megatron_mimo.cli.training import opened
     from megatron_mimo.hf.source import resolve
 
     settings_of(recipe.megatron)
+    if recipe.evaluation.judge is not None:
+        found_judge(recipe.evaluation.judge)
     if layout:
         check_processes(recipe.layout, processes)
         check_kept(recipe)
@@ -211,6 +214,10 @@ def evaluate(
     max_new_tokens: MaxNewTokens = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Records that are answered together.")] = 8,
     samples: Annotated[int, typer.Option(min=0, help="Records of each data set on the page.")] = 32,
+    columns: Annotated[str, typer.Option(help="Media beside a text: read, or write to have them drawn.")] = "read",
+    judge: Annotated[
+        str | None, typer.Option(help="module:function or module:Class that scores drawn pictures; else the recipe's.")
+    ] = None,
     dtype: Dtype = None,
     nproc: Nproc = 1,
     tensor: Tensor = 1,
@@ -219,20 +226,31 @@ def evaluate(
 ) -> None:
     """Score a model on data sets: exact match, VQA accuracy, BLEU, ROUGE-L, CIDEr; with a page of samples.
 
-    Answers are the likeliest tokens; those of an earlier attempt are kept.
+    A judge is called with the drawn picture, the record's own or None, and the prompt's text, and gives a score or a
+    dict of scores. Answers are the likeliest tokens; those of an earlier attempt are kept.
     """
     with command(debug):
-        from megatron_mimo.cli.judging import evaluate as judge
+        from megatron_mimo.cli.judges import Judge, found_judge
+        from megatron_mimo.cli.judging import evaluate as score
+        from megatron_mimo.cli.judging import try_judge
         from megatron_mimo.cli.models import find, open_model
         from megatron_mimo.data import open_source
 
-        place, sources = find(model), {path.stem: open_source(path) for path in data}
+        place = find(model)
+        sources = {path.stem: open_source(path, columns=columns) for path in data}  # type: ignore[arg-type]
         if len(sources) < len(data):
             raise Refused(f"expected data sets of different names, found {[path.stem for path in data]}")
+        given = judge or place.judge
+        if given is not None:
+            found_judge(given)  # before any rank is started
         with ranks(nproc, tensor, pipeline, dtype) as run:
             asked = {"model": str(place.directory.resolve()), "max_new_tokens": max_new_tokens, "seed": 0}
+            made = None if given is None else Judge(given)
+            if made is not None:
+                try_judge(made, sources)
             opened = open_model(place, run, dtype)
-            found = judge(opened, sources, output, run, asked=asked, batch_size=batch_size, samples=samples)
+            options = {"asked": asked, "batch_size": batch_size, "samples": samples, "judge": made}
+            found = score(opened, sources, output, run, **options)  # type: ignore[arg-type]
             if run.rank == 0:
                 for name, values in found.items():
                     print(f"{name}: " + ", ".join(f"{score} {value:.4g}" for score, value in values.items()))

@@ -47,7 +47,7 @@ def tokenizer_of(config: MimoModelConfig, name: str) -> tuple[ImageCodes | Sound
         config: of the model, whose codec need not lie where the recipe has it any more.
         name: of a modality that a recipe writes as codes.
     """
-    decoders = config.submodule_specs(name)["decoders"]
+    decoders = cast(Mapping[str, Any], config.submodule_specs(name)["decoders"])
     params = decoders["codes"].params["tokenizer"].params
     codec = params["module"]
     told = image_codes if codec.module is HFImageCodec else sound_codes
@@ -206,6 +206,8 @@ def _decoder(writes: Flow | Codes, width: int) -> ModuleSpec:
 def _code_decoder(writes: Codes, width: int) -> ModuleSpec:
     """The heads and the frozen codec, whose own files are read where the model is built."""
     params: dict[str, Any] = {"name_or_path": str(resolve(writes.codec))}
+    codec: type[HFImageCodec | HFCodec]
+    grid: tuple[int, ...]
     books: int | list[int]
     if writes.size is not None:
         images = image_codes(**params)

@@ -8,17 +8,24 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
 
 from megatron_mimo.cli.answering import generate, read_answers
 from megatron_mimo.cli.errors import Refused
+from megatron_mimo.cli.judges import Judge
 from megatron_mimo.cli.models import Opened
-from megatron_mimo.cli.prompts import asked_of
+from megatron_mimo.cli.prompts import asked_of, picture_of, text_of
 from megatron_mimo.cli.scores import exact, scores
 from megatron_mimo.data import SampleError, conversation_of
 from megatron_mimo.data.media import open_image
+from megatron_mimo.data.messages import Medium
 from megatron_mimo.data.sources import Source
 from megatron_mimo.launch import Run
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 SCORES, PAGE = "scores.json", "samples.html"
 #: Longest side of a picture on the page, in pixels.
@@ -32,7 +39,7 @@ td { border-top: 1px solid #ccc; vertical-align: top } .right { color: #2a7a2a }
 
 def evaluate(
     opened: Opened, sources: Mapping[str, Source], output: Path, run: Run, *, asked: Mapping[str, Any],
-    batch_size: int, samples: int,
+    batch_size: int, samples: int, judge: Judge | None = None,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     """Scores of each data set, which are in `scores.json` too, beside a page with samples. Collective over all ranks.
 
@@ -44,9 +51,10 @@ def evaluate(
         asked: as `answering.generate` takes it.
         batch_size: records that are answered together.
         samples: records of each data set on the page.
+        judge: of pictures that the model draws; data-parallel ranks share them out.
 
     Raises:
-        Refused: a data set without any record that has an answer.
+        Refused: a data set without any record that has an answer, or a judge that fails, on every rank.
     """
     found: dict[str, dict[str, float]] = {}
     body = []
@@ -54,14 +62,20 @@ def evaluate(
         file = generate(opened, source, output / name, run, asked=asked, batch_size=batch_size)
         lines = list(read_answers(file))
         pairs = [(line, right) for line in lines if (right := right_answers(source, line["index"]))]
-        if not pairs:
-            raise Refused(f"{source.path}: expected records that end with an answer, found none among {len(lines)}")
-        # A record that could not be answered counts as answered wrongly.
-        found[name] = {"records": float(len(pairs))} | scores(
-            [line["text"] for line, _ in pairs], [right for _, right in pairs]
-        )
+        seen = {} if judge is None else _judged(judge, source, lines, output / name, run)
+        if not pairs and not seen:
+            raise Refused(
+                f"{source.path}: expected records that end with an answer, found none among {len(lines)}"
+                + ("; pictures are scored by --judge" if judge is None else "")
+            )
+        found[name] = {"records": float(len(lines if seen else pairs))}
+        if pairs:  # a record that could not be answered counts as answered wrongly
+            found[name] |= scores([line["text"] for line, _ in pairs], [right for _, right in pairs])
+        if seen:
+            found[name] |= _means(seen, found[name], judge)
         if run.rank == 0:
             body += [f"<h2>{html.escape(name)}</h2>{_table({name: found[name]})}", *_rows(source, pairs[:samples])]
+            body += _pictures(source, [line for line in lines if line["index"] in seen][:samples], seen, output / name)
     if run.rank == 0:
         (output / SCORES).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         head = (
@@ -70,6 +84,89 @@ def evaluate(
         page = f"{head}</head><body><h1>Samples</h1>{''.join(body)}</body></html>\n"
         (output / PAGE).write_text(page, encoding="utf-8")
     return found
+
+
+def try_judge(judge: Judge, sources: Mapping[str, Source]) -> None:
+    """Shows a judge the first picture that a record is to be answered with, as if it had been drawn.
+
+    Raises:
+        Refused: it fails on it.
+    """
+    for source in sources.values():
+        for index in range(len(source)):
+            if (right := _right_picture(source, index)) is not None:
+                judge(right, right, _text(source, index), source.where(index))
+                return
+
+
+def _judged(
+    judge: Judge, source: Source, lines: Sequence[Mapping[str, Any]], folder: Path, run: Run
+) -> dict[int, dict[str, float]]:
+    """Scores of each record that a picture was drawn for, none of one that should have one. Collective over all ranks.
+
+    Raises:
+        Refused: the judge fails, on every rank.
+    """
+    seen: dict[int, dict[str, float]] = {}
+    told: str | None = None
+    if run.tensor_rank == run.pipeline_rank == run.context_rank == 0:
+        for line in lines[run.data_rank :: run.layout.data_parallel_size]:
+            index = line["index"]
+            drawn, right = _drawn(line, folder), _right_picture(source, index)
+            if drawn is None:
+                seen |= {} if right is None else {index: {}}
+                continue
+            try:
+                seen[index] = judge(drawn, right, _text(source, index), source.where(index))
+            except Refused as error:
+                told = f"{error}. The answers are kept: mend it and give the same command"
+                break
+    everyone: list[Any] = [(seen, told)]
+    if run.world_size > 1:
+        everyone = [None] * run.world_size
+        dist.all_gather_object(everyone, (seen, told))
+    for _, of_one in everyone:
+        if of_one is not None:
+            raise Refused(of_one)
+    return {index: values for of_one, _ in everyone for index, values in of_one.items()}
+
+
+def _means(
+    seen: Mapping[int, Mapping[str, float]], beside: Mapping[str, float], judge: Judge | None
+) -> dict[str, float]:
+    """The share of records that have a picture, and the mean of each score over those."""
+    judged = [values for values in seen.values() if values]
+    names = list(judged[0]) if judged else []
+    unlike = [list(values) for values in judged if values.keys() != set(names)]
+    if unlike or set(names) & {*beside, "drawn"}:
+        given = None if judge is None else judge.given
+        raise Refused(
+            f"judge {given}: expected the same names for each picture, and none of {[*beside, 'drawn']}, found "
+            f"{[names, *unlike[:1]]}; rename them"
+        )
+    means = {name: sum(values[name] for values in judged) / len(judged) for name in names}
+    return {"drawn": len(judged) / len(seen)} | means
+
+
+def _drawn(line: Mapping[str, Any], folder: Path) -> Image | None:
+    """The first picture of an answer."""
+    files = [part["image"] for part in line["parts"] if "image" in part]
+    return open_image(Medium(path=files[0]), folder) if files else None
+
+
+def _right_picture(source: Source, index: int) -> Image | None:
+    medium = picture_of(source, index)
+    try:
+        return None if medium is None else open_image(medium, source.media_root)
+    except SampleError:
+        return None
+
+
+def _text(source: Source, index: int) -> str:
+    try:
+        return text_of(asked_of(source, index)[0])
+    except SampleError:
+        return ""
 
 
 def right_answers(source: Source, index: int) -> tuple[str, ...]:
@@ -90,6 +187,8 @@ def _table(found: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _rows(source: Source, pairs: Sequence[tuple[Mapping[str, Any], Sequence[str]]]) -> Iterator[str]:
+    if not pairs:
+        return
     yield "<table><tr><th>record</th><th>asked</th><th>answer</th><th>right</th></tr>"
     for line, right in pairs:
         kind = "right" if exact(line["text"], right) else "wrong"
@@ -116,12 +215,35 @@ def _asked(source: Source, index: int) -> str:
     return " ".join(pieces)
 
 
+def _pictures(
+    source: Source, lines: Sequence[Mapping[str, Any]], seen: Mapping[int, Mapping[str, float]], folder: Path
+) -> Iterator[str]:
+    """Drawn pictures beside the right ones, with the judge's scores."""
+    if not lines:
+        return
+    yield "<table><tr><th>record</th><th>asked</th><th>drawn</th><th>right</th><th>scores</th></tr>"
+    for line in lines:
+        index = line["index"]
+        drawn, right = _drawn(line, folder), picture_of(source, index)
+        told = "<br>".join(f"{html.escape(name)} {value:.4g}" for name, value in seen[index].items())
+        yield (
+            f"<tr><td>{index}</td><td>{_asked(source, index)}</td>"
+            f"<td>{_shown(drawn) if drawn is not None else html.escape(line.get('error') or '(none)')}</td>"
+            f"<td>{'' if right is None else _picture(right, source.media_root)}</td><td>{told}</td></tr>"
+        )
+    yield "</table>"
+
+
 def _picture(medium: Any, root: Path | None) -> str:
     try:
-        image = open_image(medium, root)
+        return _shown(open_image(medium, root))
     except (SampleError, ValueError):
         return "(a picture that cannot be opened)"
+
+
+def _shown(image: Image) -> str:
+    image = image.convert("RGB")
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     file = io.BytesIO()
-    image.convert("RGB").save(file, "PNG")
+    image.save(file, "PNG")
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'

@@ -62,10 +62,10 @@ def _handling(name: str, modality: Modality, config: MimoModelConfig) -> Handlin
     if (reads := modality.reads) is not None:
         make = _image_reader if modality.medium_at(name) == "image" else _sound_reader
         reader = make(f"{name}.reads", reads, config.origin, f"{name}/encoders/{ENCODER}")
-    return Handling.of(config, name, reader=cast(Reader | None, reader), writer=writer)
+    return Handling.of(config, name, reader=cast(Reader | None, reader), writer=cast(Writer | None, writer))
 
 
-def _writer(name: str, writes: Flow | Codes, config: MimoModelConfig) -> Writer:
+def _writer(name: str, writes: Flow | Codes, config: MimoModelConfig) -> ImageWriter | SoundWriter:
     decoder = decoder_of(writes)
     if isinstance(writes, Flow):
         shape: dict[str, Any] = dict(channels=writes.channels, patch=writes.patch)

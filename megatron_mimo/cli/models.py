@@ -41,6 +41,7 @@ class Place:
         checkpoint: whether it is one of Megatron's form.
         template: the recipe's chat template.
         source: of a checkpoint that `convert` wrote: where the model's configuration is read from.
+        judge: of the recipe's evaluation.
     """
 
     directory: Path
@@ -48,6 +49,7 @@ class Place:
     checkpoint: bool
     template: str | None = None
     source: str | None = None
+    judge: str | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def find(given: str) -> Place:
         for above in (path, *path.resolve().parents[:3]):
             if (above / RECIPE).is_file():
                 recipe = read_recipe(str(above / RECIPE))
-                return Place(path, recipe.model, True, recipe.processor.template)
+                return Place(path, recipe.model, True, recipe.processor.template, judge=recipe.evaluation.judge)
         raise Refused(f"{given}: expected a checkpoint that a recipe trained, found no {RECIPE} in it")
     if (path / RECIPE).is_file() and not any((path / name).is_file() for name in (OWN, SINGLE, INDEX)):
         if not (path / MODEL).is_dir():
@@ -98,7 +100,7 @@ def find(given: str) -> Place:
     if not (directory / RECIPE).is_file():
         return Place(directory, None, False)
     recipe = read_recipe(str(directory / RECIPE))
-    return Place(directory, recipe.model, False, recipe.processor.template)
+    return Place(directory, recipe.model, False, recipe.processor.template, judge=recipe.evaluation.judge)
 
 
 def open_model(place: Place, run: Run, dtype: str | None = None) -> Opened:

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.data import Conversation, SampleError, SampleProcessor, Turn, conversation_of
-from megatron_mimo.data.messages import DOCUMENT
+from megatron_mimo.data.messages import DOCUMENT, Medium
 from megatron_mimo.data.sources import Source
 from megatron_mimo.generation.messages import laid_out
 from megatron_mimo.pretrained import load_processor
@@ -60,6 +60,21 @@ def asked_of(source: Source, index: int) -> tuple[Conversation, tuple[str, ...]]
     several = record.get("answers")
     answers = tuple(map(_answer, several)) if isinstance(several, list) else (answered,) if answered else ()
     return Conversation(tuple(turns)), answers
+
+
+def picture_of(source: Source, index: int) -> Medium | None:
+    """The picture that a record is to be answered with; None where it has none or cannot be read."""
+    try:
+        answer = conversation_of(source.record(index), columns=source.columns).turns[-1]
+    except SampleError:
+        return None
+    media = [part.medium for part in answer.parts if part.kind == "image"] if answer.role == "assistant" else []
+    return media[0] if media else None
+
+
+def text_of(conversation: Conversation) -> str:
+    """What is asked in words, a line a turn."""
+    return "\n".join(text for turn in conversation.turns if turn.role != "assistant" and (text := _text(turn)))
 
 
 def _prompt(source: Source, index: int, process: SampleProcessor) -> Prompt:

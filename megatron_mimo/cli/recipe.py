@@ -126,6 +126,7 @@ class Evaluation(Strict):
         steps: packs on each data-parallel rank.
         samples: how many of these records the model answers each time, into `samples/` of the run.
         max_new_tokens: of such an answer; None: 128, and those of an image or clip.
+        judge: of drawn pictures, "module:function" or "module:Class", which `evaluate` takes where it is given none.
     """
 
     data: Sources = Field(default_factory=list)
@@ -135,6 +136,7 @@ class Evaluation(Strict):
     steps: Count = 8
     samples: Annotated[int, Field(ge=0)] = 4
     max_new_tokens: Count | None = None
+    judge: str | None = None
 
 
 class Checkpoints(Strict):

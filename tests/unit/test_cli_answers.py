@@ -74,6 +74,8 @@ def test_generate_answers_each_record_once_and_in_order_after_kill_9_and_on_two_
 
     other = command(*asking(tmp_path / "broken", "--temperature", 0.5))
     assert other.returncode == 2 and "temperature: 0.0 then, 0.5 now" in other.stderr
+    other = command(*asking(tmp_path / "broken", "--columns", "write"))
+    assert other.returncode == 2 and "columns: 'read' then, 'write' now" in other.stderr
 
 
 @pytest.mark.parametrize("axis", ["tensor", "pipeline"])

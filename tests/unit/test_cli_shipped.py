@@ -120,7 +120,44 @@ def test_draw_draws_what_its_codec_makes_of_the_colour_asked_for_and_needs_the_c
     assert done.returncode == 0, done.stderr
     again = drawn(tmp_path / "hf", pictures())
     assert [file.read_bytes() for _, file in again] == [file.read_bytes() for _, file in found]
+    pictures_are_scored_by_a_judge_that_ranks_share_out(run, tmp_path)
     goes_on_where_it_was_killed_with_half_a_picture_written(run, tmp_path / "broken", found[0][1].parents[2])
+
+
+JUDGE = """
+import numpy
+
+class Judge:
+    def __call__(self, drawn, reference, text):
+        assert text.startswith("It is ")
+        return {"width": drawn.width, "reference": reference is not None}
+
+def fails(drawn, reference, text):
+    if drawn.width == 8:  # not when it is shown the record's own
+        raise OSError("no weights")
+    return 1
+"""
+
+
+def pictures_are_scored_by_a_judge_that_ranks_share_out(run: Path, folder: Path) -> None:
+    (folder / "judges.py").write_text(JUDGE)
+    (folder / "some").mkdir()
+    for file in sorted(pictures().iterdir())[:10]:
+        shutil.copy(file, folder / "some")
+    words = ["evaluate", run, folder / "some", "--columns", "write", "--output", folder / "out", "--judge"]
+    done = warm.ranks(2, "-m", "megatron_mimo.cli", *words, "judges:Judge", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "some: records 5, drawn 1, width 8, reference 1" in done.stdout
+    found = json.loads((folder / "out" / "scores.json").read_text())
+    assert found == {"some": {"records": 5, "drawn": 1, "width": 8, "reference": 1}}
+    page = (folder / "out" / "samples.html").read_text()
+    assert page.count("<img") == 10 and page.count("width 8") == 5
+    # The answers are there, so that it fails at once; without a judge there is nothing to score.
+    done = command(*words, "judges:fails", cwd=folder)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "raised OSError: no weights" in done.stderr and "mend it and give the same command" in done.stderr
+    done = command(*words[:-1])
+    assert done.returncode == 2 and "pictures are scored by --judge" in done.stderr
 
 
 def codec_makes(codec: HFImageCodec, file: Path) -> torch.Tensor:
