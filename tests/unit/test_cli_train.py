@@ -164,7 +164,7 @@ def test_ctrl_c_and_a_killed_starter_leave_nothing_running(tmp_path: Path) -> No
 @pytest.mark.long
 def test_two_agents_of_torchrun_train_one_run_as_the_page_of_several_nodes_says(tmp_path: Path) -> None:
     """Cold processes: the agents meet over a port, as those of two nodes do."""
-    page = Path(__file__).parents[2].joinpath("docs/cli.md").read_text()
+    page = Path(__file__).parents[2].joinpath("docs/nodes.md").read_text()
     (told,) = re.findall(r"srun torchrun (.*?) -m megatron_mimo.cli train", page.replace("\\\n", ""))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -1,0 +1,74 @@
+"""Each page of a task runs as written, one after the other in one directory, on tiny models and few steps."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import transformers
+
+from tests import warm
+from tests.commands import caption, command, parts, pictures
+
+pytestmark = pytest.mark.process
+ROOT = Path(__file__).parents[2]
+PAGES = ["pictures", "evaluate", "export", "start"]
+NAMES = {"Qwen/Qwen2.5-0.5B-Instruct": 0, "google/siglip-base-patch16-224": 1}
+
+
+def blocks(page: str, kind: str) -> list[str]:
+    text = ROOT.joinpath(f"docs/{page}.md").read_text().replace("\\\n", " ")
+    return re.findall(rf"```{kind}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def commands(page: str) -> list[list[str]]:
+    """Words of the command lines of a page, after `megatron-mimo`."""
+    lines = [shlex.split(line) for block in blocks(page, "bash") for line in block.splitlines() if line]
+    assert lines and {line[0] for line in lines} == {"megatron-mimo"}
+    return [line[1:] for line in lines]
+
+
+def tiny(words: list[str]) -> list[str]:
+    """A command of a page, on parts that are made on the spot and for few steps."""
+    for name, place in NAMES.items():
+        words = [word.replace(name, str(parts()[place])) for word in words]
+    if words[0] in ("train", "data"):
+        at = words.index("caption") + 1
+        small = [change for change in caption(Path("unused"))[2:] if not change.startswith(("directory=", "data="))]
+        words = [*words[:at], *small, *words[at:]]
+    if words[0] in ("generate", "evaluate"):
+        words = [*words, "--max-new-tokens", "4"]
+    return words
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """The directory after the commands of all pages."""
+    where = tmp_path_factory.mktemp("pages")
+    where.joinpath("pictures").symlink_to(pictures())
+    for page in PAGES:
+        for words in commands(page):
+            done = command(*tiny(words), cwd=where)
+            assert done.returncode == 0, (page, words, done.stderr)
+    return where
+
+
+def test_the_commands_of_the_pages_write_what_the_pages_say(work: Path) -> None:
+    assert "<html" in work.joinpath("packs.html").read_text().lower()
+    assert len(work.joinpath("answers/answers.jsonl").read_text().splitlines()) == 60
+    assert all(work.joinpath("scores", name).stat().st_size for name in ("scores.json", "samples.html"))
+    assert all(work.joinpath("runs", name, "model/model.safetensors").is_file() for name in ("caption", "qwen"))
+
+
+def test_transformers_loads_what_was_exported_with_every_weight(work: Path) -> None:
+    (code,), (printed,) = blocks("export", "python"), blocks("export", "text")
+    done = warm.python("-c", code, cwd=work)
+    assert done.returncode == 0 and done.stdout == printed, done.stderr
+    _, told = transformers.LlavaForConditionalGeneration.from_pretrained(work / "exported", output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+
+
+def test_the_new_modality_of_the_page_reads_learns_and_writes(tmp_path: Path) -> None:
+    (code,), (printed,) = blocks("adding", "python"), blocks("adding", "text")
+    done = warm.python("-c", code, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.splitlines(keepends=True)[-1] == printed, done.stderr
