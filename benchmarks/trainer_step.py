@@ -29,6 +29,7 @@ from megatron_mimo.launch import Run
 from megatron_mimo.training import StepGraphs, Trainer, TrainerSettings, TrainingControl
 
 BATCHES = 4
+GRAPHED = ["eager", "eager, compiled", "graph", "graph, compiled", "graph, compiled, fused"]
 UNTIMED = 5  # libraries start, kernels compile, the step is captured
 
 
@@ -67,6 +68,10 @@ def measure(name: str, run: Run, size: Size, batches: Sequence[dict], steps: int
         control=TrainingControl(compiled=["encoders"]) if "compiled" in name else None,
         graphs=StepGraphs() if "graph" in name else None,
     )
+    if "fused" in name:  # TransformerEngine's layers add to the float32 gradients themselves
+        for module in trainer.models[0].language_model.modules():
+            if hasattr(module, "fuse_wgrad_accumulation"):
+                module.fuse_wgrad_accumulation = True
 
     def step() -> float:
         index = trainer.steps_done
@@ -87,6 +92,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--small", action="store_true", help="toy sizes")
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--variants", nargs="+", default=None, help=f"some of {GRAPHED}, on a GPU")
     parser.add_argument("--out", type=Path, default=None, help="JSON with every figure")
     options = parser.parse_args()
     run = megatron_mimo.initialize(seed=1, graph_safe_rng=True)
@@ -94,7 +100,7 @@ def main() -> None:
     batches = batches_of(size)
     quiet, names = None, ["eager"]
     if run.device.type == "cuda":
-        quiet, names = launches_a_second(), ["eager", "eager, compiled", "graph", "graph, compiled"]
+        quiet, names = launches_a_second(), options.variants or GRAPHED
         print(f"{torch.cuda.get_device_name()}; the host launches {quiet / 1e3:.0f} k small kernels a second")
     results = []
     for name in names:

@@ -9,7 +9,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 import megatron_mimo
 from megatron_mimo import specs
-from megatron_mimo.training import Trainer, TrainerSettings
+from megatron_mimo.training import StepGraphs, Trainer, TrainerSettings
 from tests import tiny
 from tests.unit.test_marks import Encoder
 
@@ -23,7 +23,7 @@ WIDTH, LENGTH = 256, 128
 def run():
     pytest.importorskip("transformer_engine")
     megatron_mimo.shutdown()
-    yield megatron_mimo.initialize(seed=1)
+    yield megatron_mimo.initialize(seed=1, graph_safe_rng=True)
     megatron_mimo.shutdown()
 
 
@@ -40,13 +40,13 @@ class Halves(Encoder):
         return found
 
 
-def trainer_of(run, **fp8) -> Trainer:
+def trainer_of(run, graphs: StepGraphs | None = None, length: int = LENGTH, **fp8) -> Trainer:
     config = tiny.language_config(
         hidden_size=WIDTH, ffn_hidden_size=2 * WIDTH, num_attention_heads=2, bf16=True, params_dtype=torch.bfloat16,
         masked_softmax_fusion=False, **fp8,
     )  # fmt: skip
     layers = functools.partial(specs.language_layer_spec, backend="transformer_engine")
-    language = tiny.language_spec(config, transformer_layer_spec=layers, max_sequence_length=LENGTH)
+    language = tiny.language_spec(config, transformer_layer_spec=layers, max_sequence_length=length)
     images = tiny.image_spec(
         encoders={"patches": ModuleSpec(module=Halves)}, decoders={}, output_projections=[],
         input_projections=[tiny.linear(16, WIDTH)],
@@ -57,7 +57,7 @@ def trainer_of(run, **fp8) -> Trainer:
     )  # fmt: skip
     torch.manual_seed(1)
     settings = TrainerSettings(steps=20, decay="constant", progress=False)
-    trainer = Trainer(mimo, run, settings, optimizer=OptimizerConfig(lr=3e-4))
+    trainer = Trainer(mimo, run, settings, optimizer=OptimizerConfig(lr=3e-4), graphs=graphs)
     draw = torch.Generator().manual_seed(2)
     state = trainer.models[0].state_dict()
     with torch.no_grad():  # alike for every recipe
@@ -105,6 +105,24 @@ def test_what_is_evaluated_after_steps_is_what_new_weights_give(run):
     expected, found = other.evaluate(data), trainer.evaluate(data)
     assert found == expected
     assert stale != expected
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
+def test_replayed_steps_are_the_eager_ones_bit_by_bit(run, recipe):
+    """Weights are made fp8 in every replay, and what a recipe keeps from step to step goes on."""
+    fp8 = dict(fp8="hybrid", fp8_recipe=recipe, length=4096)
+    eager, graphed = trainer_of(run, **fp8), trainer_of(run, graphs=StepGraphs(), **fp8)
+    for step in range(8):
+        data = lambda *_: [batch_of(2 * step, 4096), batch_of(2 * step + 1, 4096)]  # noqa: E731
+        expected, found = eager.train_step(data), graphed.train_step(data)
+        assert found.losses == expected.losses
+        if step == 5:
+            evaluated = lambda *_: [batch_of(99, 4096)]  # noqa: E731
+            assert graphed.evaluate(evaluated) == eager.evaluate(evaluated)
+    counts = graphed.graphs.counts
+    assert (counts.captured, counts.replayed, counts.eager) == (1, 6, 2)
+    for one, other in zip(graphed.models[0].parameters(), eager.models[0].parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_batch_that_fp8_cannot_multiply_is_refused(run):

@@ -53,7 +53,8 @@ def test_fp8_beside_bf16_where_there_is_none(tmp_path):
     figures = json.loads((tmp_path / "fp8.json").read_text())
     assert [each["name"] for each in figures["times"]] == ["bf16"]
     losses = [each["losses"] for each in figures["training"]["runs"]]
-    assert len(losses) == 3 and all(len(each) == 4 for each in losses) and losses[0] != losses[1]
+    assert len(losses) == 4 and all(len(each) == 4 for each in losses) and losses[0] != losses[1]
+    assert 0 < max(abs(a - b) for a, b in zip(losses[0], losses[3])) < 0.05  # the control: weights moved a little
 
 
 def test_the_loss_where_labels_count():

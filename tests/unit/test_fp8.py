@@ -172,7 +172,22 @@ def test_layers_in_plain_torch_are_refused_where_fp8_is_asked_for(single_process
     MimoModel(config_of(plain, fp8=None))
 
 
-def test_a_step_with_fp8_is_not_captured_and_refused_by_name(single_process, monkeypatch):
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"fp8_recipe": "delayed"}, r"fp8_recipe in \('tensorwise', 'blockwise'\)"),
+        ({"fp8_param": True}, "fp8_param=False"),
+    ],
+)
+def test_what_no_replay_is_right_with_is_refused_by_name(single_process, monkeypatch, changes, said):
     monkeypatch.setattr(whole_step, "_check_gpu", lambda run: None)
-    with pytest.raises(ValueError, match="one CUDA graph expects .*fp8=None"):
-        Trainer(config_of(), single_process, TrainerSettings(steps=1), graphs=StepGraphs())
+    with pytest.raises(ValueError, match=f"one CUDA graph .*{said}"):
+        Trainer(config_of(**changes), single_process, TrainerSettings(steps=1), graphs=StepGraphs())
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
+def test_recipes_whose_replays_are_right_are_not_refused(single_process, monkeypatch, recipe):
+    monkeypatch.setattr(whole_step, "_check_gpu", lambda run: None)
+    with pytest.raises(ValueError, match="graph_safe_rng") as raised:
+        Trainer(config_of(fp8_recipe=recipe), single_process, TrainerSettings(steps=1), graphs=StepGraphs())
+    assert "fp8" not in str(raised.value)
