@@ -287,22 +287,39 @@ def inspect(
     model: ModelName,
     tensor: Tensor = 1,
     pipeline: Pipeline = 1,
-    data: Annotated[int, typer.Option(min=1, help="Data-parallel ranks, for the distributed optimizer.")] = 1,
+    data: Annotated[int, typer.Option(min=1, help="Data-parallel ranks.")] = 1,
+    context: Annotated[int, typer.Option(min=1, help="Context-parallel ranks.")] = 1,
+    sequence_parallel: Annotated[bool, typer.Option(help="Tensor-parallel ranks share the sequence out.")] = False,
+    distributed_optimizer: Annotated[bool, typer.Option(help="Data-parallel ranks share Adam's states out.")] = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     frozen: Annotated[list[str] | None, typer.Option(help="A part that does not train; may be repeated.")] = None,
+    length: Annotated[int, typer.Option(min=1, help="Positions of a pack.")] = 4096,
+    microbatches: Annotated[int, typer.Option(min=1, help="Packs of a step on each data-parallel rank.")] = 1,
+    recompute: Annotated[str | None, typer.Option(help="Activations in the language model: selective or full.")] = None,
+    example: Annotated[
+        Path | None, typer.Option(help="Data whose first pack is counted; by default one is made up.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
-    """Tell a model's parts, their parameters, the layouts that share it out, and a rank's memory; no weight is read.
+    """Tell a model's parts, parameters and layouts, and a step's memory on a rank and operations; no weight is read.
 
-    The memory is that of weights, gradients and optimizer state, without activations.
+    The memory is torch's allocated peak on a GPU: weights, gradients, Adam's states and activations.
     """
     with command(debug):
+        from megatron_mimo.cli.counting import Step
         from megatron_mimo.cli.inspecting import sizes_of
         from megatron_mimo.cli.inspecting import told as lines_of
         from megatron_mimo.cli.models import find
 
         check_dtype(dtype)
-        for line in lines_of(sizes_of(find(model)), tensor, pipeline, data, dtype, tuple(frozen or ())):
+        if recompute not in (None, "selective", "full"):
+            raise Refused(f"--recompute: expected selective or full, found {recompute!r}")
+        step = Step(
+            tensor, pipeline, context, data, sequence_parallel, dtype, tuple(frozen or ()), length, microbatches,
+            recompute, distributed_optimizer, example,
+        )  # fmt: skip
+        place = find(model)
+        for line in lines_of(sizes_of(place), place, step):
             print(line)
 
 

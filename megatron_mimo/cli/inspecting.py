@@ -11,6 +11,7 @@ from typing import Any
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_mimo.cli.building import names_of
+from megatron_mimo.cli.counting import Step, footprints, operations
 from megatron_mimo.cli.models import Place
 from megatron_mimo.hf import own
 from megatron_mimo.hf.assembly import saved_parts
@@ -20,10 +21,6 @@ from megatron_mimo.hf.source import OWN, resolve
 from megatron_mimo.training.checkpoints.directories import found_at
 from megatron_mimo.training.checkpoints.inert import check_inert, description_of
 
-#: Bytes of a parameter that trains: in bfloat16 the weight, its float32 gradient, and of Adam the float32 copy and two
-#: moments; in float32 there is no copy. One that is frozen has its weight alone.
-_WEIGHT, _GRADIENT = {"bfloat16": 2, "float16": 2, "float32": 4}, 4
-_STATE = {"bfloat16": 12, "float16": 12, "float32": 8}
 _LARGEST = 64
 
 
@@ -76,48 +73,48 @@ def sizes_of(place: Place) -> Sizes:
     return Sizes({part: count for part, count in counted.items() if count}, _language(parts))
 
 
-def told(sizes: Sizes, tensor: int, pipeline: int, data: int, dtype: str, frozen: tuple[str, ...]) -> Iterator[str]:
-    """Lines about a model and one of its layouts.
+def told(sizes: Sizes, place: Place, step: Step) -> Iterator[str]:
+    """Lines about a model and a training step on one of its layouts.
 
     Args:
         sizes: of the model.
-        tensor, pipeline, data: ranks along each axis.
-        dtype: that it trains in.
-        frozen: parts that do not.
+        place: of the model.
+        step: that is asked about.
 
     Raises:
+        Refused: a step of which no pack can be made.
         ValueError: a layout that does not share it out, or a part that it does not have.
     """
-    unknown = [part for part in frozen if part not in sizes.parameters]
+    unknown = [part for part in step.frozen if part not in sizes.parameters]
     if unknown:
         raise ValueError(f"--frozen: expected some of {list(sizes.parameters)}, found {unknown}")
-    for name, size, fit in (("tensor", tensor, sizes.tensor_sizes()), ("pipeline", pipeline, sizes.pipeline_sizes())):
+    for name, size, fit in (
+        ("tensor", step.tensor, sizes.tensor_sizes()), ("pipeline", step.pipeline, sizes.pipeline_sizes())
+    ):  # fmt: skip
         if size not in fit:
             raise ValueError(f"--{name} {size}: expected one of {fit}, which share out the language model alike")
     for part, count in sizes.parameters.items():
-        yield f"{part}: {count:,} parameters{' (frozen)' if part in frozen else ''}"
+        yield f"{part}: {count:,} parameters{' (frozen)' if part in step.frozen else ''}"
     yield f"in all: {sizes.total:,} parameters"
     yield f"layouts: tensor {sizes.tensor_sizes()}, pipeline {sizes.pipeline_sizes()}"
-    plain, spread = (_rank_bytes(sizes, tensor, pipeline, over, dtype, frozen) for over in (1, data))
     yield (
-        f"memory of the first stage's rank at tensor {tensor}, pipeline {pipeline}, {dtype}, without activations: "
-        f"{plain / 2**20:,.1f} MiB of weights, gradients and Adam's state; with the distributed optimizer over {data} "
-        f"data-parallel ranks {spread / 2**20:,.1f} MiB"
+        f"a step on {step.layout.world_size} ranks (tensor {step.tensor}, pipeline {step.pipeline}, context "
+        f"{step.context}, data {step.data}), {step.dtype}, {step.microbatches} packs of {step.length} a data-parallel "
+        f"rank, recomputation {step.recompute or 'none'}:"
     )
+    for stage, found in enumerate(footprints(place, step), 1):
+        yield (
+            f"memory of a rank of stage {stage}: {_size(found.peak)} at the peak: weights {_size(found.weights)}, "
+            f"gradients {_size(found.gradients)}, optimizer {_size(found.optimizer)}, activations "
+            f"{_size(found.activations)}, or in the optimizer's step {_size(found.stepping)}"
+        )
+    flops = operations(place, step)
+    parts = ", ".join(f"{part} {count / 1e12:.4g}" for part, count in flops.items())
+    yield f"operations of the step on all ranks: {sum(flops.values()) / 1e12:.4g} TFLOP ({parts})"
 
 
-def _rank_bytes(
-    sizes: Sizes, tensor: int, pipeline: int, data: int, dtype: str, frozen: tuple[str, ...]
-) -> float:  # fmt: skip
-    """Bytes on a rank of the first stage, which has the encoders; what is not cut counts as if it were."""
-    found = 0.0
-    for part, count in sizes.parameters.items():
-        if pipeline > 1 and part.partition("/")[2].startswith(("decoders", "output_projections")):
-            continue  # on the last stage
-        share = count / tensor / (pipeline if part == "language_model" else 1)
-        trains = part not in frozen
-        found += share * (_WEIGHT[dtype] + (_GRADIENT + _STATE[dtype] / data if trains else 0))
-    return found
+def _size(count: int) -> str:
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.2f} MiB"
 
 
 def _of_checkpoint(place: Place) -> dict[str, int]:

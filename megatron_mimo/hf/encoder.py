@@ -161,7 +161,7 @@ class HFEncoder(KeepsDtype):
         if self.select == "patch":
             assert pixel_values is not None  # or the encoder had refused
             states = _patches(states, pixel_values, self.encoder.config)
-        counts = list(rows_per_item) if rows_per_item is not None else self._told(inputs)
+        counts = list(rows_per_item) if rows_per_item is not None else self.told(inputs)
         if states.dim() == 2:
             return EncodedRows(states, counts)
         return _without_padding(states, counts)
@@ -185,7 +185,7 @@ class HFEncoder(KeepsDtype):
         """Whether the encoder leaves padding out of its attention; Whisper hears it as silence."""
         return self.encoder.config.model_type != "whisper"
 
-    def _told(self, inputs: Mapping[str, Tensor]) -> list[int] | None:
+    def told(self, inputs: Mapping[str, Tensor]) -> list[int] | None:
         """Rows of each item, from its mask or grid; None where every item has all of them."""
         own = self.encoder.config.to_dict()
         if "image_grid_thw" in inputs:

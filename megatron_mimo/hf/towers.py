@@ -147,11 +147,13 @@ def fresh(found: Found, dtype: torch.dtype | None) -> Any:
 
 
 def read(found: Found, directory: Path, dtype: torch.dtype | None) -> Any:
-    """The encoder with its weights; of the others no tensor is read.
+    """The encoder with its weights; of the others no tensor is read, and none at all onto the meta device.
 
     Raises:
         FileNotFoundError, ValueError: as `open_checkpoint`, and naming tensors that are missing or surplus.
     """
+    if torch.empty(0).is_meta:  # where tensors have no memory to read into
+        return fresh(found, dtype or open_checkpoint(directory).dtype)
     checkpoint = open_checkpoint(directory)  # refuses what is cut, quantised, or would run code
     renamed = {rf"^(?:model\.)?{found.name}\.(?:vision_model\.)?": ""} if found.name else None
     encoder, report = found.kind.from_pretrained(

@@ -31,14 +31,16 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from megatron_mimo.batch import Batch
+from megatron_mimo.batch import Batch, Nested
 from megatron_mimo.compat.cuda_answers import gpu_without_memory
 from megatron_mimo.compat.torch import watched
 from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.data.transfer import from_bytes, to_bytes
+from megatron_mimo.hf.encoder import HFEncoder
 from megatron_mimo.launch import Run
 from megatron_mimo.layout import check_layout
 from megatron_mimo.losses import total_loss
+from megatron_mimo.modality.encoding import ROWS_PER_ITEM
 from megatron_mimo.model import MimoModel
 from megatron_mimo.output import loss_terms
 from megatron_mimo.specs import Backend
@@ -46,6 +48,7 @@ from megatron_mimo.training.chunks import build_chunks
 from megatron_mimo.training.memory import check_memory
 from megatron_mimo.training.parts.control import TrainingControl
 from megatron_mimo.training.reading import part_for, placed_batches
+from megatron_mimo.training.speed.counts import submodules_of
 
 META = torch.device("meta")
 #: Torch's allocator gives multiples of so many bytes.
@@ -146,8 +149,13 @@ def _passes(model: MimoModel, wrapped: nn.Module, part: Batch, held: Held) -> tu
     for parameter in model.parameters():
         if parameter.requires_grad:  # DDP adds a gradient to its buffer and lets go of it
             parameter.register_post_accumulate_grad_hook(_let_go)
-    manifest, buffer = to_bytes(part)
-    given = from_bytes(manifest, torch.empty_like(buffer, device=META))
+    # Megatron's rotary embedding reads the boundaries of packed samples, which are a few numbers.
+    boundaries = {name: part[name] for name in ("packed_seq_params",) if name in part}
+    rest = {name: value for name, value in part.items() if name not in boundaries}
+    if model.pre_process:
+        rest["modality_inputs"] = _with_rows(part.get("modality_inputs") or {}, model)
+    manifest, buffer = to_bytes(rest)
+    given = from_bytes(manifest, torch.empty_like(buffer, device=META)) | boundaries
     if not model.pre_process:
         states = torch.empty(_hidden_shape(model, part), dtype=model.config.params_dtype, device=META)
         model.set_input_tensor(states.requires_grad_())
@@ -162,6 +170,19 @@ def _passes(model: MimoModel, wrapped: nn.Module, part: Batch, held: Held) -> tu
         kept = held.now
         outputs.backward(torch.empty_like(outputs))
     return kept, held.most
+
+
+def _with_rows(inputs: Nested, model: MimoModel) -> dict[str, dict[str, dict[str, object]]]:
+    """Inputs of encoders with the rows that each item gives, where these stand in a mask or a grid."""
+    told: dict[str, dict[str, dict[str, object]]] = {}
+    for modality, of in inputs.items():
+        told[modality] = {name: dict(given) for name, given in of.items()}
+        for name, encoder in submodules_of(model)[modality].encoders.items():
+            given = told[modality].get(name)
+            if isinstance(encoder, HFEncoder) and given and ROWS_PER_ITEM not in given:
+                counts = encoder.told({key: value for key, value in given.items() if isinstance(value, Tensor)})
+                given.update({} if counts is None else {ROWS_PER_ITEM: tuple(counts)})
+    return told
 
 
 def _let_go(parameter: Tensor) -> None:

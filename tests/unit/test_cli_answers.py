@@ -176,19 +176,49 @@ def test_evaluate_scores_a_data_set_and_shows_samples(tmp_path: Path) -> None:
 def test_inspect_counts_what_is_in_the_files_of_each_form_and_tells_layouts_and_memory(tmp_path: Path) -> None:
     stored = load_file(trained() / "model" / "model.safetensors")
     count = sum(one.numel() for name, one in stored.items() if name.startswith("language_model."))
+    asked = ("--length", 1024, "--dtype", "float32")
     for model in (trained(), next((trained() / "stages/whole").iterdir())):
-        done = command("inspect", model, "--tensor", 2, "--dtype", "float32", "--data", 4)
+        done = command("inspect", model, *asked)
         assert done.returncode == 0, done.stderr
         told = done.stdout.splitlines()
         assert f"language_model: {count:,} parameters" in told
         assert "layouts: tensor [1, 2], pipeline [1, 2]" in told
-        whole = int(re.search(r"in all: ([\d,]+)", done.stdout)[1].replace(",", ""))
-        plain, spread = (whole / 2 * size / 2**20 for size in (16, 8 + 8 / 4))
-        assert f" {plain:.1f} MiB of weights" in told[-1] and f" {spread:.1f} MiB" in told[-1]
+        assert told[-1].startswith("operations of the step on all ranks: ") and "language_model" in told[-1]
+        parts = parts_of(told[-2])
+        # Layers of a tower that the model does not use are in the model's files, and are not built.
+        built = int(re.search(r"in all: ([\d,]+)", done.stdout)[1].replace(",", ""))
+        assert parts["gradients"] <= 4.04 * built
+    # Of Adam in float32 there are two moments; sizes are told in hundredths of a MiB.
+    assert parts["gradients"] == pytest.approx(4 * built, rel=0.02)
+    assert parts["optimizer"] == pytest.approx(8 * built, rel=0.02)
+    together = ("weights", "gradients", "optimizer", "activations")
+    assert parts["at the peak"] == pytest.approx(sum(parts[name] for name in together), rel=0.01)
+
+    # Each stage has its own parts.
+    done = command("inspect", trained(), *asked, "--tensor", 2, "--pipeline", 2, "--frozen", "images/encoders/tower")
+    first, last = (parts_of(line) for line in done.stdout.splitlines() if line.startswith("memory"))
+    assert first["weights"] < parts["weights"] and last["weights"] < parts["weights"]
+    assert first["gradients"] < first["weights"] and last["gradients"] == pytest.approx(last["weights"], rel=0.1)
+    done = command("inspect", trained(), *asked, "--recompute", "full", "--data", 4, "--distributed-optimizer")
+    again = parts_of(done.stdout.splitlines()[-2])
+    assert again["activations"] < 0.8 * parts["activations"]
+    assert again["optimizer"] == pytest.approx(parts["optimizer"] / 4, rel=0.03)
+
+    own = command("inspect", trained(), "--dtype", "float32", "--length", 128, "--example", pictures())
+    assert own.returncode == 0 and parts_of(own.stdout.splitlines()[-2])["activations"] < parts["activations"]
     for words, told in (
         (("--tensor", 3), "--tensor 3: expected one of .1, 2."),
         (("--frozen", "images"), "--frozen: expected some of"),
-        (("--dtype", "int4"), "--dtype: expected float32"),
+        (("--recompute", "some"), "--recompute: expected selective or full, found 'some'"),
+        (("--length", 16), "--length 16: expected room for a record"),
     ):
         done = command("inspect", trained(), *words)
         assert done.returncode == 2 and re.search(told, done.stderr), done.stderr
+
+
+def parts_of(line: str) -> dict[str, float]:
+    """Bytes by part of a line about a rank's memory."""
+    peak, told = re.search(r"stage \d+: ([\d.]+ .iB) at the peak: (.*)", line).groups()
+    sizes = {"at the peak": peak} | dict(re.findall(r"([a-z]+) ([\d.]+ .iB)", told))
+    units = {"MiB": 2**20, "GiB": 2**30}
+    return {name: float(size.split()[0]) * units[size.split()[1]] for name, size in sizes.items()}

@@ -1,0 +1,161 @@
+"""`inspect`: what a step takes on the ranks of a layout, counted on tensors without memory, and its operations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from PIL import Image
+
+from megatron_mimo.axes import Layout
+from megatron_mimo.batch import Batch
+from megatron_mimo.cli.building import model_config
+from megatron_mimo.cli.errors import Refused
+from megatron_mimo.cli.laying_out import processor_of
+from megatron_mimo.cli.models import Place
+from megatron_mimo.cli.recipe import Model
+from megatron_mimo.cli.settings import Settings
+from megatron_mimo.config import MimoModelConfig
+from megatron_mimo.data import PackedData, PackShape, ReadingOptions, Records, SampleProcessor, Source, open_source
+from megatron_mimo.data.messages import Kind
+from megatron_mimo.launch import pretended
+from megatron_mimo.sharding import sequence_multiple
+from megatron_mimo.training import TrainingControl
+from megatron_mimo.training.footprint import Footprint, footprint, model_without_memory
+from megatron_mimo.training.sources import batch_of
+from megatron_mimo.training.speed.counts import count_batch
+from megatron_mimo.training.speed.flops import part_sizes, step_flops
+
+#: Of a made-up record: a medium of each kind that the model reads or writes, and an answer of so many words.
+WORDS, SIDE, SECONDS, RATE = 100, 448, 4, 16_000
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step that is asked about.
+
+    Args:
+        tensor, pipeline, context, data: ranks along each axis.
+        sequence_parallel: of the language model.
+        dtype: of the weights.
+        frozen: parts that do not train.
+        length: positions of a pack.
+        microbatches: packs of a step on each data-parallel rank.
+        recompute: Megatron's granularity, "selective" or "full" (layer by layer); None keeps all activations.
+        distributed_optimizer: whether data-parallel ranks share the optimizer's states out.
+        data_path: whose first pack is counted; None makes one up.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    data: int = 1
+    sequence_parallel: bool = False
+    dtype: str = "bfloat16"
+    frozen: tuple[str, ...] = ()
+    length: int = 4096
+    microbatches: int = 1
+    recompute: str | None = None
+    distributed_optimizer: bool = False
+    data_path: Path | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """Of all ranks."""
+        world = self.tensor * self.pipeline * self.context * self.data
+        return Layout(world, self.tensor, self.pipeline, context_parallel_size=self.context)
+
+    @property
+    def transformer(self) -> dict[str, Any]:
+        """Further fields of the language model's configuration."""
+        whole = dict(recompute_method="uniform", recompute_num_layers=1) if self.recompute == "full" else {}
+        return {"recompute_granularity": self.recompute, **whole} if self.recompute else {}
+
+
+def footprints(place: Place, step: Step) -> list[Footprint]:
+    """What a step takes on the first rank of each pipeline stage.
+
+    Raises:
+        Refused: no pack can be made, or a layout that the model does not fit.
+    """
+    found, batch = [], None
+    for stage in range(step.pipeline):
+        # Ranks of a stage lie together; those of the next begin after all of them.
+        with pretended(step.layout, stage * step.tensor * step.context * step.data) as run:
+            config = _config(place, step)
+            batch = batch or _batch(place, config, step)
+            shared = step.distributed_optimizer
+            try:
+                stage_s = footprint(
+                    config,
+                    run,
+                    batch,
+                    control=TrainingControl(frozen=step.frozen),
+                    optimizer=OptimizerConfig(lr=1e-3, use_distributed_optimizer=shared),
+                    ddp=DistributedDataParallelConfig(use_distributed_optimizer=shared),
+                    microbatches=step.microbatches,
+                )
+            except NotImplementedError as error:  # torch's where a value is asked for
+                raise Refused(
+                    "memory: a part of the model looks at values of its inputs, which are not there before a step "
+                    f"runs ({error}); count the model without that part"
+                ) from error
+            found.append(stage_s)
+    return found
+
+
+def operations(place: Place, step: Step) -> Mapping[str, float]:
+    """Floating-point operations by part that a step needs on all ranks, as `training.speed.flops` counts them."""
+    alone = replace(step, tensor=1, pipeline=1, context=1, data=1, sequence_parallel=False)
+    with pretended(alone.layout) as run:
+        config = _config(place, alone)
+        model = model_without_memory(config, run, TrainingControl(frozen=step.frozen))
+        flops = step_flops(part_sizes([model]), count_batch(_batch(place, config, alone), model))
+    return {part: count * step.microbatches * step.data for part, count in flops.items()}
+
+
+def _config(place: Place, step: Step) -> MimoModelConfig:
+    model = place.model if place.checkpoint and place.source is None else None
+    model = model or Model(source=place.source or str(place.directory))
+    model = model.model_copy(update={"dtype": step.dtype, "backend": "torch"})
+    return model_config(model, Settings(transformer=step.transformer), sequence_parallel=step.sequence_parallel)
+
+
+def _batch(place: Place, config: MimoModelConfig, step: Step) -> Batch:
+    """A pack, as `train` makes it."""
+    process = processor_of(config, place.model, place.template)
+    splits = step.tensor if step.sequence_parallel else 1
+    multiple = sequence_multiple(context_parallel=step.context, sequence_parallel=splits)
+    source = open_source(step.data_path) if step.data_path is not None else _made_up(process)
+    options = ReadingOptions(shuffle=False)
+    data = PackedData([source], process, PackShape(step.length, multiple), options=options, samples=len(source))
+    try:
+        pack = next(data, None)
+    finally:
+        data.close()
+    if pack is None:
+        raise Refused(f"--length {step.length}: expected room for a record, found none that fits; give more of it")
+    return batch_of(pack)
+
+
+def _made_up(process: SampleProcessor) -> Source:
+    picture = Image.new("RGB", (SIDE, SIDE))
+    silence = {"array": np.zeros(SECONDS * RATE, dtype=np.float32), "sampling_rate": RATE}
+    media: dict[Kind, object] = {"image": picture, "audio": silence}
+    asked: list[dict[str, object]] = [{"type": "text", "text": "What is it?"}]
+    answered: list[dict[str, object]] = [{"type": "text", "text": "word " * WORDS}]
+    for kind, handling in process.handling.items():
+        if kind not in media:
+            continue
+        part = {"type": kind, kind: media[kind]}
+        if handling.reader is not None:
+            asked.insert(0, part)
+        if handling.writer is not None:
+            answered.append(part)
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    return Records([{"messages": messages}] * 64)
