@@ -25,7 +25,7 @@ ANSWERS, ASKED, PARTS = "answers.jsonl", "asked.json", "parts"
 TEXT_TOKENS = 128
 
 #: Of what is asked for: not options of `MimoModel.generate` that are passed on as they are.
-_OURS = ("model", "max_new_tokens", "seed")
+_OURS = ("model", "ema", "max_new_tokens", "seed")
 
 
 def generate(

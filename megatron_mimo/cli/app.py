@@ -151,6 +151,9 @@ MaxNewTokens = Annotated[
     int | None,
     typer.Option(min=1, help="Positions that an answer may add; by default 128, and those of an image or clip."),
 ]
+Averages = Annotated[
+    bool, typer.Option("--ema", help="Take the averages of the weights, of a run or checkpoint with ema_decay.")
+]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the model's own.")]
 
 
@@ -180,6 +183,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Of the draws; record i has seed + i.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Records that are answered together.")] = 8,
     columns: Annotated[str, typer.Option(help="Media beside a text: read, or write to have them drawn.")] = "read",
+    ema: Averages = False,
     dtype: Dtype = None,
     nproc: Nproc = 1,
     tensor: Tensor = 1,
@@ -195,11 +199,12 @@ def generate(
         from megatron_mimo.cli.models import find, open_model
         from megatron_mimo.data import open_source
 
-        place, source = find(model), open_source(data, columns=columns)  # type: ignore[arg-type]  # which it checks
+        place = find(model, ema=ema)
+        source = open_source(data, columns=columns)  # type: ignore[arg-type]  # which it checks
         with ranks(nproc, tensor, pipeline, dtype) as run:
             asked = {
-                "model": str(place.directory.resolve()), "max_new_tokens": max_new_tokens, "temperature": temperature,
-                "top_p": top_p, "seed": seed,
+                "model": str(place.directory.resolve()), "ema": place.ema, "max_new_tokens": max_new_tokens,
+                "temperature": temperature, "top_p": top_p, "seed": seed,
             }  # fmt: skip
             written = answer(open_model(place, run, dtype), source, output, run, asked=asked, batch_size=batch_size)
             if run.rank == 0:
@@ -218,6 +223,7 @@ def evaluate(
     judge: Annotated[
         str | None, typer.Option(help="module:function or module:Class that scores drawn pictures; else the recipe's.")
     ] = None,
+    ema: Averages = False,
     dtype: Dtype = None,
     nproc: Nproc = 1,
     tensor: Tensor = 1,
@@ -236,7 +242,7 @@ def evaluate(
         from megatron_mimo.cli.models import find, open_model
         from megatron_mimo.data import open_source
 
-        place = find(model)
+        place = find(model, ema=ema)
         sources = {path.stem: open_source(path, columns=columns) for path in data}  # type: ignore[arg-type]
         if len(sources) < len(data):
             raise Refused(f"expected data sets of different names, found {[path.stem for path in data]}")
@@ -244,7 +250,8 @@ def evaluate(
         if given is not None:
             found_judge(given)  # before any rank is started
         with ranks(nproc, tensor, pipeline, dtype) as run:
-            asked = {"model": str(place.directory.resolve()), "max_new_tokens": max_new_tokens, "seed": 0}
+            directory = str(place.directory.resolve())
+            asked = {"model": directory, "ema": place.ema, "max_new_tokens": max_new_tokens, "seed": 0}
             made = None if given is None else Judge(given)
             if made is not None:
                 try_judge(made, sources)
@@ -261,6 +268,7 @@ def convert(
     model: ModelName,
     target: Annotated[Path, typer.Argument(help="A directory, or with --to safetensors a file.")],
     to: Annotated[str, typer.Option(help="hf (transformers), megatron (a checkpoint), safetensors (one file).")] = "hf",
+    ema: Averages = False,
     dtype: Dtype = None,
     nproc: Nproc = 1,
     tensor: Tensor = 1,
@@ -275,7 +283,7 @@ def convert(
 
         if to not in FORMS:
             raise Refused(f"--to: expected one of {list(FORMS)}, found {to!r}")
-        place = find(model)
+        place = find(model, ema=ema)
         with ranks(nproc, tensor, pipeline, dtype) as run:
             write(place, target, to, run, dtype)
             if run.rank == 0:

@@ -36,7 +36,7 @@ def convert(place: Place, target: Path, form: str, run: Run, dtype: str | None =
         raise Refused(f"{target}: expected nothing there, found something; name another target, or remove it")
     if form == "safetensors" and place.checkpoint and dtype is None:
         if run.rank == 0:
-            export_weights(place.directory, target)
+            export_weights(place.directory, target, ema=place.ema)
         _barrier(run)
         return
     if form == "megatron" and place.checkpoint:

@@ -20,13 +20,15 @@ from megatron_mimo.hf.source import OWN, resolve
 from megatron_mimo.launch import Run
 from megatron_mimo.model import MimoModel
 from megatron_mimo.pretrained import from_pretrained
-from megatron_mimo.training.checkpoints.directories import is_complete
+from megatron_mimo.training.checkpoints.directories import found_at, is_complete
+from megatron_mimo.training.checkpoints.inert import check_inert, description_of
 from megatron_mimo.training.checkpoints.parts import load_parts
 from megatron_mimo.training.chunks import build_chunks
+from megatron_mimo.training.ema import is_there
 from megatron_mimo.training.parts.control import TrainingControl
 
 #: Of a run's directory and of what it writes.
-RECIPE, MODEL = "recipe.yaml", "model"
+RECIPE, MODEL, MODEL_EMA = "recipe.yaml", "model", "model-ema"
 #: Of a checkpoint that `convert` wrote: the directory or name that the model's configuration is read from.
 SOURCE = "source.txt"
 
@@ -42,6 +44,7 @@ class Place:
         template: the recipe's chat template.
         source: of a checkpoint that `convert` wrote: where the model's configuration is read from.
         judge: of the recipe's evaluation.
+        ema: of a checkpoint: whether its averages stand in for the weights that have one.
     """
 
     directory: Path
@@ -50,6 +53,7 @@ class Place:
     template: str | None = None
     source: str | None = None
     judge: str | None = None
+    ema: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,21 +76,43 @@ class Opened:
         return self.models[0].mimo_config
 
 
-def find(given: str) -> Place:
+def find(given: str, *, ema: bool = False) -> Place:
     """Where a model lies: of a run's directory its model, or a checkpoint with the recipe that it keeps.
 
     Args:
         given: by the command line.
+        ema: take the averages of the weights: a run's `model-ema`, or those in a checkpoint.
 
     Raises:
-        Refused: a run that has no model yet, or a checkpoint without a recipe.
+        Refused: a run that has no model yet, a checkpoint without a recipe, or averages that are not there.
         FileNotFoundError, ConnectionError: there is nothing of that name.
     """
+    place = _averaged(Path(given)) if ema else _found(given)
+    return replace(place, ema=ema and place.checkpoint)
+
+
+def _averaged(path: Path) -> Place:
+    """A run's model of averages, or a checkpoint that has them."""
+    if (path / RECIPE).is_file() and (path / MODEL_EMA).is_dir():
+        return _found(str(path / MODEL_EMA))
+    if is_complete(path) or (path / ".metadata").is_file():
+        checkpoint = found_at(path)
+        check_inert(checkpoint)
+        if is_there(description_of(checkpoint / ".metadata").state_dict_metadata):
+            return _found(str(path))
+    raise Refused(
+        f"--ema: expected a checkpoint with averages of the weights, or a run's directory with {MODEL_EMA}, found none "
+        f"in {path}; train with ema_decay=0.999, or leave --ema out"
+    )
+
+
+def _found(given: str) -> Place:
+    """As `find`, with the weights themselves."""
     path = Path(given)
     if is_complete(path) or (path / ".metadata").is_file():
         if (path / SOURCE).is_file():
             source = (path / SOURCE).read_text("utf-8").strip()
-            return replace(find(source), directory=path, checkpoint=True, source=source)
+            return replace(_found(source), directory=path, checkpoint=True, source=source)
         for above in (path, *path.resolve().parents[:3]):
             if (above / RECIPE).is_file():
                 recipe = read_recipe(str(above / RECIPE))
@@ -130,7 +156,7 @@ def read_model(place: Place, run: Run, dtype: str | None = None) -> list[MimoMod
         model = model.model_copy(update={"dtype": dtype})
     config = model_config(model, Settings())
     models = build_chunks(config, run, TrainingControl())
-    report = load_parts(place.directory, models, None)
+    report = load_parts(place.directory, models, None, ema=place.ema)
     if report.initialised:
         raise ValueError(f"{place.directory}: expected every weight of the recipe's model, found: {report}")
     own = config.language_model.params["config"].params_dtype

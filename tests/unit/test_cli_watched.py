@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_mimo.cli.errors import Refused
+from megatron_mimo.cli.models import find
 from megatron_mimo.cli.reading import checked
 from megatron_mimo.cli.recipe import Recipe
 from megatron_mimo.cli.training import parts_of
@@ -42,6 +43,47 @@ def test_a_stage_ends_early_on_records_held_out_and_what_follows_begins_from_its
     assert model.keys() == averaged.keys() and (tmp_path / "model-ema" / "recipe.yaml").is_file()
     for name in model:  # of weights that stand still
         torch.testing.assert_close(averaged[name], model[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.process
+def test_averages_of_a_checkpoint_or_run_answer_are_scored_and_are_exported(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = command(*caption(run, "ema_decay=0.9", "stages.1.decay=constant", "stages.1.warmup=0", steps=4))
+    assert done.returncode == 0, done.stderr
+    checkpoint = run / "stages/whole/step_00000004"
+    plain, averaged = (load_file(run / name / "model.safetensors") for name in ("model", "model-ema"))
+    assert any(not torch.equal(plain[name], averaged[name]) for name in plain)
+    for source, target in ((checkpoint, "from_checkpoint"), (run, "from_run")):
+        done = command("convert", source, tmp_path / target, "--ema")
+        assert done.returncode == 0, done.stderr
+        found = load_file(tmp_path / target / "model.safetensors")
+        assert found.keys() == averaged.keys() and all(torch.equal(found[name], averaged[name]) for name in found)
+    done = command("convert", checkpoint, tmp_path / "file", "--to", "safetensors", "--ema")
+    assert done.returncode == 0, done.stderr
+    found, name = load_file(tmp_path / "file"), "language_model.embedding.word_embeddings.weight"
+    assert torch.equal(found[name], next(one for key, one in averaged.items() if "embed_tokens" in key))
+
+    asking = ["generate", checkpoint, pictures(3), "--output", tmp_path / "out", "--max-new-tokens", 8]
+    done = command(*asking, "--ema")
+    assert done.returncode == 0, done.stderr
+    other = command(*asking)  # whose answers are other weights'
+    assert other.returncode == 2 and "ema: True then, False now" in other.stderr
+    asking[1], asking[4] = run, tmp_path / "again"
+    done = command(*asking, "--ema")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "again/answers.jsonl").read_text() == (tmp_path / "out/answers.jsonl").read_text()
+    done = command("evaluate", run, pictures(3), "--output", tmp_path / "scores", "--max-new-tokens", 8, "--ema")
+    assert done.returncode == 0, done.stderr
+    (asked,) = (tmp_path / "scores").glob("*/asked.json")
+    assert json.loads(asked.read_text())["model"] == str(run / "model-ema")
+
+    done = command("convert", run, tmp_path / "weights", "--to", "megatron")
+    assert done.returncode == 0, done.stderr
+    done = command("generate", tmp_path / "weights", pictures(3), "--output", tmp_path / "none", "--ema")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not (tmp_path / "none").exists()
+    for place in (tmp_path / "weights", run / "model", tmp_path / "nowhere"):
+        with pytest.raises(Refused, match="--ema: expected a checkpoint with averages .* train with ema_decay"):
+            find(str(place), ema=True)
 
 
 def test_records_held_out_are_the_same_each_time_and_none_is_trained_on() -> None:
