@@ -110,7 +110,8 @@ def read_step(
         keep: what this pipeline stage needs of a batch.
         count: what a batch counts, under the same names, in the same order, for every batch.
         tensor_group: gets the batches.
-        data_group: to add the counts up over; None leaves them this rank's.
+        data_group: to add the counts up over, which waits for no GPU where it is a gloo group; None leaves them this
+            rank's.
         device: where the batches are wanted.
 
     Raises:
@@ -157,7 +158,8 @@ def _sum_over(counts: list[Counts], group: dist.ProcessGroup | None, device: tor
     names = list(counts[0])
     summed = [sum(each[name] for each in counts) for name in names]
     if group is not None and group.size() > 1:
-        packed = torch.tensor(summed, dtype=torch.float64, device=device)
+        where = torch.device("cpu") if dist.get_backend(group) == "gloo" else device
+        packed = torch.tensor(summed, dtype=torch.float64, device=where)
         dist.all_reduce(packed, group=group)
         summed = packed.tolist()
     return dict(zip(names, summed))

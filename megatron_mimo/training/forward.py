@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
@@ -186,7 +187,7 @@ class ForwardStep:
             keep=partial(part_for, model=mimo),
             count=partial(self._count, mimo=mimo) if mimo.post_process else _nothing,
             tensor_group=groups.tp,
-            data_group=groups.dp if mimo.post_process and mimo.training else None,
+            data_group=host_group(groups.dp) if mimo.post_process and mimo.training else None,
             device=next(mimo.parameters()).device,
         )
 
@@ -248,6 +249,22 @@ class ForwardStep:
                     f"loss term {name!r} counted {found.item():g} but {expected:g} were told ahead. A "
                     "decoder's loss_shape (or count), or a further loss's count, must say what its loss sums over."
                 )
+
+
+def host_group(data_group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The gloo group of the same data-parallel ranks, for what the host has to know before it goes on.
+
+    On NCCL's group it would wait for all that the GPU has queued. The group itself, where Megatron made no host group
+    of these ranks (`--disable-gloo-process-groups`, process groups of one's own) or the group is gloo's already.
+    """
+    if data_group.size() == 1 or dist.get_backend(data_group) == "gloo":
+        return data_group
+    try:
+        host = parallel_state.get_data_parallel_group_gloo()
+    except AssertionError:
+        return data_group
+    same = dist.get_process_group_ranks(host) == dist.get_process_group_ranks(data_group)
+    return host if same else data_group
 
 
 def _nothing(batch: Batch) -> Counts:
