@@ -20,12 +20,12 @@ LINK = re.compile(r"\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
 def on_config(config: MkDocsConfig) -> None:
-    """The navigation: a section a heading of the index, a page a link in its lists."""
+    """The navigation: a section a heading of the index, a page a link to one in its lists."""
     sections: list[dict] = []
     for line in ROOT.joinpath("docs/README.md").read_text().splitlines():
         if line.startswith("## "):
             sections.append({line[3:]: []})
-        elif sections and (named := re.match(r"(?:- |\d+\. )\[(.+?)\]\((\S+?)\)", line)):
+        elif sections and (named := re.match(r"(?:- |\d+\. )\[(.+?)\]\((\S+?\.md)\)", line)):
             (pages,) = sections[-1].values()
             pages.append({named[1]: in_site(normpath(f"docs/{named[2]}"))})
     config.nav = [{"Index": "README.md"}, *sections, {"API": [{room: f"api/{room}.md"} for room in ROOMS]}]

@@ -60,6 +60,13 @@ def test_the_commands_of_the_pages_write_what_the_pages_say(work: Path) -> None:
     assert all(work.joinpath("runs", name, "model/model.safetensors").is_file() for name in ("caption", "qwen"))
 
 
+def test_the_commands_of_the_readme_are_those_of_the_pages() -> None:
+    lines = re.findall(r"^    megatron-mimo (.*)$", ROOT.joinpath("README.md").read_text(), flags=re.MULTILINE)
+    told = [shlex.split(line, comments=True) for line in lines]
+    assert [words[0] for words in told] == ["train", "generate", "evaluate", "convert"]
+    assert all(any(words in commands(page) for page in PAGES) for words in told)
+
+
 def test_transformers_loads_what_was_exported_with_every_weight(work: Path) -> None:
     (code,), (printed,) = blocks("export", "python"), blocks("export", "text")
     done = warm.python("-c", code, cwd=work)
