@@ -124,6 +124,26 @@ def test_draw_draws_what_its_codec_makes_of_the_colour_asked_for_and_needs_the_c
     goes_on_where_it_was_killed_with_half_a_picture_written(run, tmp_path / "broken", found[0][1].parents[2])
 
 
+@pytest.mark.parametrize("axis", ["tensor", "pipeline"])
+def test_what_draws_trains_on_two_ranks_of_one_model_and_draws_there_what_it_draws_on_one(axis: str, tmp_path) -> None:
+    run, words = tmp_path / "run", ("--columns", "write")
+    done = warm.ranks(2, "-m", "megatron_mimo.cli", *draw(run, f"layout.{axis}=2", steps=12))
+    assert done.returncode == 0, done.stderr
+    loss = losses(run, "whole", "images/codes")
+    assert loss[-1] < loss[0] / 2
+    some = shutil.copytree(pictures(8), tmp_path / "some")
+    output = tmp_path / "two"
+    asking = ("generate", run, some, *words, "--output", output, f"--{axis}", 2)
+    done = warm.ranks(2, "-m", "megatron_mimo.cli", *asking)
+    assert done.returncode == 0, done.stderr
+    done = command("generate", run, some, *words, "--output", tmp_path / "one")
+    assert done.returncode == 0, done.stderr
+    files = [
+        {file.relative_to(at): file.read_bytes() for file in at.glob("media/*/*")} for at in (output, tmp_path / "one")
+    ]
+    assert files[0] == files[1] and len(files[0]) >= 8
+
+
 JUDGE = """
 import numpy
 
