@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -12,6 +13,8 @@ from types import TracebackType
 
 #: Exit statuses: what was asked for cannot be done; it was begun and failed; SIGTERM and Ctrl-C, as shells have them.
 REFUSED, FAILED, STOPPED, INTERRUPTED = 2, 1, 143, 130
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # How long other ranks go on, so that the first one can say what all of them found.
 _FIRST_RANK_S = 1.0
@@ -58,11 +61,27 @@ def _end(status: int) -> None:
     os._exit(status)
 
 
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error, or what it came of, is that a file could not be written further."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) and found.errno in _FULL:
+            return True
+        # As checkpoints say what a writer met: the words of the system, or those of torch's writer, which has none.
+        if any(words in str(found) for words in (*map(os.strerror, _FULL), "inline_container.cc")):
+            return True
+        found = found.__cause__ or found.__context__
+    return False
+
+
 def line_of(error: BaseException) -> str:
     """An error as one line."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     text = str(error)
+    if disk_is_full(error):
+        name = f"{error.filename}: " if isinstance(error, OSError) and error.filename is not None else ""
+        return f"{name}the disk is full, or a limit of file sizes is met; free some space, then the same command again"
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
     said = " ".join(text.split())

@@ -22,6 +22,7 @@ from megatron_mimo.data import SampleError, conversation_of
 from megatron_mimo.data.media import open_image
 from megatron_mimo.data.messages import Medium
 from megatron_mimo.data.sources import Source
+from megatron_mimo.data.written import write_whole
 from megatron_mimo.launch import Run
 
 if TYPE_CHECKING:
@@ -77,12 +78,12 @@ def evaluate(
             body += [f"<h2>{html.escape(name)}</h2>{_table({name: found[name]})}", *_rows(source, pairs[:samples])]
             body += _pictures(source, [line for line in lines if line["index"] in seen][:samples], seen, output / name)
     if run.rank == 0:
-        (output / SCORES).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        write_whole(output / SCORES, json.dumps(found, indent=2) + "\n")
         head = (
             f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Samples</title><style>{_STYLE}</style>'
         )
         page = f"{head}</head><body><h1>Samples</h1>{''.join(body)}</body></html>\n"
-        (output / PAGE).write_text(page, encoding="utf-8")
+        write_whole(output / PAGE, page)
     return found
 
 

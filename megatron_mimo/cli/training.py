@@ -26,6 +26,7 @@ from megatron_mimo.cli.settings import Settings, settings_of
 from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.data import PackedData, PackShape, ReadingOptions, SampleProcessor, open_source, split
 from megatron_mimo.data.sources import Source as OpenSource
+from megatron_mimo.data.written import write_whole
 from megatron_mimo.launch import Run
 from megatron_mimo.pretrained import save_pretrained
 from megatron_mimo.sharding import sequence_multiple
@@ -91,7 +92,7 @@ def train(recipe: Recipe, run: Run) -> bool:
     prepared = _prepared(recipe, run)
     if run.rank == 0:
         recipe.directory.mkdir(parents=True, exist_ok=True)
-        (recipe.directory / RECIPE).write_text(written(recipe), encoding="utf-8")
+        write_whole(recipe.directory / RECIPE, written(recipe))
     before: Path | None = None
     trainer: Trainer | None = None
     for stage in recipe.stages:
@@ -114,7 +115,7 @@ def train(recipe: Recipe, run: Run) -> bool:
     if run.rank == 0:
         for directory in (recipe.directory / MODEL, recipe.directory / MODEL_EMA):
             if directory.is_dir():
-                (directory / RECIPE).write_text(written(recipe), encoding="utf-8")
+                write_whole(directory / RECIPE, written(recipe))
     if dist.is_initialized() and run.world_size > 1:
         dist.barrier()
     return True

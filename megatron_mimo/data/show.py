@@ -13,6 +13,7 @@ from megatron_mimo.data.media import open_image
 from megatron_mimo.data.messages import Conversation, Medium
 from megatron_mimo.data.packs import Pack
 from megatron_mimo.data.samples import Sample
+from megatron_mimo.data.written import write_whole
 
 THUMBNAIL = 128
 """Longest side of a picture on the page, in pixels."""
@@ -63,7 +64,7 @@ def show(data: PackedData, path: Path | str, *, packs: int = 4) -> Path:
         f"<body><h1>{len(shown)} packs, {waste:.2%} of their positions empty</h1><p>{legend}</p>{body}</body></html>\n"
     )
     path = Path(path)
-    path.write_text(page, encoding="utf-8")
+    write_whole(path, page)
     return path
 
 
