@@ -18,6 +18,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -271,11 +272,11 @@ class Held:
             key, size = id(storage), -(-storage.nbytes() // BLOCK) * BLOCK
             if key in self._alive:
                 continue
-            self._alive[key] = weakref.ref(storage, lambda _, key=key, size=size: self._gone(key, size))
+            self._alive[key] = weakref.ref(storage, partial(self._gone, key, size))
             self.now += size
             self.most = max(self.most, self.now)
 
-    def _gone(self, key: int, size: int) -> None:
+    def _gone(self, key: int, size: int, _: weakref.ref) -> None:
         del self._alive[key]
         self.now -= size
 
@@ -334,7 +335,9 @@ class _OneKernelEach:
         return _Attention.apply(query, key, value)
 
 
-def _rms_norm(x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float = 0.0) -> Tensor:
+def _rms_norm(
+    x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
     del normalized_shape, eps
     return _Norm.apply(x, weight)
 
