@@ -336,10 +336,10 @@ class _OneKernelEach:
 
 
 def _rms_norm(
-    x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
     del normalized_shape, eps
-    return _Norm.apply(x, weight)
+    return _Norm.apply(input, weight)
 
 
 class _Norm(torch.autograd.Function):
