@@ -72,7 +72,7 @@ FAULTS = [
     Fault(
         "counts of a step are those of one rank",
         "training/forward.py",
-        "data_group=groups.dp if mimo.post_process and mimo.training else None",
+        "data_group=host_group(groups.dp) if mimo.post_process and mimo.training else None",
         "data_group=None",
         layout("dp2"),
     ),
@@ -127,14 +127,14 @@ FAULTS = [
     ),
     Fault(
         "stages of a pipeline begin with other tied weights",
-        "model.py",
+        "megatron_model.py",
         "return self.language_model.share_embeddings_and_output_weights",
         "return False",
         layout("pp2_tied"),
     ),
     Fault(
         "a share of the targets begins with the first item",
-        "decoders/targets.py",
+        "decoders/prepared.py",
         "_item_slice(value, items, start_item, stop_item) for",
         "_item_slice(value, items, 0, stop_item - start_item) for",
         decoder("discrete", "cp2"),

@@ -1,4 +1,4 @@
-"""The scripts of `dev/` count and draw what they say."""
+"""The scripts of `dev/` count and draw what they say, and the faults of `tests.faults` can be put in."""
 
 from pathlib import Path
 
@@ -8,6 +8,8 @@ import torch
 from dev import hops, imports
 from megatron_mimo import total_loss
 from megatron_mimo.decoders.base import weighted_sum
+from tests import faults
+from tests.distributed.harness import all_cases
 
 
 def test_rooms_are_drawn_above_what_they_import_without_arrows_that_others_imply() -> None:
@@ -70,3 +72,9 @@ BEFORE = {"input_ids": 24, "input": 17, "target": 32, "states": 5}
 @pytest.mark.parametrize("name", BEFORE)
 def test_the_way_of_a_tensor_is_shorter_than_it_was(single_process, name) -> None:
     assert len(hops.hops()[name]) < BEFORE[name]
+
+
+def test_each_fault_is_put_in_where_a_line_stands_once_and_into_a_case_that_runs() -> None:
+    for fault in faults.FAULTS:
+        assert (faults.ROOT / "megatron_mimo" / fault.file).read_text().count(fault.right) == 1, fault.what
+        assert fault.wrong != fault.right and fault.case in all_cases(), fault.what
