@@ -16,4 +16,7 @@ def main() -> None:
             raise
         print(f"megatron-mimo: {error.name} is missing: pip install 'megatron-mimo[cli,hf,data]'", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # before there is anything that says so
+        print("megatron-mimo: interrupted", file=sys.stderr)
+        sys.exit(130)
     app(prog_name="megatron-mimo")
