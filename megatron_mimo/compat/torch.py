@@ -5,13 +5,14 @@ Checked by `tests/unit/test_compat.py` on the installed version; last read in to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn import functional as F
 
 
 def forward_pre_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
@@ -290,6 +291,24 @@ def watched(operation: Callable[[Callable, tuple, dict], Any]) -> AbstractContex
             return operation(function, args, kwargs or {})
 
     return Watched()
+
+
+@contextmanager
+def functions_of(**ours: Callable[..., Any]) -> Iterator[None]:
+    """Within it `torch.nn.functional` has these functions by their names, for the whole process.
+
+    Undocumented: torch and Megatron look `rms_norm` and `scaled_dot_product_attention` up in the module at each call.
+    Reason: a count takes both for one kernel, as they are on a GPU; a `TorchFunctionMode` would be off in backward.
+    When it goes: the count is of the operations that the CPU takes in their place.
+    """
+    before = {name: getattr(F, name) for name in ours}
+    for name, function in ours.items():
+        setattr(F, name, function)
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(F, name, function)
 
 
 def pretend_world(rank: int, size: int) -> None:

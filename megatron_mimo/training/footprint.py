@@ -34,7 +34,7 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_mimo.batch import Batch, Nested
 from megatron_mimo.compat.cuda_answers import gpu_without_memory
-from megatron_mimo.compat.torch import watched
+from megatron_mimo.compat.torch import functions_of, watched
 from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.data.transfer import from_bytes, to_bytes
 from megatron_mimo.hf.encoder import HFEncoder
@@ -309,15 +309,18 @@ class _OneKernelEach:
         cores = (module.core_attention for module in model.modules() if isinstance(module, Attention))
         self._cores = [core for core in cores if isinstance(core, DotProductAttention) and (apart or packed)]
         self._apart = apart
-        self._before = F.rms_norm, F.scaled_dot_product_attention
+        self._masked = F.scaled_dot_product_attention
+        self._replaced = functions_of(
+            rms_norm=_rms_norm, scaled_dot_product_attention=self._scaled_dot_product_attention
+        )
 
     def __enter__(self) -> None:
         for core in self._cores:
             core.forward = self._attention
-        F.rms_norm, F.scaled_dot_product_attention = _rms_norm, self._scaled_dot_product_attention
+        self._replaced.__enter__()
 
     def __exit__(self, *exception: Any) -> None:
-        F.rms_norm, F.scaled_dot_product_attention = self._before
+        self._replaced.__exit__(*exception)
         for core in self._cores:
             del core.forward
 
@@ -331,7 +334,7 @@ class _OneKernelEach:
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **named: Any
     ) -> Tensor:
         if attn_mask is not None:
-            return self._before[1](query, key, value, attn_mask, *rest, **named)
+            return self._masked(query, key, value, attn_mask, *rest, **named)
         return _Attention.apply(query, key, value)
 
 

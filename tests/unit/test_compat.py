@@ -184,6 +184,14 @@ def test_each_function_says_version_reason_and_what_to_do_when_the_name_goes(mod
 # torch -----------------------------------------------------------------------------------------------------------
 
 
+def test_functions_of_torch_are_ours_meanwhile_also_for_those_who_look_them_up() -> None:
+    before = torch.nn.functional.rms_norm
+    with pytest.raises(ValueError), torch_names.functions_of(rms_norm=lambda *given: "ours"):
+        assert nn.RMSNorm(2)(torch.ones(2)) == "ours"
+        raise ValueError
+    assert torch.nn.functional.rms_norm is before
+
+
 def test_forward_pre_hooks_are_those_that_were_registered() -> None:
     layer, calls = nn.Linear(1, 1), []
     handle = layer.register_forward_pre_hook(lambda module, inputs: calls.append(inputs))

@@ -90,11 +90,11 @@ def test_steps_that_end_in_time_and_evaluations_of_many_steps_are_left_alone(sin
         if len(seen) == 0:
             os.kill(os.getpid(), signal.SIGTERM)
         seen.append(step)
-        time.sleep(0.4)
+        time.sleep(0.6)
         return [tiny.batch(step)]
 
     seen: list[int] = []
-    ours = trainer(single_process, stop_grace_s=2.0, evaluate_every=1, evaluation_steps=8)
+    ours = trainer(single_process, stop_grace_s=4.0, evaluate_every=1, evaluation_steps=8)
     ours.train_step(lambda *_: [tiny.batch(0)])
     history = ours.train(lambda *_: [tiny.batch(0)], evaluation=slow)
     assert len(seen) == 8 and history.stopped and list(history.evaluations) == [2]
