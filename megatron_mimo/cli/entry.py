@@ -10,13 +10,18 @@ _NEEDED = ("typer", "pydantic", "yaml")
 def main() -> None:
     """Runs the command line, and ends the process with its exit status."""
     try:
+        _run()
+    except KeyboardInterrupt:  # before a command has begun, which would say so
+        print("megatron-mimo: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run() -> None:
+    try:
         from megatron_mimo.cli.app import app
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _NEEDED:
             raise
         print(f"megatron-mimo: {error.name} is missing: pip install 'megatron-mimo[cli,hf,data]'", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:  # before there is anything that says so
-        print("megatron-mimo: interrupted", file=sys.stderr)
-        sys.exit(130)
     app(prog_name="megatron-mimo")

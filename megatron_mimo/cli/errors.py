@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
+from threading import current_thread, main_thread
+from types import FrameType, TracebackType
 
 #: Exit statuses: what was asked for cannot be done; it was begun and failed; SIGTERM and Ctrl-C, as shells have them.
 REFUSED, FAILED, STOPPED, INTERRUPTED = 2, 1, 143, 130
@@ -34,13 +36,38 @@ def told(debug: bool) -> Iterator[None]:
         debug: show the traceback.
     """
     sys.excepthook = _hook(debug)
+    with _interruptions() as interrupted:
+        try:
+            yield
+        except (SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:
+            ended_by = KeyboardInterrupt() if interrupted and not debug else error
+            _say(ended_by, debug)
+            _end(_status(ended_by))
+
+
+@contextmanager
+def _interruptions() -> Iterator[list[int]]:
+    """The Ctrl-C that came within it, each a KeyboardInterrupt as ever.
+
+    A library that catches one while it is being imported leaves half a module, and something else is raised later.
+    """
+    found: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        found.append(number)
+        signal.default_int_handler(number, frame)
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or current_thread() is not main_thread():
+        yield found
+        return
+    signal.signal(signal.SIGINT, note)
     try:
-        yield
-    except (SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:
-        _say(error, debug)
-        _end(_status(error))
+        yield found
+    finally:
+        if signal.getsignal(signal.SIGINT) is note:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _status(error: BaseException) -> int:
@@ -94,7 +121,7 @@ def _say(error: BaseException, debug: bool) -> None:
     rank, several = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1")) > 1
     if rank != "0" and isinstance(error, Refused | KeyboardInterrupt):
         return  # which the first rank says
-    where = f"rank {rank}: " if several and not isinstance(error, Refused) else ""
+    where = f"rank {rank}: " if several and not isinstance(error, Refused | KeyboardInterrupt) else ""
     more = "" if debug or isinstance(error, Refused | KeyboardInterrupt) else " (--debug shows where)"
     print(f"megatron-mimo: {where}{line_of(error)}{more}", file=sys.stderr)
 
