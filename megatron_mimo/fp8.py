@@ -6,10 +6,12 @@ because each has a configuration of its own, or none. What fp8 cannot multiply i
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 #: Rows and columns of a matrix that is multiplied in fp8 are multiples of this.
 MULTIPLE = 16
@@ -56,7 +58,7 @@ def check_fp8_layers(language_model: nn.Module) -> None:
     Raises:
         ValueError: layers in plain torch.
     """
-    config, decoder = cast(TransformerConfig, language_model.config), getattr(language_model, "decoder", None)
+    config, decoder = cast("TransformerConfig", language_model.config), getattr(language_model, "decoder", None)
     if config.fp8 is None or decoder is None or not list(decoder.parameters()):
         return
     # The flag by which Megatron has TransformerEngine's layers make their fp8 weights anew.

@@ -20,7 +20,6 @@ from megatron_mimo.decoders.targets import Prepared, Targets
 from megatron_mimo.deferred import Checks
 from megatron_mimo.encode import encoded
 from megatron_mimo.exchange import exchange
-from megatron_mimo.fp8 import check_fp8_rows
 from megatron_mimo.generation.engine import generate
 from megatron_mimo.idle import with_idle
 from megatron_mimo.language import LanguageCall, build_language_model, position_kind
@@ -176,7 +175,6 @@ class MimoModel(MegatronModel):
             padding_mask,
             inference_context,
         )
-        check_fp8_rows(input_ids.numel(), self.config, self.pg_collection.cp.size())
         media = self._check.media(modality_inputs, modality_targets, generation_inputs)
         targets = self.prepare(media.targets)
         start = 0 if inference_context is None else inference_context.sequence_len_offset

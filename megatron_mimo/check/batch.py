@@ -29,6 +29,7 @@ from megatron_mimo.check.tokens import (
 from megatron_mimo.config import MimoModelConfig, generation_table
 from megatron_mimo.decoders.targets import Prepared
 from megatron_mimo.deferred import Checks
+from megatron_mimo.fp8 import check_fp8_rows
 from megatron_mimo.output import MimoOutput
 from megatron_mimo.placement import Placement
 from megatron_mimo.tally import outside_vocabulary, verify_vocabulary
@@ -102,10 +103,11 @@ class BatchCheck:
             packed_seq_params, padding_mask, inference_context: as `MimoModel.forward` takes them, or None.
 
         Raises:
-            TypeError, ValueError: as `check_token_tensors`, `check_loss_mask`, `check_packed`, `check_spans`; a mask,
-                an inference context or packed sequences with mrope under context parallelism.
+            TypeError, ValueError: as `check_token_tensors`, `check_fp8_rows`, `check_loss_mask`, `check_packed`,
+                `check_spans`; a mask, an inference context or packed sequences with mrope under context parallelism.
         """
         check_token_tensors(input_ids, position_ids, attention_mask, labels, loss_mask)
+        check_fp8_rows(input_ids.numel(), self._config.language_config, self._context_parallel)
         if loss_mask is not None and self._last:
             check_loss_mask(loss_mask, self._checks)
         if padding_mask is not None:

@@ -15,6 +15,7 @@ from megatron_mimo.cli.errors import Refused
 from megatron_mimo.cli.models import Opened
 from megatron_mimo.cli.prompts import Prompt, Spoken, prompts_of
 from megatron_mimo.data.sources import Source
+from megatron_mimo.data.written import write_whole
 from megatron_mimo.generation.results import GenerationOutput, MediaPart, TextPart, save
 from megatron_mimo.launch import Run
 
@@ -147,9 +148,7 @@ def _check_asked(output: Path, asked: Mapping[str, Any], run: Run) -> None:
     _barrier(run)
     if run.rank == 0 and before is None:
         output.mkdir(parents=True, exist_ok=True)
-        written = output / f"writing_{ASKED}"
-        written.write_text(json.dumps(asked, indent=2), encoding="utf-8")
-        written.replace(file)
+        write_whole(file, json.dumps(asked, indent=2))
 
 
 def _barrier(run: Run) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_mimo.data.written import write_whole
 from megatron_mimo.training.hooks import Began, Callback
 from megatron_mimo.training.settings import StepReport
 
@@ -94,9 +95,7 @@ class Lines(Logger):
                 continue
             if any(found.get(name) != value for name, value in self._beside.items()) or found["step"] <= run.step:
                 kept.append(line)
-        unfinished = self._file.with_name(f"writing_{self._file.name}")
-        unfinished.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        unfinished.replace(self._file)
+        write_whole(self._file, "".join(f"{line}\n" for line in kept))
 
     def write(self, kind: str, step: int, values: Values) -> None:
         line = json.dumps({**self._beside, "kind": kind, "step": step, **values})
