@@ -17,6 +17,7 @@ from megatron_mimo.compat.notices import Answered
 from megatron_mimo.compat.torch import pretend_world
 from megatron_mimo.draws import seed_draws
 from megatron_mimo.exits import exit_on_error
+from megatron_mimo.hosts import HostGroups
 from megatron_mimo.torchrun import torchrun_number, under_torchrun, world_size
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Run:
         backend: ``"nccl"`` or ``"gloo"``.
         seed: what the random numbers started from.
         groups: Megatron's process groups, to hand to models and optimizers.
+        hosts: groups of the same ranks for what lies on the host; over them nobody waits for a GPU.
         graph_safe_rng: whether CUDA graphs can draw from Megatron's random numbers.
     """
 
@@ -54,6 +56,7 @@ class Run:
     backend: str
     seed: int
     groups: "ProcessGroupCollection"
+    hosts: HostGroups
     graph_safe_rng: bool = False
 
     @property
@@ -347,6 +350,9 @@ def _build_groups(
         seed + 100 * pipeline_rank, use_cudagraphable_rng=graph_safe, force_reset_rng=other_kind
     )
     seed_draws(seed, parallel_state.get_data_parallel_rank())
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    made = backend == "nccl"
+    hosts = HostGroups.made(groups, timedelta(seconds=timeout_s)) if made else HostGroups.of(groups)
     return Run(
         layout=layout,
         rank=dist.get_rank(),
@@ -359,7 +365,8 @@ def _build_groups(
         device=device,
         backend=backend,
         seed=seed,
-        groups=ProcessGroupCollection.use_mpu_process_groups(),
+        groups=groups,
+        hosts=hosts,
         graph_safe_rng=graph_safe_rng,
     )
 

@@ -72,7 +72,7 @@ FAULTS = [
     Fault(
         "counts of a step are those of one rank",
         "training/forward.py",
-        "data_group=host_group(groups.dp) if mimo.post_process and mimo.training else None",
+        "data_group=data_hosts if mimo.post_process and mimo.training else None",
         "data_group=None",
         layout("dp2"),
     ),

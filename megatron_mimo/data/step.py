@@ -6,7 +6,7 @@ count is added up over the data-parallel ranks, because each loss is divided by 
 step. Group by group, a step takes
 
     one all-reduce of the counts over the data-parallel group (readers on the last stage alone),
-    one message with counts and manifests over the tensor-parallel group,
+    one message with counts and manifests over the tensor-parallel group, or a host group of its ranks,
     one broadcast of bytes over the tensor-parallel group for each microbatch, when its turn comes.
 """
 
@@ -101,6 +101,7 @@ def read_step(
     tensor_group: dist.ProcessGroup,
     data_group: dist.ProcessGroup | None,
     device: torch.device,
+    manifest_group: dist.ProcessGroup | None = None,
 ) -> StepBatches:
     """Reads the next `microbatches` batches; every rank of the tensor-parallel group calls it.
 
@@ -113,6 +114,7 @@ def read_step(
         data_group: to add the counts up over, which waits for no GPU where it is a gloo group; None leaves them this
             rank's.
         device: where the batches are wanted.
+        manifest_group: of the same ranks as `tensor_group`, gets counts and manifests; None for that group.
 
     Raises:
         RuntimeError: the data ended within the step.
@@ -133,7 +135,7 @@ def read_step(
         total = _sum_over(counts, data_group, device)
     if tensor_group.size() > 1:
         message = [(total, counts, manifests)]
-        dist.broadcast_object_list(message, group=tensor_group, group_src=0)
+        dist.broadcast_object_list(message, group=manifest_group or tensor_group, group_src=0)
         ((total, counts, manifests),) = message
     return StepBatches(total, deque(counts), deque(manifests), deque(buffers), device, tensor_group)
 

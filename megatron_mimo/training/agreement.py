@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import builtins
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import cast
 
@@ -50,17 +50,22 @@ def error_of(act: Callable[[], object]) -> Exception | None:
 
 
 def agree(error: Exception | None, run: Run) -> None:
-    """Raises the error of any rank on all of them. Collective over all ranks: one all-reduce of one number.
+    """Raises the error of any rank on all of them. Collective over all ranks' hosts: one all-reduce of one number.
 
     Args:
         error: of this rank, None where there is none.
         run: the layout and its process groups.
     """
-    failed = torch.full((), int(error is not None), device=run.device)
-    if run.world_size > 1:
-        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
-    if failed.item():
+    if any(agreed([error is not None], run)):
         raise_together(error)
+
+
+def agreed(flags: Iterable[bool], run: Run) -> list[bool]:
+    """Flags that any rank has set. Collective over the hosts of a run of several ranks: one all-reduce."""
+    told = torch.tensor([int(flag) for flag in flags])
+    if run.world_size > 1:
+        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=run.hosts.world)
+    return [bool(flag) for flag in told.tolist()]
 
 
 def raise_together(error: Exception | None) -> None:
@@ -78,8 +83,8 @@ def agree_on_microbatches(batches: object, error: Exception | None, run: Run, co
     """How many microbatches a step has on this rank, and `(B, S)` of the first, once the ranks agree.
 
     Pipeline stages and context-parallel ranks of one model read for themselves, and each would wait for the others'
-    microbatches. With experts data-parallel ranks wait for each other too. Collective over all ranks: one all-gather
-    of eight numbers, which also tells the ranks of a tensor-parallel group that do not read.
+    microbatches. With experts data-parallel ranks wait for each other too. Collective over all ranks' hosts: one
+    all-gather of eight numbers, which also tells the ranks of a tensor-parallel group that do not read.
 
     Args:
         batches: what this rank has read; not looked at where it does not read.
@@ -106,7 +111,7 @@ def agree_on_microbatches(batches: object, error: Exception | None, run: Run, co
     reader = dist.get_global_rank(run.groups.tp, 0)
     kinds = zlib.crc32(repr(shapes).encode())  # of shapes after the first
     own = [int(error is not None), int(reads), reader, run.data_rank, len(shapes), *first, kinds]
-    told = all_gathered(torch.tensor(own, device=run.device)).tolist()
+    told = all_gathered(torch.tensor(own), run.hosts.world).tolist()
     if any(line[0] for line in told):
         raise_together(error)
     # Of a tensor-parallel group its reader speaks.
@@ -120,7 +125,7 @@ def agree_on_microbatches(batches: object, error: Exception | None, run: Run, co
 def shared(
     losses: Mapping[str, float], norm: float | None, succeeded: bool, counts: Counts, run: Run
 ) -> tuple[dict[str, float], float | None, bool]:
-    """Losses, gradient norm and success as all ranks shall know them. Collective over the model-parallel group.
+    """Losses, gradient norm and success as all ranks shall know them. Collective over the model-parallel hosts.
 
     Args:
         losses: term -> mean, on the last pipeline stage.
@@ -129,18 +134,15 @@ def shared(
         counts: of the whole step; terms that it has nothing of are left out.
         run: the layout and its process groups.
     """
-    groups = run.groups
     kept = {name: mean for name, mean in losses.items() if counts.get(term(name)) != 0}
-    if groups.pp.size() > 1:
-        message = [kept]
-        dist.broadcast_object_list(message, group=groups.pp, group_src=groups.pp.size() - 1)
-        kept = message[0]
-    if groups.mp.size() > 1:
+    group, last = run.hosts.model, run.groups.pp.rank() == run.groups.pp.size() - 1
+    if group.size() > 1:
+        told: list = [None] * group.size()
+        dist.all_gather_object(told, (kept if last else None, norm, bool(succeeded)), group=group)
+        kept = next(each for each, _, _ in told if each is not None)
         # A stage where everything is frozen has no norm and cannot fail.
-        stages: list = [None] * groups.mp.size()
-        dist.all_gather_object(stages, (norm, bool(succeeded)), group=groups.mp)
-        norm = max((one for one, _ in stages if one is not None), default=None)
-        succeeded = all(one for _, one in stages)
+        norm = max((one for _, one, _ in told if one is not None), default=None)
+        succeeded = all(one for _, _, one in told)
     return kept, norm, bool(succeeded)
 
 
@@ -192,12 +194,12 @@ def _refuse(shapes: Sequence[list | None], told: Sequence[Sequence[int]], expert
     )
 
 
-def all_gathered(own: Tensor) -> Tensor:
-    """`[world, n]` of `[n]` on every rank. Collective over all ranks."""
+def all_gathered(own: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """`[world, n]` of `[n]` on every rank. Collective over all ranks: of the device's group, or another of them all."""
     if dist.get_world_size() == 1:
         return own.view(1, -1)
     told = own.new_empty(dist.get_world_size() * own.numel())
-    dist.all_gather_into_tensor(told, own)
+    dist.all_gather_into_tensor(told, own, group=group)
     return told.view(-1, own.numel())
 
 

@@ -6,11 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from megatron_mimo.config import MimoModelConfig
-from megatron_mimo.launch import Run
 from megatron_mimo.training.checkpoints.directories import CheckpointSettings
 from megatron_mimo.training.settings import EarlyStopping
 
@@ -67,14 +63,6 @@ def compared(early: EarlyStopping | None, checkpoints: CheckpointSettings | None
     if checkpoints is not None and checkpoints.keep_best is not None:
         found[KEPT] = Best(checkpoints.keep_best)
     return found
-
-
-def agreed(flags: Iterable[bool], run: Run) -> list[bool]:
-    """Flags that any rank has set. Collective over all ranks of a run of several: one all-reduce."""
-    told = torch.tensor([int(flag) for flag in flags], device=run.device)
-    if run.world_size > 1:
-        dist.all_reduce(told, op=dist.ReduceOp.MAX)
-    return [bool(flag) for flag in told.tolist()]
 
 
 def check_term(option: str, term: str, config: MimoModelConfig, further: Iterable[str] = ()) -> None:

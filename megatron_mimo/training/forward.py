@@ -9,13 +9,13 @@ from functools import partial
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from megatron_mimo.batch import Batch
 from megatron_mimo.data.step import Counts, StepBatches, read_step
 from megatron_mimo.draws import restart_draws
+from megatron_mimo.hosts import HostGroups, data_host_group
 from megatron_mimo.losses import LossTerm
 from megatron_mimo.model import MimoModel
 from megatron_mimo.output import MimoOutput, loss_terms
@@ -50,6 +50,7 @@ class ForwardStep:
         further_losses: added to those of the model.
         sources: gives the names of a blend's sources, of which batches say `sources`; used where batches are read.
         stages: told of reading; None where the loop tells by itself.
+        hosts: for counts and manifests; None for Megatron's host group of the data and its tensor-parallel groups.
 
     Example:
         >>> forward_step = ForwardStep(microbatches=lambda: 4, step=lambda: 0, seed=1234)
@@ -65,8 +66,10 @@ class ForwardStep:
         further_losses: Sequence[FurtherLoss] = (),
         sources: Callable[[], Sequence[str]] = tuple,
         stages: Stages | None = None,
+        hosts: HostGroups | None = None,
     ) -> None:
         self._stages = stages
+        self._hosts = None if hosts is None else (hosts.tensor, hosts.data)
         self._sources = sources
         self._microbatches, self._step, self._seed, self._on_step = microbatches, step, seed, on_step
         self._further = tuple(further_losses)
@@ -179,6 +182,9 @@ class ForwardStep:
 
     def _read(self, iterator: Iterator[Batch] | None, mimo: MimoModel, number: int) -> StepBatches:
         groups = mimo.pg_collection
+        if self._hosts is None:
+            self._hosts = groups.tp, data_host_group(groups.dp)
+        tensor_hosts, data_hosts = self._hosts
         if iterator is not None and self._stages is not None:
             iterator = self._stages.reading(iterator)
         return read_step(
@@ -187,7 +193,8 @@ class ForwardStep:
             keep=partial(part_for, model=mimo),
             count=partial(self._count, mimo=mimo) if mimo.post_process else _nothing,
             tensor_group=groups.tp,
-            data_group=host_group(groups.dp) if mimo.post_process and mimo.training else None,
+            data_group=data_hosts if mimo.post_process and mimo.training else None,
+            manifest_group=tensor_hosts,
             device=next(mimo.parameters()).device,
         )
 
@@ -249,22 +256,6 @@ class ForwardStep:
                     f"loss term {name!r} counted {found.item():g} but {expected:g} were told ahead. A "
                     "decoder's loss_shape (or count), or a further loss's count, must say what its loss sums over."
                 )
-
-
-def host_group(data_group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """The gloo group of the same data-parallel ranks, for what the host has to know before it goes on.
-
-    On NCCL's group it would wait for all that the GPU has queued. The group itself, where Megatron made no host group
-    of these ranks (`--disable-gloo-process-groups`, process groups of one's own) or the group is gloo's already.
-    """
-    if data_group.size() == 1 or dist.get_backend(data_group) == "gloo":
-        return data_group
-    try:
-        host = parallel_state.get_data_parallel_group_gloo()
-    except AssertionError:
-        return data_group
-    same = dist.get_process_group_ranks(host) == dist.get_process_group_ranks(data_group)
-    return host if same else data_group
 
 
 def _nothing(batch: Batch) -> Counts:

@@ -113,8 +113,8 @@ class Reader:
         if groups.pp.rank() == 0:
             if groups.cp.rank() == 0:
                 batches = list(self.source.next_step())
-            batches = self._sent(batches, groups.cp)
-        return cast(Sequence[Batch], self._sent(batches, groups.pp))
+            batches = self._sent(batches, groups.cp, self._run.hosts.context)
+        return cast(Sequence[Batch], self._sent(batches, groups.pp, self._run.hosts.pipeline))
 
     @property
     def reads(self) -> bool:
@@ -122,15 +122,17 @@ class Reader:
         groups = self._run.groups
         return groups.tp.rank() == groups.cp.rank() == groups.pp.rank() == 0
 
-    def _sent(self, batches: Sequence[Batch] | None, group: dist.ProcessGroup) -> Sequence[Batch] | None:
-        """What the group's rank 0 has, on every rank of it: one message and one broadcast of bytes."""
+    def _sent(
+        self, batches: Sequence[Batch] | None, group: dist.ProcessGroup, hosts: dist.ProcessGroup
+    ) -> Sequence[Batch] | None:
+        """What the group's rank 0 has, on every rank of it: one message of the hosts' and one broadcast of bytes."""
         if group.size() == 1:
             return batches
         message: list[Manifest | None] = [None]
         buffer = None
         if group.rank() == 0:
             message[0], buffer = to_bytes(batches)
-        dist.broadcast_object_list(message, group=group, group_src=0)
+        dist.broadcast_object_list(message, group=hosts, group_src=0)
         manifest = cast(Manifest, message[0])
         device = self._run.device
         buffer = torch.empty(manifest.size, dtype=torch.uint8, device=device) if buffer is None else buffer.to(device)
@@ -141,7 +143,7 @@ class Reader:
     def state(self) -> State:
         """How far all data-parallel ranks are. Collective over all ranks."""
         states: list[State | None] = [None] * self._run.world_size
-        dist.all_gather_object(states, self.source.state_dict() if self.reads else None)
+        dist.all_gather_object(states, self.source.state_dict() if self.reads else None, group=self._run.hosts.world)
         return joined_states([state for state in states if state is not None])
 
 

@@ -26,6 +26,7 @@ _TOGETHER_S = 1.0
 # How often the watching thread looks, once a signal has come.
 _LOOK_S = 0.05
 _WAKE = b"\0"  # the number of no signal
+_HOST = torch.device("cpu")
 # Those that watch in this process. Hooks of a fork cannot be taken back: there is one, for all that watch at that time.
 _watching: weakref.WeakSet[StopRequest] = weakref.WeakSet()
 _blocked = threading.local()  # mask: of the signals that a thread that forks did not want before
@@ -58,11 +59,12 @@ class StopRequest:
     with the signal what it would have done before, and tells nobody here of it.
 
     Args:
-        device: where this rank's collectives run.
+        device: where this rank's collectives run, where there is no `group`.
         number: of the signal.
         pace: of the run's steps.
         grace_s: seconds; None for ten times the slowest step so far, and at least 10.
         saving: whether this rank is writing a checkpoint.
+        group: of all ranks' hosts; None for the device's.
 
     Example:
         >>> with StopRequest(torch.device("cpu")) as stop:
@@ -72,14 +74,15 @@ class StopRequest:
 
     def __init__(
         self,
-        device: torch.device,
+        device: torch.device = _HOST,
         number: signal.Signals = signal.SIGTERM,
         *,
         pace: Pace | None = None,
         grace_s: float | None = None,
         saving: Callable[[], bool] = lambda: False,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
-        self._device, self.number = device, number
+        self._device, self.number, self._group = device, number, group
         self._pace, self._grace_s, self._saving = pace or Pace(), grace_s, saving
         self._flag = False
         self._agreed = False
@@ -122,7 +125,7 @@ class StopRequest:
             self._agreed = self._flag
             return self._flag
         flag = torch.tensor(int(self._flag), device=self._device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
         self._agreed = bool(flag.item())
         self._pace.ended()
         return self._agreed

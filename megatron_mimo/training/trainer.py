@@ -31,8 +31,8 @@ from megatron_mimo.modality.marks import check_orthogonalized
 from megatron_mimo.moved import names_of
 from megatron_mimo.pretrained import Source
 from megatron_mimo.training import auxiliary
-from megatron_mimo.training.agreement import agree_on_microbatches, error_of, shared
-from megatron_mimo.training.best import EARLY, KEPT, agreed, check_term, compared
+from megatron_mimo.training.agreement import agree_on_microbatches, agreed, error_of, shared
+from megatron_mimo.training.best import EARLY, KEPT, check_term, compared
 from megatron_mimo.training.checkpointed import Checkpointed
 from megatron_mimo.training.checkpoints.directories import CheckpointSettings, newest_first
 from megatron_mimo.training.checkpoints.trained import Trained
@@ -149,6 +149,7 @@ class Trainer(Checkpointed):
             on_step=self._keep_counts,
             further_losses=further_losses,
             sources=lambda: self._source_names,
+            hosts=run.hosts,
         )
         self._source_names: Sequence[str] = ()
         self._told, self._stages = Told(callbacks), Stages()
@@ -183,11 +184,11 @@ class Trainer(Checkpointed):
                 f"evaluate_every is {self.settings.evaluate_every}, but train() got no evaluation data. Give "
                 "train(data, evaluation), or leave evaluate_every out."
             )
-        settings, history, data = self.settings, History(), self._step_data(data)
+        run, settings, history, data = self.run, self.settings, History(), self._step_data(data)
         history.ended_early = self._patience_is_over()
         shown = settings.progress and self.run.rank == self.run.world_size - 1
         asked = StopRequest(
-            self.run.device, pace=self._pace, grace_s=settings.stop_grace_s, saving=lambda: self._saver.writing
+            group=run.hosts.world, pace=self._pace, grace_s=settings.stop_grace_s, saving=lambda: self._saver.writing
         )
         self._stages.step = self.steps_done
         watch = Watch(self.run, self._stages, self._pace, settings.stall_s)

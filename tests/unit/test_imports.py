@@ -55,6 +55,7 @@ ROOMS = [
     "megatron_model",
     "model",
     "exits",
+    "hosts",
     "torchrun",
     "launch",
     "layout",

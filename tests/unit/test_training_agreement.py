@@ -26,7 +26,8 @@ class Group:
 def run(model_parallel: int = 1, **layout: int) -> SimpleNamespace:
     """One rank that stands for all; only what agreement asks of a `Run`."""
     groups = SimpleNamespace(tp=Group(), pp=Group(), mp=Group(model_parallel))
-    return SimpleNamespace(world_size=1, data_rank=0, device="cpu", groups=groups, layout=Layout(2, **layout))
+    hosts = SimpleNamespace(model=groups.mp)
+    return SimpleNamespace(world_size=1, data_rank=0, groups=groups, hosts=hosts, layout=Layout(2, **layout))
 
 
 def microbatches(*lengths: int) -> list[dict]:
@@ -73,8 +74,8 @@ def test_terms_that_counted_nothing_are_no_losses() -> None:
 )
 def test_a_step_succeeds_where_every_stage_stepped_and_frozen_ones_have_no_norm(stages, expected, monkeypatch) -> None:
     def gather(found: list, own: object, group: object) -> None:
-        assert own == stages[0]
-        found[:] = stages
+        assert own == ({}, *stages[0])
+        found[:] = [({}, *stage) for stage in stages]
 
     monkeypatch.setattr(agreement.dist, "all_gather_object", gather)
     norm, succeeded = stages[0]

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.enums import AttnMaskType
@@ -17,7 +16,6 @@ from megatron_mimo import specs
 from megatron_mimo.launch import Run
 from megatron_mimo.training import Trainer, TrainerSettings
 from megatron_mimo.training.chunks import parameters_gathered
-from megatron_mimo.training.forward import host_group
 from tests.distributed.cases import training
 from tests.distributed.cases.training import PIPELINE, TENSOR, four_samples, model_config
 from tests.distributed.harness import case, relayout, shared_directory
@@ -313,36 +311,3 @@ def multi_token_prediction_trains_on_every_layout_as_on_one_rank(run: Run) -> No
             assert [each.gradient_norm for each in found] == pytest.approx(norms, rel=1e-4), (layout, per_token)
     with pytest.raises(ValueError, match="mtp_num_layers=1 needs the embedded rows on the last pipeline stage"):
         mtp_trainer(relayout(**PIPELINE), True, False)
-
-
-@case(ranks=2)
-def counts_are_added_up_by_the_host_and_not_by_the_device_s_group(run: Run) -> None:
-    """Where the data-parallel group says that it is a GPU's, as it does meanwhile."""
-    ours = trainer(run)
-    real, add = dist.get_backend, dist.all_reduce
-    told = {"data": run.groups.dp}
-    used: list[tuple[dist.ProcessGroup, torch.device]] = []
-
-    def read() -> dict:
-        batches = iter(few_labels(0, run.data_rank, 2))
-        return ours._forward_step._read(batches, ours.models[0], 2).counts
-
-    def added(tensor: torch.Tensor, *given, group: dist.ProcessGroup, **named) -> object:
-        used.append((group, tensor.device))
-        return add(tensor, *given, group=group, **named)
-
-    expected = read()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, "get_backend", lambda group=None: "nccl" if group is told["data"] else real(group))
-        patch.setattr(dist, "all_reduce", added)
-        assert read() == expected
-        ((group, device),) = used
-        assert group is not run.groups.dp and real(group) == "gloo" and device.type == "cpu"
-        assert dist.get_process_group_ranks(group) == dist.get_process_group_ranks(run.groups.dp) == [0, 1]
-        with pytest.MonkeyPatch.context() as without:  # --disable-gloo-process-groups
-            without.setattr(parallel_state, "get_data_parallel_group_gloo", _no_host_group)
-            assert host_group(run.groups.dp) is run.groups.dp
-
-
-def _no_host_group() -> dist.ProcessGroup:
-    raise AssertionError("data parallel group-gloo is not initialized")
