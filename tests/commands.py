@@ -1,6 +1,8 @@
 """What the commands' tests run on: tiny parts, a folder of captioned pictures, and a recipe's changes for them."""
 
+import json
 import wave
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -54,6 +56,45 @@ def caption(directory: Path, *changes: str, steps: int = 6) -> list[str]:
 def command(*words: object, **options) -> warm.Done:
     """`megatron-mimo words` in a process of its own."""
     return warm.python("-m", "megatron_mimo.cli", *words, **options)
+
+
+def whole_way(run: Callable[..., warm.Done], train: list[str], data: Path, where: Path) -> list[str]:
+    """From a folder to an exported model: `train`, `generate`, `evaluate`, and `convert` to Hugging Face, as commands.
+
+    Args:
+        run: runs `megatron-mimo words`, such as `command`.
+        train: words whose run is `where / "run"`.
+        data: that it is asked and scored on.
+        where: a directory, which then has `answers`, `scores` and `hf` too.
+
+    Returns:
+        What it says of each record; what was converted says the same.
+    """
+    short, said = ("--max-new-tokens", 12), {}
+    for words in (
+        train,
+        ["generate", where / "run", data, "--output", where / "answers", *short],
+        ["evaluate", where / "run", data, "--output", where / "scores", *short],
+        ["convert", where / "run", where / "hf"],
+        ["generate", where / "hf", data, "--output", where / "again", *short],
+    ):
+        done = run(*words)
+        assert done.returncode == 0, (words, done.stderr)
+        assert len(done.stderr.splitlines()) < 10, done.stderr  # nothing of weights that are left out on purpose
+        said[words[0]] = done.stdout
+    found, again = (texts(where / name) for name in ("answers", "again"))
+    assert found == again
+    (scores,) = json.loads((where / "scores" / "scores.json").read_text()).values()
+    assert scores["records"] == len(found) and f"{data.name}: records {len(found)}, exact" in said["evaluate"]
+    assert "<html" in (where / "scores" / "samples.html").read_text()
+    return found
+
+
+def texts(answers: Path) -> list[str]:
+    """What the lines of a directory of answers say, in order."""
+    found = [json.loads(line) for line in (answers / "answers.jsonl").read_text().splitlines()]
+    assert [line["index"] for line in found] == list(range(len(found)))
+    return [line["text"] for line in found]
 
 
 @cache

@@ -17,7 +17,7 @@ from megatron_mimo.cli.reading import shipped
 from megatron_mimo.data.media import open_sound
 from megatron_mimo.data.messages import Medium
 from tests import commands, warm
-from tests.commands import any_to_any, command, draw, listen, pictures, say_and_draw, sounds, spoken
+from tests.commands import any_to_any, command, draw, listen, pictures, say_and_draw, sounds, spoken, whole_way
 
 pytestmark = pytest.mark.process
 
@@ -62,27 +62,15 @@ def test_each_recipe_that_ships_has_a_run_of_its_name_in_the_suite() -> None:
 
 def test_listen_learns_texts_of_sounds_and_its_language_model_loads_in_transformers(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    done = command(*listen(run, steps=30))
-    assert done.returncode == 0, done.stderr
-    assert len(done.stderr.splitlines()) < 10  # nothing of weights that are left out on purpose
+    found = whole_way(command, listen(run, steps=30), sounds(), tmp_path)
     text = losses(run, "whole", "text")
     assert text[-1] < text[0] / 3
-    found = answered(run, sounds(), "--max-new-tokens", 12)
-    assert len(found) == 40 and {line["text"] for line in found} <= TEXTS
-    done = command("evaluate", run, sounds(), "--output", tmp_path / "scores", "--max-new-tokens", 12)
-    assert done.returncode == 0 and "sounds: records 40, exact" in done.stdout, done.stderr
-    done = command("convert", run, tmp_path / "hf")
-    assert done.returncode == 0, done.stderr
+    assert len(found) == 40 and set(found) <= TEXTS
     before, after = (
         load_file(one / "language_model" / "model.safetensors") for one in (run / "model", tmp_path / "hf")
     )
     assert all(torch.equal(before[name], after[name]) for name in before)
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf" / "language_model")
-    # What was converted still hears.
-    done = command("generate", tmp_path / "hf", sounds(), "--output", tmp_path / "again", "--max-new-tokens", 12)
-    assert done.returncode == 0, done.stderr
-    again = [json.loads(line)["text"] for line in (tmp_path / "again" / "answers.jsonl").read_text().splitlines()]
-    assert again == [line["text"] for line in found]
 
 
 def drawn(model: Path, data: Path) -> list[tuple[int, Path]]:

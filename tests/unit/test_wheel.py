@@ -1,15 +1,21 @@
 """The wheel: what it holds is enough to train a recipe where the checkout is not."""
 
+import contextlib
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests import commands, warm
 from tests.distributed.cases.pretrain import SIZES, TRAINING
 
 ROOT = Path(__file__).parents[2]
@@ -27,11 +33,21 @@ pretrain(any_to_any_small)
 """
 
 
-def run(*command: object, cwd: Path) -> str:
-    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+def outside() -> dict[str, str]:
+    """This process's environment without what leads to the checkout."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+
+
+def process(*command: object, cwd: Path) -> warm.Done:
+    """How a command ended, in a cold process that has nothing of this one."""
     done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, env=outside, capture_output=True, text=True, timeout=900
+        [str(part) for part in command], cwd=cwd, env=outside(), capture_output=True, text=True, timeout=900
     )
+    return warm.Done(done.returncode, done.stdout, done.stderr)
+
+
+def run(*command: object, cwd: Path) -> str:
+    done = process(*command, cwd=cwd)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
@@ -126,3 +142,99 @@ def test_the_extras_hf_data_and_energon_install_together_and_read_data(tmp_path)
         shutil.copy(ROOT / "tests" / name, tmp_path / "tests" / name)
     said = run(python, "-m", "pytest", "-q", "tests/unit/test_data_energon.py", cwd=tmp_path)
     assert re.search(r"\d+ passed", said) and "skipped" not in said
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """The programs of an environment with nothing but pip, into which the wheel and the README's extras went."""
+    where = tmp_path_factory.mktemp("installed")
+    (extras,) = set(re.findall(r"pip install '\.\[(.*?)\]'", ROOT.joinpath("README.md").read_text()))
+    run(sys.executable, "-m", "venv", where / "env", cwd=where)
+    programs = where / "env" / "bin"
+    constraints = ["--constraint", ROOT / "constraints.txt"]
+    run(programs / "python", "-m", "pip", "install", f"{build(where)}[{extras}]", *constraints, cwd=where)
+    run(programs / "python", "-m", "pip", "check", cwd=where)
+    home = run(programs / "python", "-c", "import megatron_mimo; print(megatron_mimo.__file__)", cwd=where)
+    assert Path(home.strip()).is_relative_to(where / "env")
+    return programs
+
+
+def killed(*command: object, cwd: Path, when: Callable[[], bool]) -> None:
+    """Sends `command` SIGKILL as soon as `when` says so, which it does before its end."""
+    with open(cwd / "killed.txt", "w+") as said:
+        started = subprocess.Popen(
+            [str(part) for part in command], cwd=cwd, env=outside(), stdout=subprocess.DEVNULL, stderr=said
+        )
+        try:
+            ended = time.monotonic() + 600
+            while not when() and started.poll() is None and time.monotonic() < ended:
+                time.sleep(0.005)
+        finally:
+            started.kill()
+        assert started.wait() == -9, (cwd / "killed.txt").read_text()
+
+
+def lines(file: Path) -> list[dict]:
+    """The whole lines of a file; a process that was killed may have left half of one."""
+    found = []
+    for line in file.read_text().splitlines() if file.exists() else ():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
+def steps(directory: Path) -> Counter:
+    """How often each step stands in a run's log."""
+    return Counter((one["stage"], one["step"]) for one in lines(directory / "log.jsonl") if one["kind"] == "train")
+
+
+LOADS = """
+import sys
+import transformers
+
+kind, directory = sys.argv[1:]
+model, told = getattr(transformers, kind).from_pretrained(directory, output_loading_info=True)
+assert not told["missing_keys"] and not told["unexpected_keys"], told
+print(type(model).__name__, sum(one.numel() for one in model.parameters()))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("words", "data", "loaded"),
+    [
+        (commands.caption, commands.pictures, ("LlavaForConditionalGeneration", "hf")),
+        (commands.listen, commands.sounds, ("AutoModelForCausalLM", "hf/language_model")),
+    ],
+    ids=["pictures", "sounds"],
+)
+def test_an_installation_from_nothing_goes_from_a_folder_to_an_exported_model_and_on_after_kill_9(
+    words: Callable[..., list[str]], data: Callable[[], Path], loaded: tuple[str, str], installed: Path, tmp_path: Path
+) -> None:
+    """Where nothing is but the wheel, what it needs, and the folder."""
+    folder, directory = Path(shutil.copytree(data(), tmp_path / data().name)), tmp_path / "run"
+    changes = ["stages.1.decay=constant", "checkpoints.every=5", f"data={folder.name}"]
+    train = words(directory, *changes, steps=40)
+    program = installed / "megatron-mimo"
+    killed(program, *train, cwd=tmp_path, when=lambda: ("whole", 12) in steps(directory))
+    assert not (directory / "model").exists()
+
+    found = commands.whole_way(lambda *words: process(program, *words, cwd=tmp_path), train, folder, tmp_path)
+    assert steps(directory) == Counter([*(("projector", n) for n in (1, 2)), *(("whole", n) for n in range(1, 41))])
+    learned = [one["text"] for one in lines(directory / "log.jsonl") if one["kind"] == "train"]
+    assert learned[-1] < learned[0] / 3
+    right = [file.read_text() for file in sorted(folder.glob("*.txt"))]
+    assert len(found) == len(right) and set(found) <= set(right)
+
+    asking = ["generate", directory, folder, "--output", tmp_path / "broken", "--max-new-tokens", 12, "--batch-size", 1]
+    parts = tmp_path / "broken" / "parts"
+    killed(program, *asking, cwd=tmp_path, when=lambda: any(file.stat().st_size for file in parts.glob("*.jsonl")))
+    assert not (tmp_path / "broken" / "answers.jsonl").exists()
+    run(program, *asking, cwd=tmp_path)
+    assert commands.texts(tmp_path / "broken") == found
+    told = [line["index"] for part in parts.iterdir() for line in lines(part)]
+    assert sorted(told) == list(range(len(right)))
+
+    kind, place = loaded
+    assert int(run(installed / "python", "-c", LOADS, kind, place, cwd=tmp_path).split()[1]) > 0
