@@ -23,6 +23,7 @@ from megatron_mimo.hf.saving import processor_of, save
 from megatron_mimo.hf.source import OWN, resolve
 from megatron_mimo.hf.writing import MAX_SHARD_BYTES
 from megatron_mimo.launch import Run, current_run
+from megatron_mimo.layout import check_layout
 from megatron_mimo.model import MimoModel
 from megatron_mimo.specs import Backend
 
@@ -306,7 +307,12 @@ def _sizes(run: Run) -> dict[str, int | None]:
 
 
 def _build(config: MimoModelConfig, run: Run) -> list[MimoModel]:
-    """This rank's model chunks in evaluation mode, on its device, in the language model's dtype."""
+    """This rank's model chunks in evaluation mode, on its device, in the language model's dtype.
+
+    Raises:
+        ValueError: a layout that it cannot run on.
+    """
+    check_layout(run.layout, config)
     virtual, stages = run.layout.virtual_pipeline_model_parallel_size, run.layout.pipeline_model_parallel_size
     chunks = []
     for vp_stage in (None,) if virtual is None else range(virtual):

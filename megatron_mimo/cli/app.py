@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megatron_mimo.cli.errors import STOPPED, Refused, told
-from megatron_mimo.cli.ranks import check_devices, end_with_starter, run_ranks, under_torchrun
+from megatron_mimo.cli.ranks import check_processes, end_with_starter, run_ranks, started_here, under_torchrun
 from megatron_mimo.cli.reading import read_recipe, shipped, written
 from megatron_mimo.compat.notices import Answered
 
 if TYPE_CHECKING:
+    from megatron_mimo.cli.models import Place
     from megatron_mimo.cli.recipe import Layout, Recipe
     from megatron_mimo.launch import Run
 
@@ -86,6 +87,7 @@ def train(
             settings_of(found.megatron)
             print(written(found), end="")
             return
+        check_processes(found.layout, nproc)
         if not under_torchrun():
             check(found, nproc)
             if nproc > 1:
@@ -102,46 +104,37 @@ def train(
                 print(found.directory / MODEL)
 
 
-def check(recipe: Recipe, processes: int, *, layout: bool = True) -> None:
+def check(recipe: Recipe, processes: int | None) -> None:
     """Refuses what can be refused before any rank is started.
 
+    Args:
+        recipe: that is asked for.
+        processes: that will train it; None where its data is looked at alone.
+
     Raises:
-        Refused: a layout for other processes or GPUs, settings that Megatron does not have, a recipe that the
-            directory's run did not have.
-        FileNotFoundError, ValueError: data or a model that is not there.
+        Refused: settings that Megatron does not have, a recipe that the directory's run did not have.
+        FileNotFoundError, ValueError: data or a model that is not there, a layout that does not share them out.
     """
     from megatron_mimo.cli.building import names_of
+    from megatron_mimo.cli.fitting import check_fits
     from megatron_mimo.cli.judges import found_judge
     from megatron_mimo.cli.kept import check_kept
     from megatron_mimo.cli.settings import settings_of
-    from megatron_mimo.cli.training import opened
+    from megatron_mimo.cli.training import opened, pack_shape
     from megatron_mimo.hf.source import resolve
 
-    settings_of(recipe.megatron)
+    settings = settings_of(recipe.megatron)
+    pack_shape(recipe)
     if recipe.evaluation.judge is not None:
         found_judge(recipe.evaluation.judge)
-    if layout:
-        check_processes(recipe.layout, processes)
+    if processes is not None:
         check_kept(recipe)
     for source in recipe.sources():
         opened(source)
     for name in names_of(recipe.model):
         resolve(name)
-
-
-def check_processes(layout: Layout, processes: int) -> None:
-    """Refuses a layout that so many processes on this host cannot have.
-
-    Raises:
-        Refused: naming both.
-    """
-    check_devices(processes)
-    whole = layout.tensor * layout.pipeline * layout.context
-    if processes % whole:
-        raise Refused(
-            f"layout: tensor {layout.tensor} x pipeline {layout.pipeline} x context {layout.context} takes a multiple "
-            f"of {whole} processes, found {processes}; give --nproc {whole}, or lower one of the three"
-        )
+    if processes is not None:
+        check_fits(recipe.model, recipe.layout, processes, settings)
 
 
 ModelName = Annotated[str, typer.Argument(help="A directory, a name on the hub, a run's directory or its checkpoint.")]
@@ -158,17 +151,21 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; b
 
 
 @contextmanager
-def ranks(nproc: int, tensor: int, pipeline: int, dtype: str | None = None) -> Iterator[Run]:
-    """Within it, a run is in progress on so many ranks, which are started first where that is to be done."""
+def ranks(place: Place, nproc: int, tensor: int, pipeline: int, dtype: str | None = None) -> Iterator[Run]:
+    """Within it, a run is in progress on ranks for a model, which are started first where that is to be done."""
+    from megatron_mimo.cli.fitting import check_fits, check_run_fits
+    from megatron_mimo.cli.models import model_of
     from megatron_mimo.cli.recipe import Layout
 
     check_dtype(dtype)
     layout = Layout(tensor=tensor, pipeline=pipeline)
-    if not under_torchrun():
-        check_processes(layout, nproc)
-        if nproc > 1:
-            sys.exit(run_ranks(nproc, sys.argv[1:]))
+    check_processes(layout, nproc)
+    if not under_torchrun() and nproc > 1:
+        check_fits(model_of(place), layout, nproc)
+        sys.exit(run_ranks(nproc, sys.argv[1:]))
     with running(layout) as run:
+        if run.world_size > 1 and not started_here():
+            check_run_fits(model_of(place), run)
         yield run
 
 
@@ -201,7 +198,7 @@ def generate(
 
         place = find(model, ema=ema)
         source = open_source(data, columns=columns)  # type: ignore[arg-type]  # which it checks
-        with ranks(nproc, tensor, pipeline, dtype) as run:
+        with ranks(place, nproc, tensor, pipeline, dtype) as run:
             asked = {
                 "model": str(place.directory.resolve()), "ema": place.ema, "max_new_tokens": max_new_tokens,
                 "temperature": temperature, "top_p": top_p, "seed": seed,
@@ -249,7 +246,7 @@ def evaluate(
         given = judge or place.judge
         if given is not None:
             found_judge(given)  # before any rank is started
-        with ranks(nproc, tensor, pipeline, dtype) as run:
+        with ranks(place, nproc, tensor, pipeline, dtype) as run:
             directory = str(place.directory.resolve())
             asked = {"model": directory, "ema": place.ema, "max_new_tokens": max_new_tokens, "seed": 0}
             made = None if given is None else Judge(given)
@@ -284,7 +281,7 @@ def convert(
         if to not in FORMS:
             raise Refused(f"--to: expected one of {list(FORMS)}, found {to!r}")
         place = find(model, ema=ema)
-        with ranks(nproc, tensor, pipeline, dtype) as run:
+        with ranks(place, nproc, tensor, pipeline, dtype) as run:
             write(place, target, to, run, dtype)
             if run.rank == 0:
                 print(target)
@@ -327,7 +324,7 @@ def inspect(
             recompute, distributed_optimizer, example,
         )  # fmt: skip
         place = find(model)
-        for line in lines_of(sizes_of(place), place, step):
+        for line in list(lines_of(sizes_of(place), place, step)):  # all of them, or the one that says what is wrong
             print(line)
 
 
@@ -359,7 +356,7 @@ def show(
         from megatron_mimo.cli.looking import show_packs
 
         found = read_recipe(recipe, changes or ())
-        check(found, 1, layout=False)
+        check(found, None)
         with running(None, found.seed):
             print(show_packs(found, stage, output, packs))
 
@@ -371,7 +368,7 @@ def prepare(recipe: RecipeFile, changes: Changes = None, debug: Debug = False) -
         from megatron_mimo.cli.looking import measured
 
         found = read_recipe(recipe, changes or ())
-        check(found, 1, layout=False)
+        check(found, None)
         with running(None, found.seed):
             for line in measured(found):
                 print(line)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megatron_mimo.cli.errors import Refused
 from megatron_mimo.cli.models import RECIPE, SOURCE, Place, read_model
+from megatron_mimo.data.written import write_whole
 from megatron_mimo.launch import Run
 from megatron_mimo.pretrained import save_pretrained
 from megatron_mimo.training.checkpoints.safetensors import export_weights
@@ -34,6 +35,9 @@ def convert(place: Place, target: Path, form: str, run: Run, dtype: str | None =
     """
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise Refused(f"{target}: expected nothing there, found something; name another target, or remove it")
+    if run.rank == 0:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    _barrier(run)
     if form == "safetensors" and place.checkpoint and dtype is None:
         if run.rank == 0:
             export_weights(place.directory, target, ema=place.ema)
@@ -46,7 +50,7 @@ def convert(place: Place, target: Path, form: str, run: Run, dtype: str | None =
         # Tensors that are only carried along have their own dtype otherwise.
         save_pretrained(models, target, dtype=None if dtype is None else getattr(torch, dtype))
         if run.rank == 0 and place.model is not None and (recipe := _recipe_of(place)) is not None:
-            (target / RECIPE).write_text(recipe, encoding="utf-8")
+            write_whole(target / RECIPE, recipe)
         _barrier(run)
         return
     if form == "megatron":

@@ -17,8 +17,7 @@ from megatron_mimo.batch import Batch
 from megatron_mimo.cli.building import model_config
 from megatron_mimo.cli.errors import Refused
 from megatron_mimo.cli.laying_out import processor_of
-from megatron_mimo.cli.models import Place
-from megatron_mimo.cli.recipe import Model
+from megatron_mimo.cli.models import Place, model_of
 from megatron_mimo.cli.settings import Settings
 from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.data import PackedData, PackShape, ReadingOptions, Records, SampleProcessor, Source, open_source
@@ -120,9 +119,7 @@ def operations(place: Place, step: Step) -> Mapping[str, float]:
 
 
 def _config(place: Place, step: Step) -> MimoModelConfig:
-    model = place.model if place.checkpoint and place.source is None else None
-    model = model or Model(source=place.source or str(place.directory))
-    model = model.model_copy(update={"dtype": step.dtype, "backend": "torch"})
+    model = model_of(place).model_copy(update={"dtype": step.dtype, "backend": "torch"})
     return model_config(model, Settings(transformer=step.transformer), sequence_parallel=step.sequence_parallel)
 
 
@@ -133,7 +130,11 @@ def _batch(place: Place, config: MimoModelConfig, step: Step) -> Batch:
     multiple = sequence_multiple(context_parallel=step.context, sequence_parallel=splits)
     source = open_source(step.data_path) if step.data_path is not None else _made_up(process)
     options = ReadingOptions(shuffle=False)
-    data = PackedData([source], process, PackShape(step.length, multiple), options=options, samples=len(source))
+    try:
+        shape = PackShape(step.length, multiple)
+    except ValueError as error:
+        raise Refused(f"--length: {str(error).removeprefix('PackShape: ')}") from error
+    data = PackedData([source], process, shape, options=options, samples=len(source))
     try:
         pack = next(data, None)
     finally:

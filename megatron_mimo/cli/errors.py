@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from threading import current_thread, main_thread
 from types import FrameType, TracebackType
 
-#: Exit statuses: what was asked for cannot be done; it was begun and failed; SIGTERM and Ctrl-C, as shells have them.
-REFUSED, FAILED, STOPPED, INTERRUPTED = 2, 1, 143, 130
+#: Exit statuses: what was asked for cannot be done; it was begun and failed; SIGTERM, Ctrl-C and nobody who reads what
+#: is printed, as shells have them.
+REFUSED, FAILED, STOPPED, INTERRUPTED, UNREAD = 2, 1, 143, 130, 141
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-# How long other ranks go on, so that the first one can say what all of them found.
+# How long other ranks wait, so that the first one can say what all of them found, and the job ends.
 _FIRST_RANK_S = 1.0
 
 
@@ -39,10 +40,15 @@ def told(debug: bool) -> Iterator[None]:
     with _interruptions() as interrupted:
         try:
             yield
+            sys.stdout.flush()  # what is printed is written too before the command is done
         except (SystemExit, GeneratorExit):
             raise
         except BaseException as error:
+            if _nobody_reads():
+                _end(UNREAD)
             ended_by = KeyboardInterrupt() if interrupted and not debug else error
+            if _is_another_rank():
+                time.sleep(_FIRST_RANK_S)
             _say(ended_by, debug)
             _end(_status(ended_by))
 
@@ -81,11 +87,27 @@ def _end(status: int) -> None:
     """Ends the process; on a rank of several without waiting for its peers, who may wait for it."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         sys.exit(status)
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(_FIRST_RANK_S)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def _is_another_rank() -> bool:
+    """Whether this is a rank of several, and not the first."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0"
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader has gone, such as `head`.
+
+    What cannot be written is let go of, or Python would meet it again at its end.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return error.errno == errno.EPIPE
+    return False
 
 
 def disk_is_full(error: BaseException) -> bool:

@@ -6,22 +6,22 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_mimo.cli.building import names_of
+from megatron_mimo.cli.building import ENCODER, names_of
 from megatron_mimo.cli.counting import Step, footprints, operations
-from megatron_mimo.cli.models import Place
+from megatron_mimo.cli.models import Place, model_of
 from megatron_mimo.hf import own
 from megatron_mimo.hf.assembly import saved_parts
-from megatron_mimo.hf.blueprint import Part, read_source
+from megatron_mimo.hf.blueprint import TOWERS, Part, read_source, read_tower
 from megatron_mimo.hf.files import read_header
+from megatron_mimo.hf.shares import tensor_sizes
 from megatron_mimo.hf.source import OWN, resolve
 from megatron_mimo.training.checkpoints.directories import found_at
 from megatron_mimo.training.checkpoints.inert import check_inert, description_of
-
-_LARGEST = 64
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,12 @@ class Sizes:
     Args:
         parameters: part -> how many.
         language: the language model's configuration, of transformers.
+        towers: those of encoders whose layers tensor-parallel ranks share out too.
     """
 
     parameters: Mapping[str, int]
     language: Any
+    towers: tuple[Any, ...] = ()
 
     @property
     def total(self) -> int:
@@ -42,14 +44,14 @@ class Sizes:
         return sum(self.parameters.values())
 
     def tensor_sizes(self) -> list[int]:
-        """Tensor-parallel sizes that share out heads, groups of keys and the feed-forward layer alike."""
-        heads = self.language.num_attention_heads
-        groups = getattr(self.language, "num_key_value_heads", None) or heads
-        return _divisors(math.gcd(heads, groups, self.language.intermediate_size))
+        """Tensor-parallel sizes that share out the layers of the language model and of each tower."""
+        fit = [_tensor_sizes(config) for config in (self.language, *self.towers)]
+        return [size for size in fit[0] if all(size in sizes for sizes in fit)]
 
     def pipeline_sizes(self) -> list[int]:
         """Pipeline stages that have equally many layers."""
-        return _divisors(self.language.num_hidden_layers)
+        layers = self.language.num_hidden_layers
+        return [size for size in range(1, layers + 1) if layers % size == 0]
 
 
 def sizes_of(place: Place) -> Sizes:
@@ -62,7 +64,7 @@ def sizes_of(place: Place) -> Sizes:
         FileNotFoundError, ValueError: files that are not there or not whole.
     """
     if place.checkpoint:
-        return Sizes(_of_checkpoint(place), _language(_parts(place)))
+        return _sizes(_of_checkpoint(place), _parts(place))
     parts = _parts(place)
     counted: Counter[str] = Counter()
     for part in parts:
@@ -70,7 +72,7 @@ def sizes_of(place: Place) -> Sizes:
     file = place.directory / own.FILE
     for name, stored in read_header(file).items() if file.is_file() else ():
         counted[_part_of(name)] += math.prod(stored.shape)
-    return Sizes({part: count for part, count in counted.items() if count}, _language(parts))
+    return _sizes({part: count for part, count in counted.items() if count}, parts)
 
 
 def told(sizes: Sizes, place: Place, step: Step) -> Iterator[str]:
@@ -92,7 +94,7 @@ def told(sizes: Sizes, place: Place, step: Step) -> Iterator[str]:
         ("tensor", step.tensor, sizes.tensor_sizes()), ("pipeline", step.pipeline, sizes.pipeline_sizes())
     ):  # fmt: skip
         if size not in fit:
-            raise ValueError(f"--{name} {size}: expected one of {fit}, which share out the language model alike")
+            raise ValueError(f"--{name} {size}: expected one of {fit}, which share the model out; lower it to one")
     for part, count in sizes.parameters.items():
         yield f"{part}: {count:,} parameters{' (frozen)' if part in step.frozen else ''}"
     yield f"in all: {sizes.total:,} parameters"
@@ -128,21 +130,31 @@ def _of_checkpoint(place: Place) -> dict[str, int]:
 
 
 def _parts(place: Place) -> tuple[Part, ...]:
-    directory = place.directory
-    if place.checkpoint:
-        assert place.source is not None or place.model is not None  # as `find` sees to
-        directory = resolve(place.source or names_of(place.model)[0])  # type: ignore[arg-type]
+    if not place.checkpoint:
+        return _read(place.directory)
+    model = model_of(place)
+    towers = [
+        read_tower(resolve(one.reads.name), f"{name}/encoders/{ENCODER}", None, "all")
+        for name, one in model.modalities.items()
+        if one.reads is not None and not one.reads.as_it_is
+    ]
+    return (*_read(resolve(names_of(model)[0])), *towers)
+
+
+def _read(directory: Path) -> tuple[Part, ...]:
     return saved_parts(directory).parts if (directory / OWN).is_file() else tuple(read_source(directory))
 
 
-def _language(parts: tuple[Part, ...]) -> Any:
-    return next(part.config for part in parts if part.path == "language_model")
+def _sizes(parameters: Mapping[str, int], parts: tuple[Part, ...]) -> Sizes:
+    language = next(part.config for part in parts if part.path == "language_model")
+    return Sizes(parameters, language, tuple(part.config for part in parts if part.model_type in TOWERS))
+
+
+def _tensor_sizes(config: Any) -> list[int]:
+    heads = config.num_attention_heads
+    return tensor_sizes(heads, getattr(config, "num_key_value_heads", None) or heads, config.intermediate_size)
 
 
 def _part_of(name: str) -> str:
     words = name.split(".")
     return "/".join(words[1:4]) if words[0] == "modality_submodules" else words[0]
-
-
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, min(number, _LARGEST) + 1) if number % size == 0]

@@ -11,8 +11,8 @@ from megatron_mimo.cli.laying_out import processor_of
 from megatron_mimo.cli.nearest import unknown
 from megatron_mimo.cli.recipe import Recipe
 from megatron_mimo.cli.settings import Settings
-from megatron_mimo.cli.training import opened, packs_of
-from megatron_mimo.data import PackShape, SampleProcessor, show
+from megatron_mimo.cli.training import opened, pack_shape, packs_of
+from megatron_mimo.data import SampleProcessor, show
 from megatron_mimo.data import prepare as measure
 
 
@@ -33,6 +33,7 @@ def show_packs(recipe: Recipe, stage: str | None, output: Path, packs: int) -> P
         raise Refused(f"--stage: {unknown('stage', stage, stages)}")
     chosen = recipe.stages[0] if stage is None else stages[stage]
     data = packs_of(recipe, recipe.data_of(chosen), _process(recipe), None)
+    output.parent.mkdir(parents=True, exist_ok=True)
     try:
         return show(data, output, packs=packs)
     finally:
@@ -45,7 +46,7 @@ def measured(recipe: Recipe) -> Iterator[str]:
     Lengths are kept beside each source, as `megatron_mimo.data.prepare` does.
     """
     process = _process(recipe)
-    shape = PackShape(recipe.packing.length, budget=recipe.packing.budget, buffer=recipe.packing.buffer)
+    shape = pack_shape(recipe)
     for path, source in {str(source.path): source for source in recipe.sources()}.items():
         lengths = measure(opened(source), process, workers=recipe.processor.workers)
         expected = lengths.expected(shape)

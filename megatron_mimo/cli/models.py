@@ -18,6 +18,7 @@ from megatron_mimo.data import SampleProcessor
 from megatron_mimo.hf.files import INDEX, SINGLE
 from megatron_mimo.hf.source import OWN, resolve
 from megatron_mimo.launch import Run
+from megatron_mimo.layout import check_layout
 from megatron_mimo.model import MimoModel
 from megatron_mimo.pretrained import from_pretrained
 from megatron_mimo.training.checkpoints.directories import found_at, is_complete
@@ -31,6 +32,8 @@ from megatron_mimo.training.parts.control import TrainingControl
 RECIPE, MODEL, MODEL_EMA = "recipe.yaml", "model", "model-ema"
 #: Of a checkpoint that `convert` wrote: the directory or name that the model's configuration is read from.
 SOURCE = "source.txt"
+# What a model's directory has, whole or not, and a run's has not.
+_OF_MODEL = (OWN, SINGLE, INDEX, "config.json")
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def _found(given: str) -> Place:
                 recipe = read_recipe(str(above / RECIPE))
                 return Place(path, recipe.model, True, recipe.processor.template, judge=recipe.evaluation.judge)
         raise Refused(f"{given}: expected a checkpoint that a recipe trained, found no {RECIPE} in it")
-    if (path / RECIPE).is_file() and not any((path / name).is_file() for name in (OWN, SINGLE, INDEX)):
+    if (path / RECIPE).is_file() and not any((path / name).is_file() for name in _OF_MODEL):
         if not (path / MODEL).is_dir():
             raise Refused(f"{given}: its run is not done; finish it with train, or name a checkpoint in {path}/stages")
         path = path / MODEL
@@ -127,6 +130,14 @@ def _found(given: str) -> Place:
         return Place(directory, None, False)
     recipe = read_recipe(str(directory / RECIPE))
     return Place(directory, recipe.model, False, recipe.processor.template, judge=recipe.evaluation.judge)
+
+
+def model_of(place: Place) -> Model:
+    """The model of a place as a recipe has it: of a checkpoint as it was trained, else what lies in the directory."""
+    if place.checkpoint and place.source is None:
+        assert place.model is not None  # as `find` sees to
+        return place.model
+    return Model(source=place.source or str(place.directory))
 
 
 def open_model(place: Place, run: Run, dtype: str | None = None) -> Opened:
@@ -150,11 +161,11 @@ def read_model(place: Place, run: Run, dtype: str | None = None) -> list[MimoMod
     if not place.checkpoint:
         made = from_pretrained(place.directory, dtype=None if dtype is None else getattr(torch, dtype))
         return made if isinstance(made, list) else [made]
-    model = place.model if place.source is None else Model(source=place.source)
-    assert model is not None  # as `find` sees to
+    model = model_of(place)
     if dtype is not None:
         model = model.model_copy(update={"dtype": dtype})
     config = model_config(model, Settings())
+    check_layout(run.layout, config)
     models = build_chunks(config, run, TrainingControl())
     report = load_parts(place.directory, models, None, ema=place.ema)
     if report.initialised:

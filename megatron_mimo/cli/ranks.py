@@ -9,8 +9,13 @@ import signal
 import sys
 import uuid
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from megatron_mimo.cli.errors import INTERRUPTED, STOPPED, Refused
+from megatron_mimo.torchrun import torchrun_number
+
+if TYPE_CHECKING:
+    from megatron_mimo.cli.recipe import Layout
 
 _STARTED = "MEGATRON_MIMO_STARTED_BY"
 
@@ -20,18 +25,41 @@ def under_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def check_devices(processes: int) -> None:
-    """Refuses more processes than there are GPUs, where there are any.
+def started_here() -> bool:
+    """Whether `run_ranks` started this process, whose words had been checked then."""
+    return _STARTED in os.environ
+
+
+def check_processes(layout: Layout, processes: int) -> None:
+    """Refuses a layout that so many processes cannot have, and more of them on this host than it has GPUs.
+
+    Args:
+        layout: of a recipe, or asked for.
+        processes: to be started on this host; under torchrun what it has started counts in their place.
 
     Raises:
         Refused: naming both numbers.
     """
+    option, here = "--nproc", processes
+    if under_torchrun():
+        option, here = "--nproc-per-node", torchrun_number("LOCAL_WORLD_SIZE", 1, 1)
+        processes = torchrun_number("WORLD_SIZE", 1, 1)
+    _check_devices(option, here)
+    whole = layout.tensor * layout.pipeline * layout.context
+    if processes % whole:
+        raise Refused(
+            f"layout: tensor {layout.tensor} x pipeline {layout.pipeline} x context {layout.context} takes a multiple "
+            f"of {whole} processes, found {processes}; give {option} {whole}, or lower one of the three"
+        )
+
+
+def _check_devices(option: str, processes: int) -> None:
     import torch
 
     if torch.cuda.is_available() and processes > torch.cuda.device_count():
         raise Refused(
-            f"--nproc {processes}: expected at most one process a GPU, found {torch.cuda.device_count()} GPUs here; "
-            "lower --nproc and the recipe's layout"
+            f"{option} {processes}: expected at most one process a GPU, found {torch.cuda.device_count()} GPUs here; "
+            f"lower {option} and the layout"
         )
 
 
@@ -73,7 +101,7 @@ def run_ranks(processes: int, arguments: Sequence[str]) -> int:
 
 def end_with_starter() -> None:
     """On a rank that `run_ranks` started: the kernel kills it when its starter is gone (PR_SET_PDEATHSIG, prctl(2))."""
-    if _STARTED not in os.environ:
+    if not started_here():
         return
     ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))
     if os.getppid() != int(os.environ[_STARTED]):  # it went in the meantime

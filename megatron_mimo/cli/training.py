@@ -28,6 +28,7 @@ from megatron_mimo.data import PackedData, PackShape, ReadingOptions, SampleProc
 from megatron_mimo.data.sources import Source as OpenSource
 from megatron_mimo.data.written import write_whole
 from megatron_mimo.launch import Run
+from megatron_mimo.layout import check_layout
 from megatron_mimo.pretrained import save_pretrained
 from megatron_mimo.sharding import sequence_multiple
 from megatron_mimo.training import (
@@ -145,14 +146,11 @@ def packs_of(
         run: whose data-parallel rank reads; None for one that reads all.
         shuffle: whether it is to train on, in a drawn order; otherwise to evaluate on.
     """
-    layout = recipe.layout
-    splits = layout.tensor if layout.sequence_parallel else 1
-    multiple = sequence_multiple(context_parallel=layout.context, sequence_parallel=splits)
     weights = [source.weight for source in sources if source.weight is not None]
     return PackedData(
         [parts_of(recipe, source)[0 if shuffle else 1] for source in sources],
         process,
-        PackShape(recipe.packing.length, multiple, recipe.packing.budget, recipe.packing.buffer),
+        pack_shape(recipe),
         weights=weights or None,
         rank=0 if run is None else run.data_rank,
         size=1 if run is None else run.layout.data_parallel_size,
@@ -164,6 +162,21 @@ def packs_of(
             shuffle=shuffle,
         ),
     )
+
+
+def pack_shape(recipe: Recipe) -> PackShape:
+    """Of the packs that a recipe trains on.
+
+    Raises:
+        Refused: a length that its layout does not share out.
+    """
+    layout, packing = recipe.layout, recipe.packing
+    splits = layout.tensor if layout.sequence_parallel else 1
+    multiple = sequence_multiple(context_parallel=layout.context, sequence_parallel=splits)
+    try:
+        return PackShape(packing.length, multiple, packing.budget, packing.buffer)
+    except ValueError as error:
+        raise Refused(f"packing.length: {str(error).removeprefix('PackShape: ')}") from error
 
 
 def parts_of(recipe: Recipe, source: Source) -> tuple[OpenSource, OpenSource]:
@@ -194,6 +207,7 @@ def _prepared(recipe: Recipe, run: Run) -> Prepared:
         config = model_config(recipe.model, settings, sequence_parallel=recipe.layout.sequence_parallel)
         for stage in recipe.stages:
             frozen_parts(config, stage.trains, f"stages.{stage.name}.trains")
+        check_layout(run.layout, config)
         process = processor_of(config, recipe.model, recipe.processor.template)
         made.append(Prepared(recipe, run, settings, config, process))
 

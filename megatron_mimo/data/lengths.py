@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from megatron_mimo.data.messages import SampleError, conversation_of
 from megatron_mimo.data.packing import Packer, PackShape
 from megatron_mimo.data.samples import SampleProcessor
 from megatron_mimo.data.sources import Source
+from megatron_mimo.data.written import write_whole
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,10 @@ class Lengths:
         return Expected(packs, round(1 - tokens / (packs * shape.length), 6) if packs else 0.0, dict(skipped))
 
     def save(self, path: Path) -> None:
-        """Writes a file of numpy that `load` reads."""
-        np.savez(path, tokens=self.tokens, costs=self.costs, skipped=np.array(json.dumps(self.skipped)))
+        """Writes a file of numpy that `load` reads, under its name once it is whole."""
+        written = io.BytesIO()
+        np.savez(written, tokens=self.tokens, costs=self.costs, skipped=np.array(json.dumps(self.skipped)))
+        write_whole(path, written.getvalue())
 
     @staticmethod
     def load(path: Path) -> Lengths:
@@ -88,7 +93,8 @@ class Lengths:
 
 def lengths_path(source: Source) -> Path:
     """Where the lengths of a source are kept: beside it."""
-    return source.path.with_name(f"{source.path.name}.lengths.npz")
+    path = Path(os.path.abspath(source.path))  # "." has a name too; links are not followed
+    return path.with_name(f"{path.name}.lengths.npz")
 
 
 def prepare(source: Source, process: SampleProcessor, *, workers: int = 0) -> Lengths:

@@ -6,19 +6,22 @@ import os
 from pathlib import Path
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text beside its place and moves it there: where it cannot be written, what was there stays.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file beside its place and moves it there: where it cannot be written, what was there stays.
 
     Args:
         path: of the file; its directory is there.
-        text: in UTF-8.
+        content: a text, which is written in UTF-8, or bytes.
 
     Raises:
         OSError: naming the file, such as where the disk is full; nothing is left behind.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        if isinstance(content, str):
+            partial.write_text(content, encoding="utf-8")
+        else:
+            partial.write_bytes(content)
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_mimo import specs
+from megatron_mimo.hf.shares import check_tensor_size
 
 #: Settings that are the model's own, not its layers'.
 _OF_MODEL = (
@@ -63,7 +64,11 @@ def language_spec(
         sizes: of the layout, as `TransformerConfig` names them.
         backend: what the layers compute with.
         changes: to the `TransformerConfig`, such as `sequence_parallel` or recomputation.
+
+    Raises:
+        ValueError: a tensor-parallel size that does not share its layers out, or what `TransformerConfig` refuses.
     """
+    check_tensor_size(sizes.get("tensor_model_parallel_size") or 1, "the language model", settings)
     own = {name: settings[name] for name in _OF_MODEL if name in settings}
     layers = {name: value for name, value in settings.items() if name not in _OF_MODEL}
     if "num_moe_experts" not in settings:  # ranks that share out experts elsewhere are data-parallel ones here

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_mimo import specs
 from megatron_mimo.hf.language import precision
+from megatron_mimo.hf.shares import check_tensor_size
 
 Select = Literal["patch", "all"]
 
@@ -81,7 +82,11 @@ def tower_spec(
         dtype: of the weights.
         tensor_parallel: ranks that share each layer.
         backend: what the layers compute with.
+
+    Raises:
+        ValueError: a tensor-parallel size that does not share its layers out.
     """
+    check_tensor_size(tensor_parallel, "the vision tower", settings)
     own = {"image_size", "patch_size"}
     fields = {name: value for name, value in settings.items() if name not in own}
     config = TransformerConfig(

@@ -11,6 +11,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_mimo.config import MimoModelConfig
@@ -44,9 +45,10 @@ def build_stage(
     Raises:
         FileNotFoundError, ConnectionError, ValueError: as `load_pretrained`.
     """
-    model = MimoModel(
-        config, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage, pg_collection=pg_collection
-    )
+    with _unhooked(config.language_config):
+        model = MimoModel(
+            config, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage, pg_collection=pg_collection
+        )
     if pretrained is not None:  # here, since optimizers copy the weights in full precision
         load_pretrained(model, pretrained)
     control.apply(model)
@@ -55,6 +57,26 @@ def build_stage(
     control.graph(model)
     model.config.finalize_model_grads_func = control.finalize_func()
     return model
+
+
+_HOOKS = ("grad_scale_func", "finalize_model_grads_func", "no_sync_func", "grad_sync_func", "mtp_grad_scale_func")
+
+
+@contextmanager
+def _unhooked(config: TransformerConfig) -> Iterator[None]:
+    """Within it a configuration has no hooks of an earlier trainer.
+
+    Megatron copies it, with all that hangs on it, for attention with fewer groups of keys than tensor-parallel ranks;
+    process groups, which an optimizer has, cannot be copied.
+    """
+    hooks = {name: getattr(config, name) for name in _HOOKS}
+    for name in hooks:
+        setattr(config, name, None)
+    try:
+        yield
+    finally:
+        for name, hook in hooks.items():
+            setattr(config, name, hook)
 
 
 def build_chunks(

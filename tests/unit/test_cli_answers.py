@@ -182,7 +182,7 @@ def test_inspect_counts_what_is_in_the_files_of_each_form_and_tells_layouts_and_
         assert done.returncode == 0, done.stderr
         told = done.stdout.splitlines()
         assert f"language_model: {count:,} parameters" in told
-        assert "layouts: tensor [1, 2], pipeline [1, 2]" in told
+        assert "layouts: tensor [1, 2, 4], pipeline [1, 2]" in told
         assert told[-1].startswith("operations of the step on all ranks: ") and "language_model" in told[-1]
         parts = parts_of(told[-2])
         # Layers of a tower that the model does not use are in the model's files, and are not built.
@@ -207,7 +207,7 @@ def test_inspect_counts_what_is_in_the_files_of_each_form_and_tells_layouts_and_
     own = command("inspect", trained(), "--dtype", "float32", "--length", 128, "--example", pictures())
     assert own.returncode == 0 and parts_of(own.stdout.splitlines()[-2])["activations"] < parts["activations"]
     for words, told in (
-        (("--tensor", 3), "--tensor 3: expected one of .1, 2."),
+        (("--tensor", 3), "--tensor 3: expected one of .1, 2, 4."),
         (("--frozen", "images"), "--frozen: expected some of"),
         (("--recompute", "some"), "--recompute: expected selective or full, found 'some'"),
         (("--length", 16), "--length 16: expected room for a record"),

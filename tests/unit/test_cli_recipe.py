@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from megatron_mimo.cli import entry
-from megatron_mimo.cli.app import check_processes
 from megatron_mimo.cli.errors import Refused
 from megatron_mimo.cli.kept import check_kept
+from megatron_mimo.cli.ranks import check_processes
 from megatron_mimo.cli.reading import checked, read_recipe, shipped, written
 from megatron_mimo.cli.recipe import Layout
 from megatron_mimo.cli.settings import settings_of

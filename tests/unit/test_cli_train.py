@@ -130,7 +130,7 @@ def test_nproc_starts_ranks_and_gives_their_status_in_one_line(tmp_path: Path) -
     options = dict(capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"})
     refused = subprocess.run([*run, *words, "layout.tensor=3", "--nproc", "3"], **options)
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1, refused.stderr
-    assert "num_attention_heads (4) must be a multiple of tensor_model_parallel_size (3)" in refused.stderr
+    assert "tensor_model_parallel_size 3: expected one of [1, 2, 4]" in refused.stderr
     done = subprocess.run([*run, *words, "--nproc", "2"], **options)
     assert done.returncode == 0 and done.stdout.splitlines() == [str(tmp_path / "run/model")], done.stderr
 

@@ -15,6 +15,7 @@ import megatron_mimo
 from megatron_mimo import pretrained
 from megatron_mimo.decoders import RegressionDecoder
 from megatron_mimo.hf.names import name_of, parameters_by_name
+from megatron_mimo.launch import Layout, pretended
 from megatron_mimo.training import Trainer, TrainerSettings
 from tests import checkpoints, tiny
 
@@ -461,3 +462,16 @@ def test_a_directory_of_somebody_else_s_is_not_thrown_away(source, tmp_path) -> 
     (mine.parent / ".being_written").touch()  # as a save that was killed leaves it
     megatron_mimo.save_pretrained(model, tmp_path / "out")
     assert not mine.parent.exists() and not (tmp_path / "out" / ".being_written").exists()
+
+
+@pytest.mark.parametrize(
+    ("axis", "told"),
+    [
+        ("tensor", r"size 3: expected one of \[1, 2, 4\], which share out the language model: 4 heads, 2 groups"),
+        ("pipeline", "size 3 .* do not share out the language model's 2 layers"),
+    ],
+)
+def test_a_layout_that_does_not_share_a_model_out_is_refused(axis, told, tmp_path, no_run, nothing_is_built) -> None:
+    checkpoints.written(checkpoints.language_model("llama-2"), tmp_path)
+    with pretended(Layout(3, **{f"{axis}_model_parallel_size": 3})), pytest.raises(ValueError, match=told):
+        megatron_mimo.from_pretrained(tmp_path)

@@ -1,12 +1,15 @@
 """Layouts that cannot work are refused before any process group is built, naming the argument to change."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_mimo import specs
-from megatron_mimo.launch import Layout
-from megatron_mimo.training import check_layout
+from megatron_mimo.launch import Layout, pretended
+from megatron_mimo.training import TrainingControl, check_layout
+from megatron_mimo.training.chunks import build_chunks
 from tests import tiny
 
 
@@ -153,3 +156,15 @@ def test_two_interleaved_stages_without_overlapped_messages_are_refused(no_proce
     layout = {PP: 2, "virtual_pipeline_model_parallel_size": 2}
     refused("needs overlap_p2p_comm=True and batch_p2p_comm=False", layout, num_layers=4)
     refused("", layout, num_layers=4, overlap_p2p_comm=True, batch_p2p_comm=False)
+
+
+def test_a_second_model_of_a_configuration_is_built_where_ranks_outnumber_groups_of_keys(no_run) -> None:
+    """As of the second stage of a recipe: Megatron copies the configuration, hooks of the first trainer and all."""
+    language = tiny.language_config(num_query_groups=2, tensor_model_parallel_size=4)
+    config = tiny.mimo_config(tiny.language_spec(language, vocab_size=tiny.VOCABULARY // 4 * 4))
+    with pretended(Layout(4, tensor_model_parallel_size=4)) as run:
+        hook = partial(torch.mul, run.groups.tp)  # holds a process group, as an optimizer does
+        language.grad_scale_func = hook
+        (model,) = build_chunks(config, run, TrainingControl())
+    assert language.grad_scale_func is hook
+    assert model.language_model.decoder.layers[0].self_attention.num_query_groups_per_partition == 1

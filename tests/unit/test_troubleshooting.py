@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_mimo import MimoModel, MimoModelConfig, launch
-from megatron_mimo.cli.app import check_processes
+from megatron_mimo.cli.ranks import check_processes
 from megatron_mimo.cli.reading import read_recipe
 from megatron_mimo.data import Medium, conversation_of, open_source
 from megatron_mimo.data.media import read_bytes
