@@ -42,7 +42,7 @@ main()
 FULL_OUTPUT = """
 import os, sys
 os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
-sys.stdout = open(1, "w", closefd=False)  # which keeps what is printed until the end, as of any file
+sys.stdout.reconfigure(line_buffering=False)  # which keeps what is printed until the end, as of any file
 from megatron_mimo.cli.entry import main
 sys.argv[1:] = {words!r}
 main()
@@ -250,7 +250,7 @@ import os, sys
 pipe = os.pipe()
 os.close(pipe[0])
 os.dup2(pipe[1], 1)
-sys.stdout = open(1, "w", closefd=False)
+sys.stdout.reconfigure(line_buffering=False)
 from megatron_mimo.cli.entry import main
 sys.argv[1:] = ["train", "caption", "data=folder", "--print"]
 main()
