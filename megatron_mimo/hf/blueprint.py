@@ -15,7 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron_mimo import specs
 from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.hf import clip, llama, llava, mistral, qwen2, qwen3, qwen_vl, siglip
-from megatron_mimo.hf.family import settings_of
+from megatron_mimo.hf.family import Family, settings_of
 from megatron_mimo.hf.files import Checkpoint, Stored, open_checkpoint, read_config
 from megatron_mimo.hf.language import language_spec
 from megatron_mimo.hf.names import renamed, respelled
@@ -35,6 +35,25 @@ _SUBTYPES = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
 _OTHER_TOWER = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
 #: A MimoModel, which this room does not import.
 Chunk = Any
+
+
+def add_family(family: Family) -> None:
+    """Makes a family of language models known to everything in this process that reads or writes models.
+
+    Args:
+        family: whose `model_type` no other has.
+
+    Raises:
+        ValueError: its `model_type` is that of another family.
+    """
+    known = {**TOWERS, **LANGUAGE_MODELS}.get(family.model_type, family)
+    if known is not family:
+        raise ValueError(
+            f"add_family: expected a model_type that is none of {sorted({**TOWERS, **LANGUAGE_MODELS})}, found "
+            f"{family.model_type!r}. Give the family another name, or leave it out."
+        )
+    LANGUAGE_MODELS[family.model_type] = family
+
 
 MODALITY, ENCODER, PROJECTOR = "images", "tower", "llava_projector"
 

@@ -2,12 +2,17 @@
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
+from safetensors.torch import load_file
 
-from tests import warm
+from megatron_mimo.hf import qwen2
+from megatron_mimo.hf.blueprint import add_family
+from tests import checkpoints, warm
 from tests.commands import caption, command, parts, pictures
 
 pytestmark = pytest.mark.process
@@ -76,6 +81,44 @@ def test_transformers_loads_what_was_exported_with_every_weight(work: Path) -> N
 
 
 def test_the_new_modality_of_the_page_reads_learns_and_writes(tmp_path: Path) -> None:
-    (code,), (printed,) = blocks("adding", "python"), blocks("adding", "text")
+    (code, *_), (printed, *_) = blocks("adding", "python"), blocks("adding", "text")
     done = warm.python("-c", code, cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.splitlines(keepends=True)[-1] == printed, done.stderr
+
+
+def starcoder() -> transformers.PreTrainedModel:
+    config = transformers.Starcoder2Config(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=101, max_position_embeddings=512, sliding_window=64, norm_epsilon=1e-2, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return checkpoints.randomized(transformers.AutoModelForCausalLM.from_config(config))
+
+
+def test_a_family_added_as_the_page_says_computes_what_transformers_does_and_goes_out_as_it_came(tmp_path) -> None:
+    theirs = starcoder()
+    checkpoints.written(theirs, tmp_path / "starcoder2")
+    (_, family, use), (_, printed) = blocks("adding", "python"), blocks("adding", "text")
+    done = warm.python(
+        "-c", f"{family}\n{use}\ntorch.save(logits.cpu(), 'logits')\ntorch.save(ids.cpu(), 'ids')", cwd=tmp_path
+    )
+    assert done.returncode == 0 and done.stdout.splitlines(keepends=True)[-1] == printed, done.stderr
+    found, ids = (torch.load(tmp_path / name) for name in ("logits", "ids"))
+    again, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", output_loading_info=True)
+    assert isinstance(again, transformers.Starcoder2ForCausalLM)
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    with torch.no_grad():
+        for model in (theirs, again):
+            assert checkpoints.difference(found, model(ids).logits) < checkpoints.TOLERANCE
+
+    # Ranks that share its layers out hold together what is in the files.
+    saved = "mimo.initialize(2)\nmodel = mimo.from_pretrained('starcoder2')\nmimo.save_pretrained(model, 'shared')"
+    done = warm.ranks(2, "-c", f"{family}\n{saved}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("starcoder2", "shared"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_family_whose_name_another_has_is_refused() -> None:
+    add_family(qwen2.FAMILY)  # which is known
+    with pytest.raises(ValueError, match="expected a model_type that is none of .*'llama'.*, found 'qwen2'"):
+        add_family(replace(qwen2.FAMILY))
