@@ -28,7 +28,8 @@ from megatron_mimo.launch import Run
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SCORES, PAGE = "scores.json", "samples.html"
+#: Scores of data sets, those of each record in a data set's folder, and the page.
+SCORES, EACH, PAGE = "scores.json", "scores.jsonl", "samples.html"
 #: Longest side of a picture on the page, in pixels.
 _THUMBNAIL = 160
 
@@ -43,6 +44,9 @@ def evaluate(
     batch_size: int, samples: int, judge: Judge | None = None,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     """Scores of each data set, which are in `scores.json` too, beside a page with samples. Collective over all ranks.
+
+    In a data set's folder `scores.jsonl` has a line a record that is scored: its `index` and scores, whose means are
+    those of the data set; of pictures `drawn` is 1 or 0. BLEU is one of a data set alone.
 
     Args:
         opened: the model.
@@ -70,11 +74,17 @@ def evaluate(
                 + ("; pictures are scored by --judge" if judge is None else "")
             )
         found[name] = {"records": float(len(lines if seen else pairs))}
+        each: dict[int, dict[str, float]] = {}
         if pairs:  # a record that could not be answered counts as answered wrongly
-            found[name] |= scores([line["text"] for line, _ in pairs], [right for _, right in pairs])
+            means, of_each = scores([line["text"] for line, _ in pairs], [right for _, right in pairs])
+            found[name] |= means
+            each = {line["index"]: one for (line, _), one in zip(pairs, of_each)}
         if seen:
             found[name] |= _means(seen, found[name], judge)
+            each |= {index: each.get(index, {}) | {"drawn": float(bool(one))} | one for index, one in seen.items()}
         if run.rank == 0:
+            told = "".join(json.dumps({"index": index} | each[index]) + "\n" for index in sorted(each))
+            write_whole(output / name / EACH, told)
             body += [f"<h2>{html.escape(name)}</h2>{_table({name: found[name]})}", *_rows(source, pairs[:samples])]
             body += _pictures(source, [line for line in lines if line["index"] in seen][:samples], seen, output / name)
     if run.rank == 0:
@@ -139,10 +149,11 @@ def _means(
     judged = [values for values in seen.values() if values]
     names = list(judged[0]) if judged else []
     unlike = [list(values) for values in judged if values.keys() != set(names)]
-    if unlike or set(names) & {*beside, "drawn"}:
+    taken = [*beside, "drawn", "index"]
+    if unlike or set(names) & set(taken):
         given = None if judge is None else judge.given
         raise Refused(
-            f"judge {given}: expected the same names for each picture, and none of {[*beside, 'drawn']}, found "
+            f"judge {given}: expected the same names for each picture, and none of {taken}, found "
             f"{[names, *unlike[:1]]}; rename them"
         )
     means = {name: sum(values[name] for values in judged) / len(judged) for name in names}

@@ -23,8 +23,12 @@ def words_of(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def scores(answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Every score of a data set, in [0, 1] but for CIDEr, which lies in [0, 10].
+def scores(
+    answers: Sequence[str], references: Sequence[Sequence[str]]
+) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """Every score of a data set and of each of its records, in [0, 1] but for CIDEr, which lies in [0, 10].
+
+    Those of a data set are the means of its records', but for BLEU, which a record alone does not have.
 
     Args:
         answers: one a record.
@@ -39,13 +43,15 @@ def scores(answers: Sequence[str], references: Sequence[Sequence[str]]) -> dict[
             f"for {sum(map(bool, references))}"
         )
     said, known = [words_of(one) for one in answers], [[words_of(one) for one in of] for of in references]
-    return {
-        "exact": _mean([exact(one, of) for one, of in zip(answers, references)]),
-        "vqa": _mean([vqa(one, of) for one, of in zip(answers, references)]),
-        "bleu": bleu(said, known),
-        "rouge_l": _mean([rouge_l(one, of) for one, of in zip(said, known)]),
-        "cider": cider(said, known),
+    of_each = {
+        "exact": [exact(one, of) for one, of in zip(answers, references)],
+        "vqa": [vqa(one, of) for one, of in zip(answers, references)],
+        "rouge_l": [rouge_l(one, of) for one, of in zip(said, known)],
+        "cider": ciders(said, known),
     }
+    means = {name: _mean(values) for name, values in of_each.items()}
+    whole = {name: means[name] for name in ("exact", "vqa")} | {"bleu": bleu(said, known)} | means
+    return whole, [dict(zip(of_each, values)) for values in zip(*of_each.values())]
 
 
 def exact(answer: str, references: Sequence[str]) -> float:
@@ -110,21 +116,21 @@ def rouge_l(answer: Sequence[str], references: Sequence[Sequence[str]]) -> float
     return max(2 * _common(answer, one) / (len(answer) + len(one)) if answer and one else 0.0 for one in references)
 
 
-def cider(answers: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> float:
-    """CIDEr: cosine of n-grams weighed by how few records have them, times ten, over references, sizes and records.
+def ciders(answers: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> list[float]:
+    """CIDEr of each record: cosine of n-grams weighed by how few records have them, times ten, over references, sizes.
 
     Vedantam et al., "CIDEr", 2015, section 3, without stemming. The weights come from these references, so a data set
     of one record has 0.
     """
-    total = 0.0
+    totals = [0.0] * len(answers)
     for size in range(1, _LONGEST + 1):
         having = Counter(gram for of in references for gram in {gram for one in of for gram in grams(one, size)})
         weight = {gram: math.log(len(references) / count) for gram, count in having.items()}
         unseen = math.log(len(references))
-        for answer, of in zip(answers, references):
+        for at, (answer, of) in enumerate(zip(answers, references)):
             own = _weighed(grams(answer, size), weight, unseen)
-            total += _mean([_cosine(own, _weighed(grams(one, size), weight, unseen)) for one in of])
-    return 10 * total / (_LONGEST * len(answers))
+            totals[at] += _mean([_cosine(own, _weighed(grams(one, size), weight, unseen)) for one in of])
+    return [10 * total / _LONGEST for total in totals]
 
 
 def grams(words: Sequence[str], size: int) -> Counter[tuple[str, ...]]:

@@ -164,6 +164,10 @@ def test_evaluate_scores_a_data_set_and_shows_samples(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert found["pictures"]["exact"] == found["pictures"]["bleu"] == 1 and found["pictures"]["records"] == 60
     assert found["wrong"]["exact"] == 0.25 and 0 < found["wrong"]["rouge_l"] < 1
+    each = [json.loads(line) for line in (tmp_path / "out" / "wrong" / "scores.jsonl").read_text().splitlines()]
+    assert [line["index"] for line in each] == [0, 1, 2, 3] and [line["exact"] for line in each] == [1, 0, 0, 0]
+    for name in ("exact", "vqa", "rouge_l", "cider"):
+        assert sum(line[name] for line in each) / 4 == pytest.approx(found["wrong"][name])
     assert "wrong: records 4, exact 0.25" in done.stdout
     page = (tmp_path / "out" / "samples.html").read_text()
     assert page.count('class="wrong"') == 3 and page.count("<img") == 32 + 4

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from megatron_mimo.cli.scores import bleu, cider, exact, rouge_l, scores, vqa, words_of
+from megatron_mimo.cli.scores import bleu, ciders, exact, rouge_l, scores, vqa, words_of
 
 
 def test_an_exact_match_leaves_case_punctuation_and_articles_out_and_nothing_else() -> None:
@@ -46,14 +46,18 @@ def test_rouge_l_is_f1_of_the_longest_common_subsequence_with_the_nearest_refere
 def test_cider_weighs_words_by_how_few_records_have_them() -> None:
     known = [[["a", "cat"]], [["a", "dog"]]]
     # "a" is in both records and weighs nothing: of one word "cat" alone counts, of two words "a cat".
-    assert cider([["a", "cat"], ["a", "dog"]], known) == pytest.approx(10 * (1 + 1) / 4)
-    assert cider([["a"], ["a"]], known) == 0
-    assert cider([["the", "cat"], ["a", "dog"]], known) == pytest.approx(10 * ((1 / math.sqrt(2) + 1) / 2 + 1 / 2) / 4)
+    assert ciders([["a", "cat"], ["a", "dog"]], known) == pytest.approx([10 * (1 + 1) / 4] * 2)
+    assert ciders([["a"], ["a"]], known) == [0, 0]
+    # Of two words "the cat" is in no record; of one "the", which none has, weighs as much as "cat".
+    assert ciders([["the", "cat"], ["a", "dog"]], known) == pytest.approx([10 / math.sqrt(2) / 4, 5])
 
 
 def test_all_scores_of_a_data_set_are_given_and_one_without_references_is_refused() -> None:
-    found = scores(["It is red.", "blue"], [["it is red"], ["green"]])
+    found, each = scores(["It is red.", "blue"], [["it is red"], ["green"]])
     assert found["exact"] == 0.5 and found["vqa"] == 0.5 and found["rouge_l"] == 0.5
+    assert list(found) == ["exact", "vqa", "bleu", "rouge_l", "cider"]
+    assert [(one["exact"], one["vqa"], one["rouge_l"]) for one in each] == [(1, 1, 1), (0, 0, 0)]
+    assert all(found[name] == sum(one[name] for one in each) / 2 for name in each[0]) and "bleu" not in each[0]
     for answers, references in (([], []), (["a"], [[]]), (["a"], [["a"], ["b"]])):
         with pytest.raises(ValueError, match="each with references"):
             scores(answers, references)

@@ -158,6 +158,8 @@ def pictures_are_scored_by_a_judge_that_ranks_share_out(run: Path, folder: Path)
     assert "some: records 5, drawn 1, width 8, reference 1" in done.stdout
     found = json.loads((folder / "out" / "scores.json").read_text())
     assert found == {"some": {"records": 5, "drawn": 1, "width": 8, "reference": 1}}
+    each = [json.loads(line) for line in (folder / "out" / "some" / "scores.jsonl").read_text().splitlines()]
+    assert each == [{"index": index, "drawn": 1, "width": 8, "reference": 1} for index in range(5)]
     page = (folder / "out" / "samples.html").read_text()
     assert page.count("<img") == 10 and page.count("width 8") == 5
     # The answers are there, so that it fails at once; without a judge there is nothing to score.

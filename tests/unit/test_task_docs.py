@@ -61,7 +61,8 @@ def work(tmp_path_factory) -> Path:
 def test_the_commands_of_the_pages_write_what_the_pages_say(work: Path) -> None:
     assert "<html" in work.joinpath("packs.html").read_text().lower()
     assert len(work.joinpath("answers/answers.jsonl").read_text().splitlines()) == 60
-    assert all(work.joinpath("scores", name).stat().st_size for name in ("scores.json", "samples.html"))
+    written = ("scores.json", "samples.html", "pictures/scores.jsonl")
+    assert all(work.joinpath("scores", name).stat().st_size for name in written)
     assert all(work.joinpath("runs", name, "model/model.safetensors").is_file() for name in ("caption", "qwen"))
 
 
@@ -89,7 +90,8 @@ def test_the_new_modality_of_the_page_reads_learns_and_writes(tmp_path: Path) ->
 def starcoder() -> transformers.PreTrainedModel:
     config = transformers.Starcoder2Config(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=101, max_position_embeddings=512, sliding_window=64, norm_epsilon=1e-2, bos_token_id=1, eos_token_id=2,
+        vocab_size=101, max_position_embeddings=512, sliding_window=64, norm_epsilon=1e-2, bos_token_id=1,
+        eos_token_id=2,
     )  # fmt: skip
     return checkpoints.randomized(transformers.AutoModelForCausalLM.from_config(config))
 
