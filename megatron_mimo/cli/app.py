@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from megatron_mimo.cli.recipe import Layout, Recipe
     from megatron_mimo.launch import Run
 
+logger = logging.getLogger(__name__)
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -129,8 +131,10 @@ def check(recipe: Recipe, processes: int | None) -> None:
         found_judge(recipe.evaluation.judge)
     if processes is not None:
         check_kept(recipe)
-    for source in recipe.sources():
-        opened(source)
+    for source in {one.path: one for one in recipe.sources()}.values():
+        if alone := opened(source).alone:
+            told = "1 file has" if len(alone) == 1 else f"{len(alone)} files have"
+            logger.warning("%s: %s no .txt beside and no part in the data, such as %s", source.path, told, alone[0])
     for name in names_of(recipe.model):
         resolve(name)
     if processes is not None:
@@ -197,7 +201,7 @@ def generate(
         from megatron_mimo.data import open_source
 
         place = find(model, ema=ema)
-        source = open_source(data, columns=columns)  # type: ignore[arg-type]  # which it checks
+        source = open_source(data, columns=columns, unanswered=True)  # type: ignore[arg-type]  # which it checks
         with ranks(place, nproc, tensor, pipeline, dtype) as run:
             asked = {
                 "model": str(place.directory.resolve()), "ema": place.ema, "max_new_tokens": max_new_tokens,

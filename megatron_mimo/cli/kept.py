@@ -13,13 +13,14 @@ _FREE = {"directory", "layout", "evaluation", "checkpoints", "loggers", "megatro
 
 
 def check_kept(recipe: Recipe) -> None:
-    """Refuses a recipe that is not the one which its directory's run began with.
+    """Refuses a recipe that is not the one which its directory's run began with. One without a checkpoint begins anew.
 
     Raises:
         Refused: naming the keys.
     """
     file = recipe.directory / "recipe.yaml"
-    if not file.is_file():
+    goes_on = (recipe.directory / "model").is_dir() or any((recipe.directory / "stages").glob("*/*step_*"))
+    if not file.is_file() or not goes_on:
         return
     before, now = (flat(one.model_dump(mode="json", exclude=_FREE)) for one in (read_recipe(str(file)), recipe))
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))

@@ -41,7 +41,7 @@ def show_packs(recipe: Recipe, stage: str | None, output: Path, packs: int) -> P
 
 
 def measured(recipe: Recipe) -> Iterator[str]:
-    """A line a source: its records, the packs of an epoch, what stays empty, what cannot be used.
+    """A line a source: its records, the packs of an epoch, what stays empty, what cannot be used, and why.
 
     Lengths are kept beside each source, as `megatron_mimo.data.prepare` does.
     """
@@ -51,10 +51,13 @@ def measured(recipe: Recipe) -> Iterator[str]:
         lengths = measure(opened(source), process, workers=recipe.processor.workers)
         expected = lengths.expected(shape)
         left = ", ".join(f"{count} {kind}" for kind, count in sorted(expected.skipped.items())) or "none"
+        packs = f"{expected.packs} pack{'' if expected.packs == 1 else 's'}"
         yield (
-            f"{path}: {len(lengths.tokens)} records, {int(lengths.tokens.sum())} tokens, {expected.packs} packs of "
-            f"{shape.length}, {expected.waste:.1%} empty, left out: {left}"
+            f"{path}: {len(lengths.tokens)} records, {int(lengths.tokens.sum())} tokens, {packs} of {shape.length} an "
+            f"epoch, {expected.waste:.1%} empty, left out: {left}"
         )
+        for kind, reason in sorted(lengths.reasons.items()):
+            yield f"    {kind}: {reason}"
 
 
 def _process(recipe: Recipe) -> SampleProcessor:

@@ -51,7 +51,7 @@ def asked_of(source: Source, index: int) -> tuple[Conversation, tuple[str, ...]]
         SampleError: it cannot be read, or has an answer alone.
     """
     record = source.record(index)
-    turns = list(conversation_of(record, columns=source.columns).turns)
+    turns = list(conversation_of(record, columns=source.columns, unanswered=True).turns)
     answered = _text(turns.pop()) if turns[-1].role == "assistant" else None
     if not turns:
         raise SampleError("form", "expected a question before the answer, found none")

@@ -95,6 +95,11 @@ class Feed(ABC):
     def state(self, progress: Progress) -> State:
         """Where the run stands, in JSON; `Progress.of` reads it."""
 
+    @property
+    def records(self) -> int | None:
+        """Of one pass over the data; None where it is not known."""
+        return None
+
     def source_of(self, position: int) -> int:
         """Which source stands at a position."""
         return 0
@@ -199,7 +204,13 @@ class IndexedFeed(Feed):
         weights = None if weights is None else [float(weight) for weight in weights]
         self._order = Order(lengths, weights=weights, seed=seed, shuffle=shuffle)
         self._samples, self._size, self._limit = _Samples(sources, making), size, limit
-        self._identity = {"lengths": lengths, "weights": weights, "seed": seed, "shuffle": shuffle, "limit": limit}
+        self._identity: State = {
+            "lengths": lengths,
+            "weights": weights,
+            "seed": seed,
+            "shuffle": shuffle,
+            "limit": limit,
+        }
 
     def reads(self, progress: Progress, workers: int, prefetch: int) -> Iterator[Read | Left]:
         first = [*progress.pending(), *progress.backlog]
@@ -212,6 +223,10 @@ class IndexedFeed(Feed):
 
     def state(self, progress: Progress) -> State:
         return progress.state()
+
+    @property
+    def records(self) -> int:
+        return sum(self._identity["lengths"])
 
     def source_of(self, position: int) -> int:
         return self._order.at(position).source

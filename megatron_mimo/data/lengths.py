@@ -7,7 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -49,11 +49,13 @@ class Lengths:
         tokens: int64 `[records]`, 0 where a record cannot be used.
         costs: float64 `[records]`.
         skipped: records that cannot be used, by kind.
+        reasons: the first record of each kind, and why it cannot be used; those of `load` have none.
     """
 
     tokens: np.ndarray
     costs: np.ndarray
     skipped: dict[str, int]
+    reasons: dict[str, str] = field(default_factory=dict)
 
     def expected(self, shape: PackShape) -> Expected:
         """What an epoch of packs of a shape will come to, samples that fit none left out.
@@ -110,12 +112,14 @@ def prepare(source: Source, process: SampleProcessor, *, workers: int = 0) -> Le
     """
     tokens, costs = np.zeros(len(source), np.int64), np.zeros(len(source))
     skipped: Counter[str] = Counter()
+    reasons: dict[str, str] = {}
     loader = DataLoader(_Measured(source, process), batch_size=None, num_workers=workers, collate_fn=_as_it_is)
-    for index, (length, cost, kind) in enumerate(loader):
+    for index, (length, cost, kind, reason) in enumerate(loader):
         tokens[index], costs[index] = length, cost
         if kind:
             skipped[kind] += 1
-    measured = Lengths(tokens, costs, dict(skipped))
+            reasons.setdefault(kind, f"{source.where(index)}: {reason}")
+    measured = Lengths(tokens, costs, dict(skipped), reasons)
     measured.save(lengths_path(source))
     return measured
 
@@ -127,13 +131,13 @@ class _Measured(Dataset):
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index: int) -> tuple[int, float, str]:
+    def __getitem__(self, index: int) -> tuple[int, float, str, str]:
         try:
             conversation = conversation_of(self._source.record(index), columns=self._source.columns)
             sample = self._process(conversation, self._source.media_root)
         except SampleError as error:
-            return 0, 0.0, error.kind
-        return len(sample), sample.cost, ""
+            return 0, 0.0, error.kind, str(error)
+        return len(sample), sample.cost, "", ""
 
 
 def _as_it_is(item: Sequence) -> Sequence:

@@ -109,13 +109,16 @@ class Conversation:
         return [(turn, part) for turn in self.turns for part in turn.parts if part.kind != "text"]
 
 
-def conversation_of(record: object, *, columns: Literal["read", "write"] = "read") -> Conversation:
+def conversation_of(
+    record: object, *, columns: Literal["read", "write"] = "read", unanswered: bool = False
+) -> Conversation:
     """The conversation that a record of any known spelling stands for.
 
     Args:
         record: a mapping, as a line of JSON gives it.
         columns: where a record has a text and media columns alone: "read" makes the media a user's and the text the
             answer, "write" makes the text a user's and the media the answer, which the model learns to write.
+        unanswered: whether media columns without a text are a question without an answer.
 
     Raises:
         SampleError: the record is none of them, a turn is empty, tags and media differ in number, or a URL is given.
@@ -134,7 +137,7 @@ def conversation_of(record: object, *, columns: Literal["read", "write"] = "read
         if isinstance(record.get("system"), str) and record["system"]:
             turns.insert(0, Turn("system", (Part("text", record["system"]),)))
     else:
-        return _checked(_from_columns(record, columns))
+        return _checked(_from_columns(record, columns, unanswered))
     given = {kind: media for kind in MEDIA_KINDS if (media := _column(record, kind))}
     return _checked(_with_tags(turns, given) if given else turns)
 
@@ -313,7 +316,7 @@ def _split(part: Part, tags: Mapping[Kind, int], left: Mapping) -> list[Part]:
     return [part for part in parts if part.kind != "text" or part.text]
 
 
-def _from_columns(record: Mapping, columns: Literal["read", "write"]) -> list[Turn]:
+def _from_columns(record: Mapping, columns: Literal["read", "write"], unanswered: bool) -> list[Turn]:
     media = [Part(kind, medium=medium) for kind in MEDIA_KINDS for medium in _column(record, kind)]
     question, answer = _first_text(record, _QUESTIONS), _first_text(record, _ANSWERS)
     if answer is not None and question is not None:
@@ -322,6 +325,8 @@ def _from_columns(record: Mapping, columns: Literal["read", "write"]) -> list[Tu
         system = record.get("system")
         return [Turn("system", (Part("text", system),)), *turns] if isinstance(system, str) and system else turns
     text = _first_text(record, _TEXTS)
+    if text is None and unanswered and media:
+        return [Turn("user", tuple(media))]
     if text is None:
         raise SampleError(
             "form",

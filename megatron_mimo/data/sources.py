@@ -33,7 +33,12 @@ class Source(ABC):
         path: what it reads.
         media_root: the directory that paths of media are relative to and must lie in.
         columns: whether media beside a text are "read" or to be learned to "write".
+
+    Attributes:
+        alone: files of media that are no records, since they have no text.
     """
+
+    alone: tuple[str, ...] = ()
 
     def __init__(self, path: Path | str, media_root: Path | str | None, columns: Columns) -> None:
         check_columns(columns)
@@ -227,18 +232,31 @@ class Folder(Source):
         path: of the directory.
         media_root: default: the directory itself.
         columns: see `Source`.
+        unanswered: whether media without a text are records too: questions without an answer.
     """
 
-    def __init__(self, path: Path | str, *, media_root: Path | str | None = None, columns: Columns = "read") -> None:
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        media_root: Path | str | None = None,
+        columns: Columns = "read",
+        unanswered: bool = False,
+    ) -> None:
         super().__init__(path, path if media_root is None else media_root, columns)
+        self._unanswered = unanswered
         self._lines = JsonLines(self.path / "metadata.jsonl") if (self.path / "metadata.jsonl").exists() else None
         self._rows = _rows(self.path / "metadata.csv") if self._lines is None else []
-        self._pairs = [] if self._lines is not None or self._rows else _pairs(self.path)
+        media = {} if self._lines is not None or self._rows else _media(self.path)
+        self._pairs = [name for name, told in media.items() if told or unanswered]
+        alone = [name for name, told in media.items() if not told and not unanswered]
         if not len(self):
+            found = f"{len(alone)} without one, such as {alone[0]}" if alone else "none of them"
             raise ValueError(
                 f"{self.path}: expected metadata.jsonl, metadata.csv, or media with a .txt of the same name, found "
-                "none of them."
+                f"{found}."
             )
+        self.alone = tuple(alone)
 
     def __len__(self) -> int:
         return len(self._rows or self._pairs) if self._lines is None else len(self._lines)
@@ -249,13 +267,17 @@ class Folder(Source):
         if self._rows:
             return _with_file(self._rows[index])
         medium = self._pairs[index]
+        kind = _KIND_OF[Path(medium).suffix.lower()]
+        file = (self.path / medium).with_suffix(".txt")
+        if self._unanswered and not file.exists():
+            return {kind: medium}
         try:
-            text = (self.path / medium).with_suffix(".txt").read_text("utf-8")
+            text = file.read_text("utf-8")
         except UnicodeDecodeError as error:
             raise SampleError("encoding", f"expected UTF-8 in the text: {error.reason} at byte {error.start}") from None
         except OSError as error:
             raise SampleError("missing", f"the text of {medium} cannot be opened: {error.strerror}") from None
-        return {_KIND_OF[Path(medium).suffix.lower()]: medium, "text": text.strip()}
+        return {kind: medium, "text": text.strip()}
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -265,15 +287,16 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         return list(csv.DictReader(file))
 
 
-def _pairs(root: Path) -> list[str]:
-    found = []
+def _media(root: Path) -> dict[str, bool]:
+    """Media below a directory, and whether a text of its name lies beside each."""
+    found = {}
     for folder, folders, names in os.walk(root):
         folders.sort()
         texts = {name for name in names if name.endswith(".txt")}
         for name in sorted(names):
             stem, suffix = os.path.splitext(name)
-            if suffix.lower() in _KIND_OF and f"{stem}.txt" in texts:
-                found.append(os.path.relpath(os.path.join(folder, name), root))
+            if suffix.lower() in _KIND_OF:
+                found[os.path.relpath(os.path.join(folder, name), root)] = f"{stem}.txt" in texts
     return found
 
 
@@ -335,13 +358,21 @@ def encoded(table: Any) -> Any:
     return table
 
 
-def open_source(path: Path | str, *, media_root: Path | str | None = None, columns: Columns = "read") -> Source:
+def open_source(
+    path: Path | str,
+    *,
+    media_root: Path | str | None = None,
+    columns: Columns = "read",
+    unanswered: bool = False,
+) -> Source:
     """The source that a path stands for, by its suffix or by what the directory holds.
 
     Args:
         path: `.jsonl`, `.json` (one list), `.parquet`, a directory saved by `datasets`, of Parquet files, or of media.
         media_root: default: the file's directory, or the directory itself.
         columns: where a record has a text and media alone, whether these are "read" or to be learned to "write".
+
+        unanswered: whether media of a folder that have no text are records too, to be asked about.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
@@ -352,7 +383,9 @@ def open_source(path: Path | str, *, media_root: Path | str | None = None, colum
         raise FileNotFoundError(f"{path}: expected a file or directory of training data, found nothing")
     if path.is_dir():
         tabled = (path / "state.json").exists() or next(path.rglob("*.parquet"), None) is not None
-        return (Table if tabled else Folder)(path, media_root=media_root, columns=columns)
+        if tabled:
+            return Table(path, media_root=media_root, columns=columns)
+        return Folder(path, media_root=media_root, columns=columns, unanswered=unanswered)
     if path.suffix == ".jsonl":
         return JsonLines(path, media_root=media_root, columns=columns)
     if path.suffix == ".parquet":

@@ -103,6 +103,19 @@ def test_a_record_that_cannot_be_used_has_its_error_and_the_others_are_answered(
     assert "gone.png" in found[1]["error"] and found[2]["text"] == "It is green."
 
 
+def test_pictures_without_texts_are_asked_about(tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for number in (1, 2):
+        shutil.copy(pictures() / f"{number:02}.png", bare)
+    (tmp_path / "bare.jsonl").write_text('{"image": "bare/02.png"}\n')
+    for data, texts in ((bare, ["It is green.", "It is blue."]), (tmp_path / "bare.jsonl", ["It is blue."])):
+        output = tmp_path / f"answers-{data.name}"
+        done = command("generate", trained(), data, "--output", output, "--max-new-tokens", 8)
+        assert done.returncode == 0, done.stderr
+        assert [line["text"] for line in answers(output)] == texts
+
+
 def test_convert_keeps_each_weight_from_form_to_form_and_transformers_loads_it(tmp_path: Path) -> None:
     before = load_file(trained() / "model" / "model.safetensors")
     steps = (
@@ -149,6 +162,18 @@ def test_data_is_measured_and_shown(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "packs.html").read_text()
     assert page.count("<h2>Pack") == 2 and "It is red." in page and page.count("<img") > 4
+    # A file that is no picture, and a picture without a text.
+    some = tmp_path / "some"
+    some.mkdir()
+    for name in ("00.png", "00.txt", "01.png", "02.txt"):
+        shutil.copy(pictures() / name, some)
+    (some / "02.png").write_text("no picture")
+    done = command("data", "prepare", "caption", *changes, f"data={some}")
+    assert done.returncode == 0 and "1 file has no .txt beside and no part in the data, such as 01.png" in done.stderr
+    assert (
+        "2 records" in done.stdout and "1 pack of 128 an epoch" in done.stdout and "1 media\n    media: " in done.stdout
+    )
+    assert "'02.png' cannot be decoded" in done.stdout
     refused = command("data", "show", "caption", *changes, "--stage", "whol")
     assert refused.returncode == 2 and "did you mean 'whole'" in refused.stderr
 

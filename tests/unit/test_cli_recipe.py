@@ -118,6 +118,8 @@ def test_a_directory_goes_on_with_its_own_recipe_alone(tmp_path: Path) -> None:
     check_kept(recipe)  # nothing is there yet
     (tmp_path / "recipe.yaml").write_text(written(recipe))
     check_kept(recipe)
+    check_kept(checked(given | {"seed": 7}, "recipe"))  # there is no checkpoint to go on from
+    (tmp_path / "stages/one/step_00000002").mkdir(parents=True)
     check_kept(checked(given | {"layout": {"tensor": 2}, "processor": {"workers": 4}}, "recipe"))
     with pytest.raises(Refused, match="seed: 1234 then, 7 now"):
         check_kept(checked(given | {"seed": 7}, "recipe"))

@@ -20,6 +20,7 @@ def test_what_is_expected_of_an_epoch_is_what_comes(tmp_path, workers):
     shape = PackShape(length=64, multiple=4, buffer=8)
     measured = prepare(source, made.processor(), workers=workers)
     assert lengths_path(source) == tmp_path / "train.jsonl.lengths.npz"
+    assert list(measured.reasons) == ["form"] and f"{source.where(51)}: expected 'messages'" in measured.reasons["form"]
     kept = Lengths.load(lengths_path(source))
     assert np.array_equal(kept.tokens, measured.tokens) and np.array_equal(kept.costs, measured.costs)
     assert kept.costs[50] > 0 and kept.tokens[51] == 0

@@ -283,6 +283,22 @@ def test_or_they_stop_the_run_with_the_place_and_the_reason(workers):
     data.close()
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_data_of_which_nothing_can_be_used_end_a_run_that_has_no_end(workers):
+    records = [{"title": "no text"}, {"text": "a b " * 40}] * 3
+    options = ReadingOptions(workers=workers)
+    data = PackedData([Records(records)], made.processor(), PackShape(length=32), options=options)
+    with pytest.raises(
+        ValueError, match=r"none among 12 in a row \(6 form, 6 too_long\), such as record \d of memory: "
+    ):
+        next(data)
+    data.close()
+    # One that can be used in each epoch is enough.
+    data = PackedData([Records([*records, {"text": "fine"}])], made.processor(), PackShape(length=32), options=options)
+    assert sum(len(next(data).positions) for _ in range(3)) >= 3
+    data.close()
+
+
 def test_samples_that_are_too_long_may_stop_the_run_or_be_cut():
     with pytest.raises(SampleError, match="at most 32 tokens"):
         list(of_records(MIXED, too_long="refuse"))

@@ -113,6 +113,26 @@ def test_a_library_that_is_not_installed_is_named_with_its_extra(name, tmp_path,
             open_sound(Medium(data=b""), 16000)
 
 
+def test_media_without_a_text_are_told_and_are_records_where_they_are_asked_about(tmp_path):
+    for name in ("a.png", "b.png", "sub/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(made.png())
+    with pytest.raises(ValueError, match=r"a .txt of the same name, found 3 without one, such as a.png"):
+        Folder(tmp_path)
+    (tmp_path / "b.txt").write_text("A cat.")
+    source = open_source(tmp_path)
+    assert len(source) == 1 and source.alone == ("a.png", "sub/c.png")
+    asked = open_source(tmp_path, unanswered=True)
+    assert [asked.record(index) for index in range(len(asked))] == [
+        {"image": "a.png"}, {"image": "b.png", "text": "A cat."}, {"image": "sub/c.png"},
+    ]  # fmt: skip
+    assert asked.alone == ()
+    with pytest.raises(SampleError, match="expected 'messages'"):
+        conversation_of(asked.record(0))
+    (turn,) = conversation_of(asked.record(0), unanswered=True).turns
+    assert turn.role == "user" and [part.kind for part in turn.parts] == ["image"]
+
+
 def test_records_of_a_folder_that_cannot_be_read_say_why(tmp_path):
     written("names", tmp_path)
     source = Folder(tmp_path)

@@ -6,7 +6,7 @@ from functools import partial
 import datasets
 import pytest
 
-from megatron_mimo.data import DatasetsStream, PackedData, PackShape, ReadingOptions, show
+from megatron_mimo.data import DatasetsStream, PackedData, PackShape, ReadingOptions, loading, show
 from megatron_mimo.data.messages import SampleError
 from tests import data_samples as made
 from tests.unit.test_data_loading import digest, taken
@@ -50,6 +50,13 @@ def data_of(files: list[str], workers: int = 0, stream: DatasetsStream | None = 
 def packs(files) -> list[str]:
     """Of more than an epoch."""
     return taken(data_of(files), 60)
+
+
+def test_a_stream_of_which_nothing_can_be_used_ends_a_run_that_has_no_end(files, monkeypatch):
+    monkeypatch.setattr(loading, "_IN_A_ROW", 2 * COUNT)
+    data = PackedData(stream_of(files), made.processor(), PackShape(length=2))
+    with pytest.raises(ValueError, match=f"none among {2 * COUNT} in a row .{2 * COUNT} too_long."):
+        next(data)
 
 
 def test_records_come_in_their_order_epoch_after_epoch(files, packs):
