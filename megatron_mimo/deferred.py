@@ -78,6 +78,7 @@ class Checks:
         self._waiting: dict[Hashable, tuple[Arrival, Callable[[Tensor], None]]] = {}
         #: Whether the batch at hand was checked on the host: nothing of it is looked at on the device then.
         self.settled = False
+        self._all_settled = False
         #: Rows that each microbatch brought, `(table, rows, rows of each item)`; None while nobody records them.
         self.brought: list[list[tuple[str, int, tuple[int, ...] | None]]] | None = None
         weakref.finalize(self, _log_left_over, self._waiting)
@@ -97,18 +98,22 @@ class Checks:
             ValueError: as `report`.
         """
         self.report(current=current)
-        self.settled = settled
+        self.settled = settled or self._all_settled
         if self.brought is not None:
             self.brought.append([])
 
     @contextmanager
-    def recording(self) -> Iterator[list[list[tuple[str, int, tuple[int, ...] | None]]]]:
-        """Within it, what arrives for each table is kept, a list a microbatch."""
-        self.brought = []
+    def recording(self, settled: bool = False) -> Iterator[list[list[tuple[str, int, tuple[int, ...] | None]]]]:
+        """Within it, what arrives for each table is kept, a list a microbatch.
+
+        Args:
+            settled: its batches were checked on the host, with or without a placement that says so.
+        """
+        self.brought, self._all_settled = [], settled
         try:
             yield self.brought
         finally:
-            self.brought = None
+            self.brought, self._all_settled = None, False
 
     def came(self, table: str, rows: int, items: tuple[int, ...] | None) -> None:
         """Keeps what arrived for a table, where somebody records it: CUDA graphs, whose replays count nothing."""

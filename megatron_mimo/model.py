@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, cast
 
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -246,10 +246,13 @@ class MimoModel(MegatronModel):
     def settle(self, batch: Batch) -> Placement | None:
         """The placement of a batch of CPU tensors that was checked on the host; a forward pass with it checks no more.
 
-        It then needs no copy to the host and no pinned memory, and can be captured. None for a model that writes and
-        for a batch without a placement: `Planner.settle`.
+        It then needs no copy to the host and no pinned memory, and can be captured. None without a placement.
         """
         return self._planner.settle(batch)
+
+    def shapes(self, placement: Placement | None) -> Hashable:
+        """What a batch's numbers on the host make of this rank's shapes: `Planner.shapes`."""
+        return self._planner.shapes(placement, next(self.parameters()).device)
 
     def encode(self, media: Media, targets: Nested, plan: Plan) -> dict[str, Tensor]:
         """Rows `[N, H]` by table: encoded inputs, and what decoders feed their generation tokens.

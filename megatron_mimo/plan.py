@@ -5,7 +5,7 @@ A `Plan` is made after the batch was checked and before anything runs; every lat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, Self, cast
 
@@ -19,6 +19,7 @@ from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.decoders.targets import Prepared
 from megatron_mimo.deferred import Checks
 from megatron_mimo.labels import default_loss_mask
+from megatron_mimo.packed import boundaries_of, default_positions, padding_of
 from megatron_mimo.placement import Placement, build_placement
 from megatron_mimo.sharding import SequenceShard, sequence_shard
 from megatron_mimo.tally import HostFacts
@@ -188,16 +189,17 @@ class Planner:
         """The placement of a batch that was checked here, on the host, so that nothing of it is checked on a device.
 
         Args:
-            batch: tensors on the CPU, the whole sequence, with a placement that the host knows.
+            batch: tensors on the CPU, the whole sequence, with a placement that the host knows where the stage uses
+                one.
 
         Returns:
-            None for a model that writes: its targets are prepared, with draws, where they are learned.
+            None for a batch without a placement. On a stage that uses none it was checked too.
 
         Raises:
             TypeError, ValueError: a bad batch; but for the number of encoded rows, which is compared when they come.
         """
         placement = batch.get("placement")
-        if self._config.generation_token_ids or placement is None or placement.host is None:
+        if self._uses_placement and (placement is None or placement.host is None):
             return None
         before, self._checks.settled = self._checks.settled, False
         try:
@@ -205,13 +207,39 @@ class Planner:
             positions, attention = batch.get("position_ids"), batch.get("attention_mask")
             labels, weights = batch.get("labels"), batch.get("loss_mask")
             self._check.tokens(ids, positions, attention, labels, weights, packed, mask, None)
-            media = self._check.media(batch.get("modality_inputs"), None, None)
-            brought = Brought.of(frozenset(media.inputs), {}, {})
+            media = self._check.media(batch.get("modality_inputs"), batch.get("modality_targets"), None)
+            written = {
+                modality: self._submodules[modality].rows_of(of, modality) for modality, of in media.targets.items()
+            }
+            brought = Brought(frozenset(media.inputs), written, {})
             plan = self.plan(ids, positions, packed, mask, placement, brought, True, 0)
-            self.learned(ids, labels, weights, brought.reads, plan)
+            if self._last:
+                for modality, count in plan.counts.items():
+                    plan.placed.generation_positions(modality, count or 0, self._submodules[modality].position_rule)
+                self.learned(ids, labels, weights, brought.reads, plan)
         finally:
             self._checks.settled = before
+        if placement is None or placement.host is None:
+            return None
         return replace(placement, host=replace(placement.host, settled=True))
+
+    def shapes(self, placement: Placement | None, device: torch.device) -> Hashable:
+        """What a batch's numbers on the host make of this rank's shapes: equal for batches that run alike.
+
+        Args:
+            placement: that the host knows; None where the stage has none.
+            device: where the batch runs.
+
+        Returns:
+            Rows of the language loss, None where it runs on every position, and generation tokens of each modality.
+        """
+        if placement is None or placement.host is None:
+            return None
+        rows = None
+        if self._last and self._config.loss_where_counted and placement.host.counted is not None:
+            mine = self._counted_here(placement.host)
+            rows = rows_of_labels(int(mine.sum()), mine.numel(), device)
+        return rows, tuple(placement.generation_count(modality) for modality in self._config.generation_token_ids)
 
     def learned(
         self, input_ids: Tensor, labels: Tensor | None, loss_mask: Tensor | None, reads: frozenset[str], plan: Plan
@@ -245,11 +273,15 @@ class Planner:
             return counted_labels(mine != 0, plan.shard, rows)
         if plan.host is None or plan.host.counted is None:
             return None
-        boundaries = None if plan.host.boundaries is None else torch.tensor(plan.host.boundaries)
-        shard = self._shard(loss_mask.shape[1], boundaries, torch.device("cpu"))
-        told = int(shard.cut(plan.host.counted).sum())
+        told = int(self._counted_here(plan.host).sum())
         check_counted(mine, told, self._checks)
         return counted_labels(mine != 0, plan.shard, rows_of_labels(told, mine.numel(), device))
+
+    def _counted_here(self, host: HostFacts) -> Tensor:
+        """Which labels count on this context-parallel rank, bool `[B, S / CP]` on the CPU; of a host that was told."""
+        counted = cast(Tensor, host.counted)
+        boundaries = None if host.boundaries is None else torch.tensor(host.boundaries)
+        return self._shard(counted.shape[1], boundaries, counted.device).cut(counted)
 
     def _shard(self, length: int, boundaries: Tensor | None, device: torch.device) -> SequenceShard:
         """Which positions of the sequence are this rank's."""
@@ -276,74 +308,6 @@ class Planner:
             made = made.to(input_ids.device, non_blocking=True)
         self._check.placement(made, input_ids, packed=boundaries_of(packed_seq_params) is not None)
         return replace(made, checks=self._checks)
-
-
-def default_positions(input_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Positions `[B, S]` int64 that count from 0, anew in each packed sequence.
-
-    Args:
-        input_ids: `[B, S]`.
-        cu_seqlens: `[sequences + 1]` boundaries of packed sequences, B = 1.
-
-    Example:
-        >>> default_positions(torch.zeros(1, 5, dtype=torch.long), torch.tensor([0, 3, 5]))
-        tensor([[0, 1, 2, 0, 1]])
-    """
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-    if cu_seqlens is not None:
-        sequence = torch.searchsorted(cu_seqlens.to(positions), positions, right=True) - 1
-        positions = positions - cu_seqlens.to(positions)[sequence]
-    return positions.expand_as(input_ids)
-
-
-def padding_of(
-    packed_seq_params: PackedSeqParams | None,
-    length: int,
-    device: torch.device | str = "cpu",
-    padding_mask: Tensor | None = None,
-) -> Tensor | None:
-    """Positions that hold nothing, bool `[1 or B, S]`, or None where there are none.
-
-    Args:
-        packed_seq_params: of the batch, whose sequences may have padding between them.
-        length: `S`.
-        device: where the answer is wanted.
-        padding_mask: bool `[B, S]`, or None.
-    """
-    padded = boundaries_of(packed_seq_params)
-    own = None if packed_seq_params is None else packed_seq_params.cu_seqlens_q
-    if padded is None or own is None or own is padded:
-        return padding_mask
-    between = packed_padding(length, own, padded.to(device))
-    return between if padding_mask is None else between | padding_mask
-
-
-def packed_padding(length: int, cu_seqlens: Tensor, cu_seqlens_padded: Tensor) -> Tensor:
-    """Which positions are padding between packed sequences, bool `[1, S]`.
-
-    Args:
-        length: `S`.
-        cu_seqlens: int `[sequences + 1]`, boundaries of the sequences themselves.
-        cu_seqlens_padded: int `[sequences + 1]`, where each starts in the packed sequence; on the wanted device.
-
-    Raises:
-        ValueError: boundaries of unequal number.
-
-    Example:
-        >>> packed_padding(6, torch.tensor([0, 2, 4]), torch.tensor([0, 3, 6])).long()
-        tensor([[0, 0, 1, 0, 0, 1]])
-    """
-    if cu_seqlens.shape != cu_seqlens_padded.shape:
-        raise ValueError(
-            f"cu_seqlens_q has shape {list(cu_seqlens.shape)} but cu_seqlens_q_padded "
-            f"{list(cu_seqlens_padded.shape)}: both need one boundary a packed sequence, and one more."
-        )
-    starts = cu_seqlens_padded.long()
-    lengths = cu_seqlens.to(starts).diff()
-    positions = torch.arange(length, device=starts.device)
-    # Wrong boundaries are reported where the sequence is cut; until then they must not lead outside.
-    sequence = (torch.searchsorted(starts, positions, right=True) - 1).clamp(0, len(lengths) - 1)
-    return (positions - starts[sequence] >= lengths[sequence])[None]
 
 
 def count_generation(
@@ -389,12 +353,3 @@ def count_generation(
             placement.check_generation(modality, known, medium=submodule.rows_shown_together)
         counts[modality] = known
     return counts
-
-
-def boundaries_of(packed_seq_params: PackedSeqParams | None) -> Tensor | None:
-    """Padded boundaries `[sequences + 1]` of packed sequences, None where nothing is packed."""
-    if packed_seq_params is None or packed_seq_params.qkv_format != "thd":
-        return None
-    if packed_seq_params.cu_seqlens_q_padded is not None:
-        return packed_seq_params.cu_seqlens_q_padded
-    return packed_seq_params.cu_seqlens_q

@@ -1,4 +1,7 @@
-"""CUDA graphs on the CPU: what runs within a capture is recorded, and a replay runs it again on the same memory."""
+"""CUDA graphs on the CPU: what runs within a capture is recorded, and a replay runs it again on the same memory.
+
+Collectives and messages of a capture move nothing, as on a GPU, and those of a replay do.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -6,10 +9,15 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 from torch import Tensor
+from torch._C._distributed_c10d import FakeWork, Work
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_mimo.training.parts import graphed, whole_step
+
+#: Messages that ranks send each other: each would wait for its counterpart.
+MESSAGES = (torch.ops.c10d.send.default, torch.ops.c10d.recv_.default)
 
 
 class RecordedGraph:
@@ -20,11 +28,22 @@ class RecordedGraph:
 
     def replay(self) -> None:
         """Runs the recorded operations and leaves their results where the capture's were."""
+        sent: list[Work] = []  # messages that go out together are waited for together
         with torch.no_grad():
             for function, args, kwargs, results in self.steps:
+                if function in MESSAGES:
+                    sent.append(_work_of(function(*args, **kwargs)))
+                    continue
+                while sent:
+                    sent.pop(0).wait()
+                if function.namespace == "c10d":
+                    _work_of(function(*args, **kwargs)).wait()
+                    continue
                 for kept, found in zip(tree_leaves(results), tree_leaves(function(*args, **kwargs)), strict=True):
                     if isinstance(kept, Tensor) and kept.data_ptr() != found.data_ptr():
                         kept.data.copy_(found)
+        for work in sent:
+            work.wait()
 
 
 class _Recording(TorchDispatchMode):
@@ -39,6 +58,10 @@ class _Recording(TorchDispatchMode):
             written.copy_(held)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            results = _unmoved(function, args)
+            self.graph.steps.append((function, args, kwargs or {}, results))
+            return results
         for given, argument in zip(args, function._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write and isinstance(given, Tensor):
                 whole = given.detach().new_empty(0).set_(given.untyped_storage())
@@ -46,6 +69,17 @@ class _Recording(TorchDispatchMode):
         results = function(*args, **(kwargs or {}))
         self.graph.steps.append((function, args, kwargs or {}, results))
         return results
+
+
+def _unmoved(function: OpOverload, args: tuple) -> object:
+    """What a collective returns that did nothing: the tensors that it would have written, and that it is done."""
+    done = FakeWork().boxed()
+    returned = len(function._schema.returns)
+    return done if returned == 1 else (args[0], done)
+
+
+def _work_of(results: object) -> Work:
+    return Work.unbox(results[-1] if isinstance(results, tuple) else results)
 
 
 @contextmanager

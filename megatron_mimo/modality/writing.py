@@ -54,14 +54,34 @@ class Writing(nn.Module):
         where = f"modality_targets[{stream!r}]"
         check_nested(where, targets, "decoder name -> its targets")
         prepared = {}
-        for name, target in targets.items():
-            if self.decoders:
-                self.decoder_name(name, where)
-            check_nested(f"{where}[{name!r}]", target, "keyword -> value")
-            takes = self._reader_of(name)
+        for name, takes in self._readers([*targets], where).items():
+            check_nested(f"{where}[{name!r}]", targets[name], "keyword -> value")
             if takes is not None:
-                prepared[name] = takes.prepared(target, f"{stream}/{name}")
+                prepared[name] = takes.prepared(targets[name], f"{stream}/{name}")
         return prepared
+
+    def rows_of(self, targets: Mapping[str, Targets], stream: str = "") -> dict[str, int]:
+        """How many rows targets stand for, by decoder: `prepare` without what draws, or what runs a tokenizer.
+
+        Args:
+            targets, stream: as `prepare` takes them; the tensors may lie where no decoder is.
+
+        Raises:
+            TypeError, ValueError: as `prepare`.
+        """
+        where = f"modality_targets[{stream!r}]"
+        check_nested(where, targets, "decoder name -> its targets")
+        rows = {}
+        for name, takes in self._readers([*targets], where).items():
+            target = targets[name]
+            check_nested(f"{where}[{name!r}]", target, "keyword -> value")
+            if takes is None:
+                continue
+            rows[name] = takes.num_rows(target)
+            if takes.targets is not None:
+                beside = {key: target[key] for key in takes.targets.optional if key in target}
+                takes.targets.check_beside(beside, f"targets of {stream}/{name}: ")
+        return rows
 
     def prepare_shown(self, modality: str, given: Targets) -> Prepared | None:
         """Inputs of the generation input, shown without a loss, checked and counted; None on a stage without it.
@@ -266,6 +286,13 @@ class Writing(nn.Module):
     def position_rule(self) -> PositionRule:
         """Which hidden states the decoders read: "own" or "predecessor"."""
         return next((decoder.position_rule for decoder in self.decoders.values()), "own")
+
+    def _readers(self, names: Sequence[str], where: str) -> dict[str, Decoder | GenerationInput | None]:
+        """Who reads each decoder's targets on this stage, if anything does; `where` names them in an error."""
+        if self.decoders:
+            for name in names:
+                self.decoder_name(name, where)
+        return {name: self._reader_of(name) for name in names}
 
     def _reader_of(self, name: str) -> Decoder | GenerationInput | None:
         """Who reads a decoder's targets on this stage: itself, or what feeds its positions."""

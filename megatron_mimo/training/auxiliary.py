@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_logging import MetricEntry, get_moe_metrics_tracker
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -24,6 +24,10 @@ _BALANCING = {
     "seq_aux_loss": "seq_load_balancing_loss",
     "global_aux_loss": "global_load_balancing_loss",
 }
+
+
+#: Name -> what Megatron's layers add up under it.
+Reports = dict[str, MetricEntry]
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,16 @@ def start_step(config: TransformerConfig) -> None:
     MTPLossLoggingHelper.tracker.clear()  # sized by the first model's layers too
     if config.num_moe_experts is not None:
         get_moe_metrics_tracker().metrics.clear()  # its own `clear` keeps as many values as the first model had layers
+
+
+def reports() -> Reports:
+    """What experts' layers have reported since `start_step`; empty without experts."""
+    return dict(get_moe_metrics_tracker().metrics)
+
+
+def report_again(found: Reports) -> None:
+    """Has the layers report what they did in another pass: a replay writes its own values there, and calls nothing."""
+    get_moe_metrics_tracker().metrics.update(found)
 
 
 def reported(config: TransformerConfig, run: Run, microbatches: int) -> dict[str, float]:

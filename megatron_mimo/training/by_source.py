@@ -12,7 +12,7 @@ from megatron_mimo.data.step import Counts
 from megatron_mimo.losses import LossTerm, language_term
 from megatron_mimo.model import MimoModel
 from megatron_mimo.output import MimoOutput
-from megatron_mimo.plan import boundaries_of
+from megatron_mimo.packed import boundaries_of
 from megatron_mimo.sharding import sequence_shard
 from megatron_mimo.training.speed.counts import LOSS, mask_of, term
 
@@ -59,7 +59,12 @@ def source_terms(
     cp = model.pg_collection.cp
     boundaries = boundaries_of(batch.get("packed_seq_params")) if cp.size() > 1 else None
     shard = sequence_shard(
-        sources.shape[1], cp_rank=cp.rank(), cp_size=cp.size(), cu_seqlens=boundaries, device=sources.device
+        sources.shape[1],
+        cp_rank=cp.rank(),
+        cp_size=cp.size(),
+        cu_seqlens=boundaries,
+        device=sources.device,
+        checks=model.checks,
     )
     mine = shard.cut(sources)
     with torch.no_grad():

@@ -27,8 +27,9 @@ from megatron_mimo.training.scale import StepScale, ToldScale, loss_func, number
 from megatron_mimo.training.speed import counts as names
 from megatron_mimo.training.watch import Stages
 
-#: A microbatch on the device, its counts, the scale of its step, and the same numbers on the device.
-Ahead = tuple[Batch, Counts, StepScale, ToldScale]
+#: A microbatch on the device, what its model is given of it in place of what was read (targets, prepared), its counts,
+#: the scale of its step, and the same numbers on the device; the last two are None before the last pipeline stage.
+Ahead = tuple[Batch, Mapping[str, object], Counts, StepScale | None, ToldScale | None]
 
 #: What a microbatch gave, and what makes its loss of it; None before the last pipeline stage.
 Forwarded = tuple[Tensor | MimoOutput, Callable[..., Any] | None]
@@ -75,7 +76,7 @@ class ForwardStep:
         self._further = tuple(further_losses)
         self._steps: dict[int | None, StepBatches] = {}
         self._told: dict[int | None, deque[ToldScale]] = {}
-        self._ahead: Iterator[Ahead] | None = None
+        self._ahead: dict[int | None, Iterator[Ahead]] | None = None
         self._agreed: set[tuple[str, bool]] = set()
         self._evaluated: dict[int | None, int] = {}
 
@@ -93,15 +94,17 @@ class ForwardStep:
         mimo = unwrap_model(model)
         told: ToldScale | None = None
         scale: StepScale | None
+        instead: Mapping[str, object]
         if self._ahead is not None:
-            batch, counted, scale, told = next(self._ahead)
+            batch, instead, counted, scale, told = next(self._ahead[mimo.vp_stage])
         else:
             step, scale = self._current_step(data_iterator, mimo)
             if scale is not None and self._told.get(mimo.vp_stage):
                 told = self._told[mimo.vp_stage].popleft()
             batch, counted = step.next()
+            instead = {}
         sources = batch.pop("sources", None)
-        outputs, loss_mask = model(**batch)
+        outputs, loss_mask = model(**{**batch, **instead})
         if not mimo.post_process:
             return outputs, None
         further = {each.name: each.term(outputs, loss_mask, batch, mimo) for each in self._further}
@@ -118,30 +121,39 @@ class ForwardStep:
             scale=scale,
             told=told,
             # Told once of a batch whose parts several ranks have: only the sum over ranks is used.
-            held=None if scale is None else self._held(counted, mimo),
+            held=None if scale is None else self.held(counted, mimo),
         )
 
     def weights(self, mimo: MimoModel) -> dict[str, float]:
         """Modality or further loss -> weight of its terms, 1 where it is not named."""
         return {**mimo.loss_weights, **{each.name: each.weight for each in self._further}}
 
-    def read(self, data_iterator: Iterator[Batch] | None, mimo: MimoModel) -> tuple[StepBatches, StepScale]:
-        """A training step's microbatches before its schedule runs, and its scale; for `given`.
+    def read(self, data_iterator: Iterator[Batch] | None, mimo: MimoModel) -> tuple[StepBatches, StepScale | None]:
+        """A training step's microbatches before its schedule runs, and its scale on the last stage; for `given`.
 
         Args:
             data_iterator: as `__call__` takes it.
-            mimo: the model, of one stage.
+            mimo: a chunk of the model.
         """
         step = self._read(data_iterator, mimo, self._microbatches())
+        if not mimo.post_process:
+            return step, None
         if self._on_step is not None:
             self._on_step(self._step(), step.counts)
-        self._begin(mimo, self._step(), 0)
         return step, self._scale(step.counts, mimo)
 
+    def begin(self, mimo: MimoModel, index: int) -> None:
+        """The draws from here on are those of a training step's microbatch of this rank; of those that were `read`."""
+        self._begin(mimo, self._step(), index)
+
+    def held(self, counted: Counts, mimo: MimoModel) -> int:
+        """Tokens that this rank reports of a microbatch: one of its context-parallel ranks speaks for all."""
+        return int(counted[names.HELD]) if mimo.pg_collection.cp.rank() == 0 else 0
+
     @contextmanager
-    def given(self, microbatches: Iterable[Ahead]) -> Iterator[None]:
-        """Within it, the schedule gets these microbatches, on the device, and reads none."""
-        self._ahead = iter(microbatches)
+    def given(self, microbatches: Mapping[int | None, Iterable[Ahead]]) -> Iterator[None]:
+        """Within it, the schedule gets these microbatches, on the device, by chunk (`vp_stage`), and reads none."""
+        self._ahead = {chunk: iter(of_chunk) for chunk, of_chunk in microbatches.items()}
         try:
             yield
         finally:
@@ -221,11 +233,8 @@ class ForwardStep:
         if device.type == "cpu":
             return []
         scale = self._scale(step.counts, mimo)
-        held = [self._held(counted, mimo) for counted in step.microbatch_counts]
+        held = [self.held(counted, mimo) for counted in step.microbatch_counts]
         return told_of(scale, numbers_of(scale, held, device))
-
-    def _held(self, counted: Counts, mimo: MimoModel) -> int:
-        return int(counted[names.HELD]) if mimo.pg_collection.cp.rank() == 0 else 0
 
     def _check_counts(
         self,

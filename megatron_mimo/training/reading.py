@@ -15,13 +15,13 @@ def placed_batches(batches: Iterator[Batch] | None, model: MimoModel) -> Iterato
 
     Both are made once, on the CPU, where the batch's collator did not: the host then knows the counts, which a first
     stage without decoders learns from nothing else, and which labels a last stage has to compute the loss of.
-    For a GPU a batch is checked here too (`MimoModel.settle`), where the model reads and does not write.
+    For a GPU a batch is checked here too (`MimoModel.settle`), on stages in the middle as well.
 
     Args:
         batches: tensors on the CPU.
         model: of the stage.
     """
-    if batches is None or not (model.pre_process or model.post_process):
+    if batches is None:
         return batches
     # Megatron's iterators over data have a next batch and are no iterables.
     each: Iterator[Batch | None] = iter(lambda: next(batches, None), None)
@@ -29,10 +29,12 @@ def placed_batches(batches: Iterator[Batch] | None, model: MimoModel) -> Iterato
 
 
 def _placed(batch: Batch, model: MimoModel) -> Batch:
-    placement, mask = placement_of(batch, model), mask_of(batch, model) if model.post_process else None
-    placed: Batch = {**batch, "placement": placement}
-    if mask is not None:
-        placed = {**placed, "loss_mask": mask, "placement": placement.counting(mask)}
+    placed = batch
+    if model.pre_process or model.post_process:
+        placement, mask = placement_of(batch, model), mask_of(batch, model) if model.post_process else None
+        placed = {**batch, "placement": placement}
+        if mask is not None:
+            placed = {**placed, "loss_mask": mask, "placement": placement.counting(mask)}
     # On the CPU the model checks at once what it is given.
     if next(model.parameters()).device.type != "cpu" and (settled := model.settle(placed)) is not None:
         placed = {**placed, "placement": settled}

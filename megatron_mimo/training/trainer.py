@@ -155,7 +155,7 @@ class Trainer(Checkpointed):
         self._told, self._stages = Told(callbacks), Stages()
         self.ema = None if settings.ema_decay is None else Ema(self.models, settings.ema_decay)
         #: Runs training steps by CUDA graphs, and counts how they ran; None without.
-        self.graphs = whole_steps(graphs, captures, self.models[0], self._forward_step, self._gradients)
+        self.graphs = whole_steps(graphs, captures, self.models, self._forward_step, self._gradients)
         self._counts: Counts = {}
         self._saver, self._pace = Saver(checkpoints), Pace()
         self._trained = Trained.by(self.control, config, optimizer.use_distributed_optimizer)
@@ -365,7 +365,7 @@ class Trainer(Checkpointed):
             micro_batch_size=batch_size,
             forward_only=forward_only,
         )
-        logged = schedule() if self.graphs is None or forward_only else self.graphs(iter(batches), schedule)
+        logged = schedule() if self.graphs is None or forward_only else self.graphs(batches, schedule)
         if self.models[0].config.num_moe_experts is not None:
             release_graphs_of_experts(module for model in self.models for module in model.modules())
         return logged

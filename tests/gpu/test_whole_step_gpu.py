@@ -8,9 +8,11 @@ import torch
 import megatron_mimo
 from megatron_mimo import MimoModel, specs
 from megatron_mimo.training import StepGraphs, Trainer
-from tests import tiny
+from tests import tiny, writing
+from tests.distributed.cases.graphs import EXPERTS, torch_layers
 from tests.gpu.test_packed_gpu import on_gpu
 from tests.unit.test_whole_step import assert_same_steps, batch_of, config_of, trainer_of
+from tests.unit.test_whole_step_writing import batch_of as writing_batch_of
 
 pytestmark = pytest.mark.gpu
 
@@ -43,6 +45,29 @@ def test_twenty_replayed_steps_of_changing_batches_equal_eager_ones_bit_by_bit(r
     assert_same_steps(eager, graphed, batches, 20)
     counts = graphed.graphs.counts
     assert (counts.captured, counts.replayed, counts.eager) == (1, 18, 2)
+
+
+@pytest.mark.parametrize("kind", writing.KINDS)
+def test_replayed_steps_of_a_model_that_writes_equal_eager_ones_bit_by_bit(run, kind):
+    def config():
+        made = writing.config_of(kind, masked_softmax_fusion=False)
+        made.language_model.params["transformer_layer_spec"] = torch_layers
+        return made
+
+    eager, graphed = trainer_of(run, config=config()), trainer_of(run, StepGraphs(), config=config())
+    graphed.models[0].load_state_dict(eager.models[0].state_dict())
+    batches = lambda step: [writing_batch_of(kind, 2 * step), writing_batch_of(kind, 2 * step + 1)]  # noqa: E731
+    assert_same_steps(eager, graphed, batches, 12)
+    counts = graphed.graphs.counts
+    assert (counts.captured, counts.replayed, counts.eager) == (1, 10, 2)
+
+
+def test_experts_of_fixed_capacity_are_replayed_and_report_their_losses(run):
+    eager, graphed = pair_of(run, "torch", StepGraphs(), **EXPERTS)
+    for step in range(8):
+        expected, found = (each.train_step(lambda *_: [batch_of(step)]) for each in (eager, graphed))
+        assert found.losses == expected.losses and "load_balancing_loss" in found.losses, step
+    assert graphed.graphs.counts.replayed == 6
 
 
 def test_lengths_at_which_cudnn_writes_too_far_are_not_captured(run):

@@ -42,6 +42,7 @@ ROOMS = [
     "labels",
     "route",
     "token_loss",
+    "packed",
     "plan",
     "encode",
     "exchange",

@@ -14,6 +14,7 @@ from megatron_mimo import MimoModel
 from megatron_mimo.training import StepGraphs, Trainer, TrainerSettings, TrainingControl
 from megatron_mimo.training.checkpoints import random_state
 from megatron_mimo.training.parts import whole_step
+from megatron_mimo.training.parts.chunk_step import signature
 from megatron_mimo.training.speed.counts import items
 from tests import tiny
 from tests.recorded_graphs import record_graphs
@@ -97,12 +98,24 @@ def test_a_step_that_no_graph_fits_runs_eagerly_and_is_counted(recorded):
     assert len(graphed.graphs._brought) == 1  # nothing is kept of shapes that got no graph
 
 
+def test_how_many_labels_count_is_part_of_the_shape(recorded):
+    eager, graphed = pair(recorded, StepGraphs(warmup=1))
+
+    def learning(step: int, labels: int) -> list[dict]:
+        batch = batch_of(step)
+        batch["loss_mask"].view(-1)[batch["loss_mask"].view(-1).nonzero()[labels:]] = 0.0
+        return [batch]
+
+    labels = [10, 10, 8, 8, 10]
+    assert_same_steps(eager, graphed, lambda step: learning(step, labels[step]), len(labels))
+    assert (graphed.graphs.counts.captured, graphed.graphs.counts.replayed) == (2, 3)
+
+
 def test_an_object_that_may_hold_anything_is_never_taken_for_another():
     """Two that do not live at one time may have one address."""
-    cpu = torch.device("cpu")
-    assert len({whole_step._signature({"told": [object()]}, cpu) for _ in range(20)}) == 20
-    assert len({whole_step._signature({"told": [value]}, cpu) for value in (1, 1.0, True)}) == 3
-    assert len({whole_step._signature({"told": [24, "x", None]}, cpu) for _ in range(20)}) == 1
+    assert len({signature({"told": [object()]}) for _ in range(20)}) == 20
+    assert len({signature({"told": [value]}) for value in (1, 1.0, True)}) == 3
+    assert len({signature({"told": [24, "x", None]}) for _ in range(20)}) == 1
 
 
 @pytest.mark.parametrize(("numbers", "replayed"), [([3, 3, 3], 2), ([2, 4, 1], 0)])
@@ -174,8 +187,12 @@ def test_what_a_step_as_one_graph_cannot_be_right_with_is_refused_by_name(record
             trainer_of(run, graphs or StepGraphs(), config or config_of(), **options)
 
     refused("initialize\\(graph_safe_rng=True\\)", run=replace(recorded, graph_safe_rng=False))
-    refused("no generation_token_ids", tiny.mimo_config())
     refused("buckets has 'films', expected modalities that are read: \\['images'\\]", graphs=StepGraphs({"films": 2}))
+    refused("check_for_nan_in_grad=False", ddp=DistributedDataParallelConfig(check_for_nan_in_grad=True))
+    experts = dict(num_moe_experts=4, moe_router_topk=2, add_bias_linear=False)
+    for kind, match in (("alltoall", "moe_expert_capacity_factor and"), ("allgather", "dispatcher_type='alltoall'")):
+        language = tiny.language_config(**experts, moe_token_dispatcher_type=kind)
+        refused(match, config_of(tiny.language_spec(language)))
     refused("overlap_grad_reduce=False", ddp=DistributedDataParallelConfig(overlap_grad_reduce=True))
     refused("graphed=\\(\\)", control=TrainingControl(graphed=["encoders"]))
     recomputed = tiny.language_config(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
@@ -235,9 +252,17 @@ def test_a_bad_batch_is_refused_on_the_host(single_process, name, change, match)
     assert not model.checks.settled
 
 
-def test_a_model_that_writes_settles_nothing(single_process):
-    model, batch = MimoModel(tiny.mimo_config()), tiny.batch()
-    assert model.settle({**batch, "placement": model.place(batch["input_ids"])}) is None
+def test_a_stage_in_the_middle_checks_on_the_host_what_it_has_and_looks_no_more_within_a_capture(single_process):
+    model, batch = MimoModel(config_of(), pre_process=False, post_process=False), batch_of(0)
+    assert model.settle(batch) is None
+    with pytest.raises(ValueError, match="position_ids differ"):
+        model.settle({**batch, "position_ids": torch.zeros(2, 24, dtype=torch.long)})
+    for settled in (False, True):
+        with model.checks.recording(settled=settled) as brought:
+            model.checks.begin()
+            assert model.checks.settled is settled and brought == [[]]
+    model.checks.begin()
+    assert not model.checks.settled
 
 
 def test_attention_that_writes_too_far_at_some_lengths_is_captured_at_the_others_alone(recorded, monkeypatch):

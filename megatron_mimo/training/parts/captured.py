@@ -56,11 +56,15 @@ class Captures[Result]:
         limit: at most this many graphs. Each keeps its inputs; what the function works with is shared.
         warmup: runs of a shape before it is captured.
         device: where it runs.
+        together: whether a call runs by a graph, where this rank's may; asked at every call. With collectives in the
+            graph all ranks have to say the same.
     """
 
-    def __init__(self, limit: int, warmup: int, device: torch.device) -> None:
+    def __init__(
+        self, limit: int, warmup: int, device: torch.device, together: Callable[[bool], bool] = lambda fits: fits
+    ) -> None:
         self.counts = GraphCounts()
-        self._limit, self._warmup, self._device = limit, warmup, device
+        self._limit, self._warmup, self._device, self._together = limit, warmup, device, together
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pool = torch.cuda.graph_pool_handle()
         self._captures: dict[Hashable, _Capture[Result]] = {}
@@ -80,11 +84,11 @@ class Captures[Result]:
         """
         with self.stream():
             capture = self._captures.get(key)
-            if capture is None and self._may_capture(key):
-                capture = self._captures[key] = self._capture(inputs, run)
-            if capture is None:
+            if not self._together(capture is not None or self._may_capture(key)):
                 self.counts.eager += 1
                 return run(inputs)
+            if capture is None:
+                capture = self._captures[key] = self._capture(inputs, run)
             for static, tensor in zip(capture.inputs, inputs, strict=True):
                 static.copy_(tensor, non_blocking=True)
             capture.graph.replay()
@@ -92,7 +96,7 @@ class Captures[Result]:
             return capture.result
 
     def captured(self, key: Hashable) -> bool:
-        """Whether the next call with `key` is a replay."""
+        """Whether there is a graph for calls with `key`."""
         return key in self._captures
 
     @contextmanager

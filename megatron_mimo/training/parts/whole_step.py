@@ -1,39 +1,38 @@
 """A training step's forward and backward passes, all its microbatches, as one CUDA graph.
 
-    reader       batches, checked on the host, media padded to a bucket     (`training/reading.py`)
-    key          what a capture takes for granted: shapes, rows of the loss, which terms count anything
-    captured     Megatron's schedule: forward, loss, backward, reduction and scaling of gradients
+    reader       batches, checked on the host, media padded to a bucket      (`training/reading.py`, `parts/buckets.py`)
+    chunk steps  what a capture takes for granted, and what changes: microbatches, prepared targets, the numbers by
+                 which the loss is divided                                   (`parts/chunk_step.py`)
+    captured     Megatron's schedule: forward, loss, backward, messages of stages, reduction and scaling of gradients
     outside      reading, the copies to the device, whether anything is finite, the optimizer
 
-What changes from step to step lies in tensors: the microbatches in one buffer each, and the numbers by which the loss
-is divided in one more.
+All ranks run a step alike, by a graph or without: what one of them cannot replay or capture none does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, cast
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
 
-import torch
 from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_mimo.batch import Batch, Nested
+from megatron_mimo.axes import Layout
+from megatron_mimo.batch import Batch
 from megatron_mimo.config import MimoModelConfig
-from megatron_mimo.data.transfer import Manifest, Record, Slot, from_bytes
 from megatron_mimo.launch import Run
 from megatron_mimo.model import MimoModel
-from megatron_mimo.placement import Placement
-from megatron_mimo.tally import HostFacts
-from megatron_mimo.token_loss import rows_of_labels
+from megatron_mimo.training import auxiliary
+from megatron_mimo.training.agreement import agreed
 from megatron_mimo.training.finite import Gradients
-from megatron_mimo.training.forward import Ahead, ForwardStep
+from megatron_mimo.training.forward import ForwardStep
 from megatron_mimo.training.parts.captured import Captures, GraphCounts
+from megatron_mimo.training.parts.chunk_step import ChunkStep
 from megatron_mimo.training.parts.control import TrainingControl
-from megatron_mimo.training.scale import StepScale, numbers_of, told_of
 from megatron_mimo.training.settings import check_whole
-from megatron_mimo.training.speed import counts as names
 
 
 @dataclass(frozen=True)
@@ -85,10 +84,8 @@ class StepGraphs:
         language, layout = config.language_config, run.layout
         fits = language.fp8 is None or language.fp8_recipe in FP8_RECIPES
         wanted = {
-            "no generation_token_ids, since decoders draw anew for each microbatch": not config.generation_token_ids,
-            "pipeline_model_parallel_size=1": layout.pipeline_model_parallel_size == 1,
-            "context_parallel_size=1": layout.context_parallel_size == 1,
-            "num_moe_experts=None, whose routing the host waits for": language.num_moe_experts is None,
+            **_between_stages(language, layout),
+            **_of_experts(language),
             "mtp_num_layers=None": not language.mtp_num_layers,
             f"fp8_recipe in {FP8_RECIPES}, whose replays are the eager steps bit by bit": fits,
             "fp8_param=False": not language.fp8_param,
@@ -96,6 +93,8 @@ class StepGraphs:
             "recompute_granularity=None": language.recompute_granularity is None,
             "overlap_grad_reduce=False": not ddp.overlap_grad_reduce,
             "overlap_param_gather=False": not ddp.overlap_param_gather,
+            "check_for_nan_in_grad=False": not ddp.check_for_nan_in_grad,
+            "check_for_large_grads=False": not ddp.check_for_large_grads,
             "graphed=() of TrainingControl: a step's graph has its encoders in it": not control.graphed,
             "initialize(graph_safe_rng=True)": run.graph_safe_rng,
         }
@@ -123,7 +122,36 @@ def captures_of(
         return None
     settings = settings or StepGraphs()
     settings.check(config, run, ddp, control)
-    return Captures(settings.captures, settings.warmup, run.device)
+    return Captures(
+        settings.captures, settings.warmup, run.device, together=lambda fits: not any(agreed([not fits], run))
+    )
+
+
+def _between_stages(language: TransformerConfig, layout: Layout) -> dict[str, bool]:
+    """What messages between pipeline stages have to be like: without a look of the host's."""
+    if layout.pipeline_model_parallel_size == 1:
+        return {}
+    return {
+        "variable_seq_lengths=False, whose stages tell their hosts a shape before each message": (
+            not language.variable_seq_lengths
+        ),
+        "batch_p2p_sync=False, since the host waits for the device after each message": (
+            not (language.batch_p2p_comm and language.batch_p2p_sync)
+        ),
+    }
+
+
+def _of_experts(language: TransformerConfig) -> dict[str, bool]:
+    """What routing to experts has to be like: as many rows for each, whatever is routed."""
+    if language.num_moe_experts is None:
+        return {}
+    return {
+        "moe_token_dispatcher_type='alltoall'": language.moe_token_dispatcher_type == "alltoall",
+        "moe_expert_capacity_factor and moe_pad_expert_input_to_capacity=True, since the host waits for how many rows "
+        "are routed to each expert": (
+            language.moe_expert_capacity_factor is not None and language.moe_pad_expert_input_to_capacity
+        ),
+    }
 
 
 #: Replays of "delayed" gave other losses than eager steps do; further recipes were not tried.
@@ -140,7 +168,8 @@ class WholeSteps:
 
     Args:
         settings: what is captured.
-        model: of the one stage.
+        captures: where.
+        models: this rank's chunks.
         forward_step: reads microbatches and hands them to the schedule.
         gradients: whose largest is looked at when a step has run.
     """
@@ -149,16 +178,20 @@ class WholeSteps:
         self,
         settings: StepGraphs,
         captures: Captures,
-        model: MimoModel,
+        models: Sequence[MimoModel],
         forward_step: ForwardStep,
         gradients: Gradients,
     ) -> None:
-        self._settings, self._captures, self._model = settings, captures, model
+        self._settings, self._captures, self._models = settings, captures, models
         self._forward_step, self._gradients = forward_step, gradients
         self._brought: dict[Hashable, list] = {}
-        for encoder in model.modality_submodules.children():
-            _check_encoders(encoder)
-        self._multiple = CUDNN_ROWS if _has_cudnn(model.language_model) else 1
+        for model in models:
+            for encoder in model.modality_submodules.children():
+                _check_encoders(encoder)
+        self._multiple = 1
+        if any(_has_cudnn(model.language_model) for model in models):
+            ranks = models[0].pg_collection.cp.size()
+            self._multiple = CUDNN_ROWS * (2 * ranks if ranks > 1 else 1)  # attention sees halves of a rank's part
 
     @property
     def counts(self) -> GraphCounts:
@@ -166,7 +199,7 @@ class WholeSteps:
         return self._captures.counts
 
     def __call__(
-        self, batches: Iterator[Batch] | None, schedule: Callable[[], list[dict[str, Tensor]]]
+        self, batches: Sequence[Batch], schedule: Callable[[], list[dict[str, Tensor]]]
     ) -> list[dict[str, Tensor]]:
         """What the schedule gives for a step.
 
@@ -177,139 +210,48 @@ class WholeSteps:
         Raises:
             ValueError: a bad batch.
         """
-        padded = None if batches is None else (in_buckets(b, self._settings.buckets, self._model) for b in batches)
-        step, scale = self._forward_step.read(padded, self._model)
-        each = [step.next_bytes() for _ in range(len(step))]
-        manifests = [manifest for manifest, _, _ in each]
-        counts = [count for _, _, count in each]
-        buffers = [buffer for _, buffer, _ in each]
-        numbers = numbers_of(scale, (count[names.HELD] for count in counts), buffers[0].device)
-        shapes = tuple(_signature(manifest.tree, buffers[0].device) for manifest in manifests)
-        key: Hashable | None = (shapes, tuple(count == 0 for count in scale.counts.values()))
-        if any(_length(manifest) % self._multiple for manifest in manifests):
+        read = [ChunkStep.read(batches, model, self._forward_step, self._settings.buckets) for model in self._models]
+        key: Hashable | None = tuple(chunk.key for chunk in read)
+        if any(length % self._multiple for length in read[0].lengths):
             key = None
         if self._captures.captured(key):
-            self._recheck(key, manifests)
+            read[0].recheck(self._brought[key])
+        numbers = [len(chunk.inputs) for chunk in read]
 
-        def run(inputs: Sequence[Tensor]) -> tuple[list[dict[str, Tensor]], Tensor | None]:
-            *buffers, numbers = inputs
-            ahead = _ahead(manifests, buffers, counts, scale, numbers)
-            with self._forward_step.given(ahead), self._model.checks.recording() as self._brought[key]:
+        def run(inputs: Sequence[Tensor]) -> tuple[list[dict[str, Tensor]], Tensor | None, auxiliary.Reports]:
+            rest = iter(inputs)
+            given = {chunk.model.vp_stage: chunk.ahead([*islice(rest, n)]) for chunk, n in zip(read, numbers)}
+            with self._forward_step.given(given), self._recording() as self._brought[key]:
                 logged = schedule()
-            return logged, self._gradients.largest
+            return logged, self._gradients.largest, auxiliary.reports()
 
-        logged, self._gradients.largest = self._captures(key, [*buffers, numbers], run)
+        inputs = [tensor for chunk in read for tensor in chunk.inputs]
+        logged, self._gradients.largest, reports = self._captures(key, inputs, run)
+        auxiliary.report_again(reports)
         if not self._captures.captured(key):
             del self._brought[key]
         return logged
 
-    def _recheck(self, key: Hashable, manifests: Sequence[Manifest]) -> None:
-        """Holds the rows that a replay will make against the tokens of this step's microbatches.
-
-        Raises:
-            ValueError: as `Placement.check_rows`.
-        """
-        for manifest, brought in zip(manifests, self._brought[key], strict=True):
-            batch = from_bytes(manifest, torch.empty(manifest.size, dtype=torch.uint8))
-            for table, rows, items in brought:
-                cast(Placement, batch["placement"]).check_rows(table, rows, items)
+    @contextmanager
+    def _recording(self) -> Iterator[list]:
+        """Within it, batches count as checked, as the reader does for a GPU; gives what the first chunk encodes."""
+        on_host = next(self._models[0].parameters()).device.type != "cpu"
+        with ExitStack() as stack:
+            brought = [stack.enter_context(model.checks.recording(settled=on_host)) for model in self._models]
+            yield brought[0]
 
 
 def whole_steps(
     settings: StepGraphs | None,
     captures: Captures | None,
-    model: MimoModel,
+    models: Sequence[MimoModel],
     forward_step: ForwardStep,
     gradients: Gradients,
 ) -> WholeSteps | None:
     """What runs training steps by CUDA graphs, as `WholeSteps` takes it; None without captures."""
     if captures is None:
         return None
-    return WholeSteps(settings or StepGraphs(), captures, model, forward_step, gradients)
-
-
-def in_buckets(batch: Batch, buckets: Mapping[str, int], model: MimoModel) -> Batch:
-    """The batch with items of zeros behind its media, up to a bucket, which no position reads.
-
-    Args:
-        batch: tensors on the CPU.
-        buckets: modality -> items are a multiple of this.
-        model: makes the placement, where the batch brings none.
-
-    Raises:
-        ValueError: inputs that are not a number of items alike, or tokens that are no equal number of rows an item.
-    """
-    inputs: Nested = batch.get("modality_inputs") or {}
-    padded, spare = dict(inputs), {}
-    placement = names.placement_of(batch, model)
-    for modality, size in buckets.items():
-        for encoder, keywords in (inputs.get(modality) or {}).items():
-            where = f"modality_inputs[{modality!r}][{encoder!r}]"
-            items = {value.shape[0] for value in keywords.values() if isinstance(value, Tensor) and value.dim()}
-            if len(items) != 1 or len(inputs[modality]) != 1:
-                raise ValueError(
-                    f"graphs: {where} cannot be padded to a bucket of {size}: expected one encoder, whose tensors have "
-                    f"one leading dim of items, found {sorted(items)}. Leave the modality out of buckets."
-                )
-            (number,) = items
-            tokens = int(placement.counts(modality).sum())
-            if number == 0:
-                continue
-            if tokens % number:
-                raise ValueError(
-                    f"graphs: {modality} has {tokens} special tokens for {number} items, expected as many for each: "
-                    "only such items are padded to a bucket. Leave the modality out of buckets."
-                )
-            more = -number % size
-            spare[modality] = more * (tokens // number)
-            padded[modality] = {encoder: {name: _longer(value, more) for name, value in keywords.items()}}
-    if not any(spare.values()) or placement.host is None:
-        return {**batch, "placement": placement}
-    placement = replace(placement, host=replace(placement.host, spare=spare))
-    return {**batch, "modality_inputs": padded, "placement": placement}
-
-
-def _longer(value: Any, more: int) -> Any:
-    if not isinstance(value, Tensor) or not value.dim() or not more:
-        return value
-    return torch.cat([value, value.new_zeros(more, *value.shape[1:])])
-
-
-def _ahead(
-    manifests: Sequence[Manifest], buffers: Sequence[Tensor], counts: Sequence, scale: StepScale, numbers: Tensor
-) -> Iterator[Ahead]:
-    for manifest, buffer, count, told in zip(manifests, buffers, counts, told_of(scale, numbers), strict=True):
-        yield from_bytes(manifest, buffer), count, scale, told
-
-
-def _signature(node: Any, device: torch.device) -> Hashable:
-    """What a capture takes for granted of a microbatch: all of its manifest but what the host alone looks at.
-
-    Args:
-        node: of the manifest.
-        device: where the microbatch runs.
-    """
-    match node:
-        case Record(kind=kind, fields=values) if kind is HostFacts:
-            counted = cast(Tensor | None, values["counted"])
-            return None if counted is None else rows_of_labels(int(counted.sum()), counted.numel(), device)
-        case Record(kind=kind, fields=values):
-            hidden = {f.name for f in fields(kind) if f.metadata.get("on_host")} | {"checks", "arrival"}
-            return kind, _signature({name: value for name, value in values.items() if name not in hidden}, device)
-        case Mapping():
-            return tuple((key, _signature(value, device)) for key, value in node.items())
-        case list() | tuple():
-            return tuple(_signature(value, device) for value in node)
-        case Slot() | None | bool() | int() | float() | str() | torch.dtype():
-            return type(node), node
-        case _ if is_dataclass(node):
-            return type(node), node
-    return object()  # what may hold anything is a shape of its own, each time: such steps run without a graph
-
-
-def _length(manifest: Manifest) -> int:
-    """`S` of a microbatch."""
-    return cast(Any, manifest.tree)["input_ids"].shape[1]
+    return WholeSteps(settings or StepGraphs(), captures, models, forward_step, gradients)
 
 
 def _has_cudnn(module: nn.Module) -> bool:

@@ -20,8 +20,8 @@ from megatron_mimo.decoders.base import Decoder
 from megatron_mimo.labels import default_loss_mask
 from megatron_mimo.modality.submodules import ModalitySubmodules
 from megatron_mimo.model import MimoModel
+from megatron_mimo.packed import padding_of
 from megatron_mimo.placement import Placement
-from megatron_mimo.plan import padding_of
 
 # Kinds of counts, the first entry of a key; the others name what is counted.
 LOSS, READ, WRITTEN, ITEMS = "loss", "rows read", "rows written", "media items"

@@ -1,0 +1,61 @@
+"""Media in buckets of fixed size, so that batches with other numbers of them run by one CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_mimo.batch import Batch, Nested
+from megatron_mimo.model import MimoModel
+from megatron_mimo.training.speed import counts as names
+
+
+def in_buckets(batch: Batch, buckets: Mapping[str, int], model: MimoModel) -> Batch:
+    """The batch with items of zeros behind its media, up to a bucket, which no position reads.
+
+    Args:
+        batch: tensors on the CPU.
+        buckets: modality -> items are a multiple of this.
+        model: makes the placement, where the batch brings none.
+
+    Raises:
+        ValueError: inputs that are not a number of items alike, or tokens that are no equal number of rows an item.
+    """
+    inputs: Nested = batch.get("modality_inputs") or {}
+    padded, spare = dict(inputs), {}
+    placement = names.placement_of(batch, model)
+    for modality, size in buckets.items():
+        for encoder, keywords in (inputs.get(modality) or {}).items():
+            where = f"modality_inputs[{modality!r}][{encoder!r}]"
+            items = {value.shape[0] for value in keywords.values() if isinstance(value, Tensor) and value.dim()}
+            if len(items) != 1 or len(inputs[modality]) != 1:
+                raise ValueError(
+                    f"graphs: {where} cannot be padded to a bucket of {size}: expected one encoder, whose tensors have "
+                    f"one leading dim of items, found {sorted(items)}. Leave the modality out of buckets."
+                )
+            (number,) = items
+            tokens = int(placement.counts(modality).sum())
+            if number == 0:
+                continue
+            if tokens % number:
+                raise ValueError(
+                    f"graphs: {modality} has {tokens} special tokens for {number} items, expected as many for each: "
+                    "only such items are padded to a bucket. Leave the modality out of buckets."
+                )
+            more = -number % size
+            spare[modality] = more * (tokens // number)
+            padded[modality] = {encoder: {name: _longer(value, more) for name, value in keywords.items()}}
+    if not any(spare.values()) or placement.host is None:
+        return {**batch, "placement": placement}
+    placement = replace(placement, host=replace(placement.host, spare=spare))
+    return {**batch, "modality_inputs": padded, "placement": placement}
+
+
+def _longer(value: Any, more: int) -> Any:
+    if not isinstance(value, Tensor) or not value.dim() or not more:
+        return value
+    return torch.cat([value, value.new_zeros(more, *value.shape[1:])])
