@@ -113,6 +113,39 @@ def test_draw_draws_what_its_codec_makes_of_the_colour_asked_for_and_needs_the_c
 
 
 @pytest.mark.parametrize("axis", ["tensor", "pipeline"])
+def test_any_to_any_trains_on_two_ranks_of_one_model_and_answers_there_what_it_answers_on_one(axis, tmp_path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    done = command(*any_to_any(one, steps=40))
+    assert done.returncode == 0, done.stderr
+    # Two ranks go on from the first stage of one, with its weights, and its packs and noise: losses part by rounding.
+    shutil.copytree(one / "stages" / "projections", two / "stages" / "projections")
+    done = warm.ranks(2, "-m", "megatron_mimo.cli", *any_to_any(two, f"layout.{axis}=2", steps=40))
+    assert done.returncode == 0, done.stderr
+    for name in ("text", "images/pixels"):
+        expected, found = (losses(directory, "whole", name) for directory in (one, two))
+        assert found == pytest.approx(expected, rel=1e-4) and len(expected) > 10
+    # From nothing, both stages; what begins fresh is drawn otherwise on each pipeline stage.
+    fresh = tmp_path / "fresh"
+    done = warm.ranks(2, "-m", "megatron_mimo.cli", *any_to_any(fresh, f"layout.{axis}=2", steps=8))
+    assert done.returncode == 0, done.stderr
+    loss = losses(fresh, "projections", "text") + losses(fresh, "whole", "text")
+    assert len(loss) == 10 and loss[-1] < loss[0]
+    some, heard = shutil.copytree(pictures(8), tmp_path / "some"), shutil.copytree(sounds(8), tmp_path / "heard")
+    for data, words in ((some, ("--columns", "write")), (some, ()), (heard, ())):
+        asking = ("generate", two, data, *words, "--output")
+        at = tmp_path / f"{data.name}{len(words)}"
+        done = warm.ranks(2, "-m", "megatron_mimo.cli", *asking, at / "two", f"--{axis}", 2)
+        assert done.returncode == 0, done.stderr
+        done = command(*asking, at / "one")
+        assert done.returncode == 0, done.stderr
+        assert (at / "two" / "answers.jsonl").read_text() == (at / "one" / "answers.jsonl").read_text()
+        files = [sorted((at / ranks).glob("media/*/*")) for ranks in ("one", "two")]
+        assert [file.name for file in files[0]] == [file.name for file in files[1]] and len(files[0]) == 8 * bool(words)
+        for alone, shared in zip(*files):
+            assert (pixels(alone).int() - pixels(shared).int()).abs().max() <= 1  # of 255
+
+
+@pytest.mark.parametrize("axis", ["tensor", "pipeline"])
 def test_what_draws_trains_on_two_ranks_of_one_model_and_draws_there_what_it_draws_on_one(axis: str, tmp_path) -> None:
     run, words = tmp_path / "run", ("--columns", "write")
     done = warm.ranks(2, "-m", "megatron_mimo.cli", *draw(run, f"layout.{axis}=2", steps=12))
@@ -140,6 +173,9 @@ class Judge:
         assert text.startswith("It is ")
         return {"width": drawn.width, "reference": reference is not None}
 
+def clashes(drawn, reference, text):
+    return {"index": 1}
+
 def fails(drawn, reference, text):
     if drawn.width == 8:  # not when it is shown the record's own
         raise OSError("no weights")
@@ -162,6 +198,9 @@ def pictures_are_scored_by_a_judge_that_ranks_share_out(run: Path, folder: Path)
     assert each == [{"index": index, "drawn": 1, "width": 8, "reference": 1} for index in range(5)]
     page = (folder / "out" / "samples.html").read_text()
     assert page.count("<img") == 10 and page.count("width 8") == 5
+    done = command(*words, "judges:clashes", cwd=folder)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "expected the same names for each picture, and none of ['records', 'drawn', 'index']" in done.stderr
     # The answers are there, so that it fails at once; without a judge there is nothing to score.
     done = command(*words, "judges:fails", cwd=folder)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
