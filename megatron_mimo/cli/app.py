@@ -95,10 +95,11 @@ def train(
             if nproc > 1:
                 sys.exit(run_ranks(nproc, sys.argv[1:]))
         with running(found.layout, found.seed) as run:
+            from megatron_mimo.cli.kept import settled
             from megatron_mimo.cli.training import MODEL
             from megatron_mimo.cli.training import train as train_recipe
 
-            if not train_recipe(found, run):
+            if not train_recipe(settled(found), run):
                 if run.rank == 0:
                     print("megatron-mimo: stopped; the same command goes on from here", file=sys.stderr)
                 sys.exit(STOPPED)

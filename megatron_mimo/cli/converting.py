@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megatron_mimo.cli.errors import Refused
 from megatron_mimo.cli.models import RECIPE, SOURCE, Place, read_model
+from megatron_mimo.cli.readers import keep_readers
 from megatron_mimo.data.written import write_whole
 from megatron_mimo.launch import Run
 from megatron_mimo.pretrained import save_pretrained
@@ -50,6 +51,7 @@ def convert(place: Place, target: Path, form: str, run: Run, dtype: str | None =
         # Tensors that are only carried along have their own dtype otherwise.
         save_pretrained(models, target, dtype=None if dtype is None else getattr(torch, dtype))
         if run.rank == 0 and place.model is not None and (recipe := _recipe_of(place)) is not None:
+            keep_readers(place.model, target)
             write_whole(target / RECIPE, recipe)
         _barrier(run)
         return

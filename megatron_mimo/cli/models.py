@@ -11,6 +11,7 @@ from megatron_mimo.cli.building import Written, model_config, written_by
 from megatron_mimo.cli.errors import Refused
 from megatron_mimo.cli.laying_out import processor_of
 from megatron_mimo.cli.model_recipe import Model
+from megatron_mimo.cli.readers import kept_readers
 from megatron_mimo.cli.reading import read_recipe
 from megatron_mimo.cli.settings import Settings
 from megatron_mimo.config import MimoModelConfig
@@ -129,7 +130,8 @@ def _found(given: str) -> Place:
     if not (directory / RECIPE).is_file():
         return Place(directory, None, False)
     recipe = read_recipe(str(directory / RECIPE))
-    return Place(directory, recipe.model, False, recipe.processor.template, judge=recipe.evaluation.judge)
+    model = kept_readers(recipe.model, directory)
+    return Place(directory, model, False, recipe.processor.template, judge=recipe.evaluation.judge)
 
 
 def model_of(place: Place) -> Model:

@@ -9,7 +9,7 @@ import torch
 
 from megatron_mimo.cli import entry
 from megatron_mimo.cli.errors import Refused
-from megatron_mimo.cli.kept import check_kept
+from megatron_mimo.cli.kept import check_kept, settled
 from megatron_mimo.cli.ranks import check_processes
 from megatron_mimo.cli.reading import checked, read_recipe, shipped, written
 from megatron_mimo.cli.recipe import Layout
@@ -123,6 +123,28 @@ def test_a_directory_goes_on_with_its_own_recipe_alone(tmp_path: Path) -> None:
     check_kept(checked(given | {"layout": {"tensor": 2}, "processor": {"workers": 4}}, "recipe"))
     with pytest.raises(Refused, match="seed: 1234 then, 7 now"):
         check_kept(checked(given | {"seed": 7}, "recipe"))
+
+
+def test_paths_that_a_run_keeps_hold_from_elsewhere_and_are_the_same_from_there(tmp_path: Path, monkeypatch) -> None:
+    for name in ("pictures", "qwen", "ears", "deep", "whole"):
+        (tmp_path / name).mkdir()
+    reads = {"audio": {"reads": {"name": "ears", "as_it_is": True}}, "images": {"reads": "owner/model"}}
+    stage = PLAIN["stages"][0] | {"name": "whole", "data": "pictures"}
+    given = PLAIN | {"model": {"language_model": "qwen", "modalities": reads}, "data": "pictures", "stages": [stage]}
+    monkeypatch.chdir(tmp_path)
+    kept = settled(checked(given | {"directory": "run"}, "recipe"))
+    assert kept.model.language_model == str(tmp_path / "qwen")
+    assert kept.model.modalities["audio"].reads.name == str(tmp_path / "ears")
+    assert kept.model.modalities["images"].reads.name == "owner/model"
+    assert kept.data[0].path == kept.stages[0].data[0].path == tmp_path / "pictures"
+    assert kept.stages[0].name == "whole" and settled(kept) == kept
+    (tmp_path / "run/stages/whole/step_00000002").mkdir(parents=True)
+    (tmp_path / "run/recipe.yaml").write_text(written(kept))
+    monkeypatch.chdir(tmp_path / "deep")
+    reads["audio"]["reads"]["name"] = "../ears"
+    stage["data"] = "../pictures"
+    again = {"directory": "../run", "data": "../pictures", "model": {"language_model": "../qwen", "modalities": reads}}
+    check_kept(settled(checked(given | again, "recipe")))
 
 
 def test_a_layout_for_other_processes_and_more_processes_than_gpus_are_refused(monkeypatch) -> None:

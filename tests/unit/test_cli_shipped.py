@@ -3,6 +3,7 @@
 import json
 import shutil
 import wave
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -60,9 +61,12 @@ def test_each_recipe_that_ships_has_a_run_of_its_name_in_the_suite() -> None:
     assert all(callable(getattr(commands, name, None)) for name in shipped())
 
 
-def test_listen_learns_texts_of_sounds_and_its_language_model_loads_in_transformers(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    found = whole_way(command, listen(run, steps=30), sounds(), tmp_path)
+def test_listen_learns_texts_of_sounds_its_language_model_loads_in_transformers_and_it_needs_its_encoder_no_more(
+    tmp_path: Path,
+) -> None:
+    run, ears = tmp_path / "run", shutil.copytree(commands.whisper(), tmp_path / "ears")
+    words = listen(run, "model.modalities.audio.reads.name=ears", steps=30)
+    found = whole_way(partial(command, cwd=tmp_path), words, sounds(), tmp_path)
     text = losses(run, "whole", "text")
     assert text[-1] < text[0] / 3
     assert len(found) == 40 and set(found) <= TEXTS
@@ -71,6 +75,13 @@ def test_listen_learns_texts_of_sounds_and_its_language_model_loads_in_transform
     )
     assert all(torch.equal(before[name], after[name]) for name in before)
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf" / "language_model")
+    # Where a run began from is found from elsewhere too; what it wrote needs its encoder's directory no more.
+    short = ("--max-new-tokens", 12)
+    assert [line["text"] for line in answered(run / "stages/whole/step_00000030", sounds(), *short)] == found
+    shutil.rmtree(ears)
+    for model in (run, tmp_path / "hf"):
+        assert [line["text"] for line in answered(model, sounds(), "--seed", 1, *short)] == found
+    assert command("inspect", run, "--length", 1024).returncode == 0
 
 
 def drawn(model: Path, data: Path) -> list[tuple[int, Path]]:
