@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import batched
 from pathlib import Path
@@ -18,6 +19,7 @@ from megatron_mimo.data.sources import Source
 from megatron_mimo.data.written import write_whole
 from megatron_mimo.generation.results import GenerationOutput, MediaPart, TextPart, save
 from megatron_mimo.launch import Run
+from megatron_mimo.training.progress import Progress
 
 #: Below the output's directory: what is finished, what was asked for, and the lines of each attempt and rank.
 ANSWERS, ASKED, PARTS = "answers.jsonl", "asked.json", "parts"
@@ -34,8 +36,8 @@ def generate(
 ) -> Path:
     """Answers every record of a source, and gives the file with the answers in its order. Collective over all ranks.
 
-    A line has `index`, `text`, `parts` (media as paths below `output`), `reason` and, where a record cannot be used,
-    `error`. Data-parallel ranks share the records out.
+    A line has `index`, `read` (the files that the record shows), `text`, `parts` (media as paths below `output`), `reason`
+    and, where a record cannot be used, `error`. Data-parallel ranks share the records out.
 
     Args:
         opened: the model.
@@ -64,14 +66,17 @@ def generate(
     if writes:
         parts.mkdir(parents=True, exist_ok=True)
     file = parts / f"{attempt:05d}-{run.data_rank:05d}.jsonl"
-    for indices in batched(mine, batch_size):
-        prompts = list(prompts_of(source, opened.process, indices))
-        answers = _answered(opened, prompts, asked, options)
-        if writes:
-            rate = opened.written.sampling_rate
-            lines = [_line(one, answer, output, rate) for one, answer in zip(prompts, answers)]
-            with file.open("a", encoding="utf-8") as stream:
-                stream.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    with Progress(len(mine), shown=writes and run.data_rank == 0, unit="record") as bar:
+        for count, indices in enumerate(batched(mine, batch_size)):
+            began = time.monotonic()
+            prompts = list(prompts_of(source, opened.process, indices))
+            answers = _answered(opened, prompts, asked, options)
+            if writes:
+                rate = opened.written.sampling_rate
+                lines = [_line(one, answer, output, rate) for one, answer in zip(prompts, answers)]
+                with file.open("a", encoding="utf-8") as stream:
+                    stream.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            bar.show(count * batch_size + len(indices), {}, (time.monotonic() - began) / len(indices))
     _barrier(run)
     if run.rank == 0:
         found = _done(parts)
@@ -109,7 +114,8 @@ def _answered(
 
 
 def _line(prompt: Prompt, answer: GenerationOutput, output: Path, rate: int) -> dict[str, Any]:
-    line: dict[str, Any] = {"index": prompt.index, "text": answer.text, "parts": [], "reason": answer.reason}
+    line: dict[str, Any] = {"index": prompt.index, "read": list(prompt.read), "text": answer.text, "parts": []}
+    line["reason"] = answer.reason
     if answer.error is not None:
         return line | {"error": " ".join(str(answer.error).split())}
     media = [part for part in answer.parts if not isinstance(part, TextPart)]

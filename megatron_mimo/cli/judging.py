@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import wave
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from megatron_mimo.cli.models import Opened
 from megatron_mimo.cli.prompts import asked_of, picture_of, text_of
 from megatron_mimo.cli.scores import exact, scores
 from megatron_mimo.data import SampleError, conversation_of
-from megatron_mimo.data.media import open_image
+from megatron_mimo.data.media import open_image, open_sound
 from megatron_mimo.data.messages import Medium
 from megatron_mimo.data.sources import Source
 from megatron_mimo.data.written import write_whole
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 SCORES, EACH, PAGE = "scores.json", "scores.jsonl", "samples.html"
 #: Longest side of a picture on the page, in pixels.
 _THUMBNAIL = 160
+#: Of a sound on the page: samples a second, and its longest.
+_RATE, _SECONDS = 16_000, 30
 
 _STYLE = """
 body { font: 14px/1.5 sans-serif; margin: 2em; max-width: 75em } td, th { padding: .3em .8em; text-align: left }
@@ -213,15 +216,17 @@ def _rows(source: Source, pairs: Sequence[tuple[Mapping[str, Any], Sequence[str]
 
 
 def _asked(source: Source, index: int) -> str:
-    """The question, its pictures included."""
+    """The question, its pictures and sounds included, with the names of their files."""
     conversation = conversation_of(source.record(index), columns=source.columns)
     pieces = []
     for turn in conversation.turns:
         if turn.role == "assistant":
             break
         for part in turn.parts:
-            if part.kind == "image" and part.medium is not None:
-                pieces.append(_picture(part.medium, source.media_root))
+            if part.kind in ("image", "audio") and part.medium is not None:
+                shown = _picture if part.kind == "image" else _sound
+                pieces.append(shown(part.medium, source.media_root))
+                pieces += [f"<br><small>{html.escape(part.medium.path)}</small><br>"] if part.medium.path else []
             else:
                 pieces.append(html.escape(part.text or part.kind))
     return " ".join(pieces)
@@ -246,11 +251,27 @@ def _pictures(
     yield "</table>"
 
 
-def _picture(medium: Any, root: Path | None) -> str:
+def _picture(medium: Medium, root: Path | None) -> str:
     try:
         return _shown(open_image(medium, root))
     except (SampleError, ValueError):
         return "(a picture that cannot be opened)"
+
+
+def _sound(medium: Medium, root: Path | None) -> str:
+    """A player of the first seconds of a sound."""
+    try:
+        samples = open_sound(medium, _RATE, root).samples[: _SECONDS * _RATE]
+    except (SampleError, ValueError):
+        return "(a sound that cannot be opened)"
+    file = io.BytesIO()
+    with wave.open(file, "wb") as clip:
+        clip.setnchannels(1)
+        clip.setsampwidth(2)
+        clip.setframerate(_RATE)
+        clip.writeframes((samples.clip(-1, 1) * 32767).astype("<i2").tobytes())
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<audio controls preload="none" src="data:audio/wav;base64,{data}"></audio>'
 
 
 def _shown(image: Image) -> str:

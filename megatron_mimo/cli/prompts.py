@@ -22,11 +22,13 @@ class Prompt:
         index: of the record, from 0.
         given: as `MimoModel.generate` takes it; None where the record cannot be used.
         error: why it cannot be used.
+        read: files that it shows, as the data name them.
     """
 
     index: int
     given: dict[str, Any] | None
     error: str | None = None
+    read: tuple[str, ...] = ()
 
 
 def prompts_of(source: Source, process: SampleProcessor, indices: Iterable[int] | None = None) -> Iterator[Prompt]:
@@ -38,10 +40,13 @@ def prompts_of(source: Source, process: SampleProcessor, indices: Iterable[int] 
         indices: of those that are wanted; None for all.
     """
     for index in range(len(source)) if indices is None else indices:
+        read: tuple[str, ...] = ()
         try:
-            yield _prompt(source, index, process)
+            asked = asked_of(source, index)[0]
+            read = tuple(part.medium.path for _, part in asked.media() if part.medium and part.medium.path)
+            yield Prompt(index, laid_out(asked, process, source.media_root), read=read)
         except SampleError as error:
-            yield Prompt(index, None, error=f"{source.where(index)}: {error}")
+            yield Prompt(index, None, error=f"{source.where(index)}: {error}", read=read)
 
 
 def asked_of(source: Source, index: int) -> tuple[Conversation, tuple[str, ...]]:
@@ -75,10 +80,6 @@ def picture_of(source: Source, index: int) -> Medium | None:
 def text_of(conversation: Conversation) -> str:
     """What is asked in words, a line a turn."""
     return "\n".join(text for turn in conversation.turns if turn.role != "assistant" and (text := _text(turn)))
-
-
-def _prompt(source: Source, index: int, process: SampleProcessor) -> Prompt:
-    return Prompt(index, laid_out(asked_of(source, index)[0], process, source.media_root))
 
 
 def _answer(given: Any) -> str:

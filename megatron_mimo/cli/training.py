@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -225,6 +226,11 @@ def _trained(prepared: Prepared, stage: Stage, before: Path | None) -> Trainer |
     highest = max(stage.trains.values())
     optimizer: dict[str, Any] = {"weight_decay": stage.weight_decay, "clip_grad": stage.clip_grad, **settings.optimizer}
     begins = not newest_first(directory)
+    if recipe.loggers.progress and run.rank == 0:
+        place = f"{recipe.stages.index(stage) + 1} of {len(recipe.stages)}"
+        packs = f"{stage.microbatches} pack{'' if stage.microbatches == 1 else 's'} of {recipe.packing.length}"
+        trains = ", ".join(stage.trains)
+        print(f"stage {place}, {stage.name}: {stage.steps} steps of {packs}, training {trains}", file=sys.stderr)
     patience = recipe.evaluation.patience
     loggers = loggers_of(recipe.directory, stage.name, recipe.loggers)
     trainer = Trainer(

@@ -21,6 +21,7 @@ class Progress:
         total: steps of the run.
         shown: False makes it do nothing.
         stream: to write to; None for standard error.
+        unit: what is counted.
 
     Example:
         >>> with Progress(2, shown=True, stream=sys.stdout) as bar:
@@ -28,8 +29,8 @@ class Progress:
         [########################] 2/2  0 s left  100 ms/step  text 0.5000
     """
 
-    def __init__(self, total: int, shown: bool, stream: TextIO | None = None) -> None:
-        self._total, self._shown = total, shown
+    def __init__(self, total: int, shown: bool, stream: TextIO | None = None, unit: str = "step") -> None:
+        self._total, self._shown, self._unit = total, shown, unit
         self._stream = sys.stderr if stream is None else stream
         self._rewrites = shown and self._stream.isatty()
         self._last_shown = -LOG_INTERVAL_S
@@ -44,7 +45,7 @@ class Progress:
             self._stream.write("\n")
 
     def show(self, done: int, losses: Mapping[str, float], seconds: float) -> None:
-        """Writes the state after `done` steps, the last of which took `seconds`; not at every step."""
+        """Writes the state after `done` steps, of which the last took `seconds`; not at every step."""
         now = time.monotonic()
         interval = TERMINAL_INTERVAL_S if self._rewrites else LOG_INTERVAL_S
         if not self._shown or (now - self._last_shown < interval and done < self._total):
@@ -54,7 +55,7 @@ class Progress:
         terms = "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         line = (
             f"[{'#' * filled:<{WIDTH}}] {done}/{self._total}  {(self._total - done) * seconds:.0f} s left  "
-            f"{seconds * 1e3:.0f} ms/step  {terms}"
-        )
+            f"{seconds * 1e3:.0f} ms/{self._unit}  {terms}"
+        ).rstrip()
         self._stream.write(f"\r\x1b[K{line}" if self._rewrites else f"{line}\n")
         self._stream.flush()

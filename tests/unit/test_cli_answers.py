@@ -56,10 +56,13 @@ def asking(output: Path, *more: object) -> list[str]:
 def test_generate_answers_each_record_once_and_in_order_after_kill_9_and_on_two_ranks(tmp_path: Path) -> None:
     done = command(*asking(tmp_path / "whole"))
     assert done.returncode == 0, done.stderr
+    bars = [line for line in done.stderr.splitlines() if line.startswith("[") and line.endswith("ms/record")]
+    assert "] 7/60  " in bars[0] and "] 60/60  0 s left  " in bars[-1]
     found = answers(tmp_path / "whole")
     assert [line["index"] for line in found] == list(range(60))
     captions = [(pictures() / f"{number:02}.txt").read_text() for number in range(60)]
     assert [line["text"] for line in found] == captions
+    assert [line["read"] for line in found] == [[f"{number:02}.png"] for number in range(60)]
 
     # Killed in the third batch, with half a line written; two data-parallel ranks go on.
     assert warm.python("-c", KILLED.format(words=asking(tmp_path / "broken"))).returncode == -9
@@ -100,6 +103,7 @@ def test_a_record_that_cannot_be_used_has_its_error_and_the_others_are_answered(
     assert done.returncode == 0, done.stderr
     found = answers(tmp_path / "out")
     assert [line["reason"] for line in found] == ["stop_id", "error", "stop_id"]
+    assert [line["read"] for line in found] == [["00.png"], ["gone.png"], ["01.png"]]
     assert "gone.png" in found[1]["error"] and found[2]["text"] == "It is green."
 
 
@@ -196,6 +200,7 @@ def test_evaluate_scores_a_data_set_and_shows_samples(tmp_path: Path) -> None:
     assert "wrong: records 4, exact 0.25" in done.stdout
     page = (tmp_path / "out" / "samples.html").read_text()
     assert page.count('class="wrong"') == 3 and page.count("<img") == 32 + 4
+    assert "<small>00.png</small>" in page
 
     (tmp_path / "none.jsonl").write_text('{"messages": [{"role": "user", "content": "?"}]}\n')
     done = command("evaluate", trained(), tmp_path / "none.jsonl", "--output", tmp_path / "none", "--max-new-tokens", 1)

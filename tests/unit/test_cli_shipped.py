@@ -75,6 +75,9 @@ def test_listen_learns_texts_of_sounds_its_language_model_loads_in_transformers_
     )
     assert all(torch.equal(before[name], after[name]) for name in before)
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf" / "language_model")
+    page = (tmp_path / "scores" / "samples.html").read_text()
+    assert page.count('<audio controls preload="none" src="data:audio/wav;base64,UklGR') == 32
+    assert "<small>00.wav</small>" in page
     # Where a run began from is found from elsewhere too; what it wrote needs its encoder's directory no more.
     short = ("--max-new-tokens", 12)
     assert [line["text"] for line in answered(run / "stages/whole/step_00000030", sounds(), *short)] == found

@@ -79,6 +79,16 @@ def test_train_goes_on_after_kill_9_and_sigterm_and_ends_where_an_unbroken_run_e
     assert other.returncode == 2 and "seed: 1234 then, 7 now" in other.stderr
 
 
+def test_each_stage_is_told_as_it_begins(tmp_path: Path) -> None:
+    done = command(*caption(tmp_path / "run", "loggers.progress=true", "evaluation.samples=0", steps=2))
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stderr.splitlines() if line.startswith("stage ")]
+    assert told == [
+        "stage 1 of 2, projector: 2 steps of 1 pack of 128, training images/input_projections",
+        "stage 2 of 2, whole: 2 steps of 2 packs of 128, training images/input_projections, language_model",
+    ]
+
+
 def test_an_evaluation_is_logged_and_answers_samples(tmp_path: Path) -> None:
     changes = [f"evaluation.data={pictures()}", "evaluation.every=3", "evaluation.samples=2", "evaluation.steps=1"]
     changes += ["evaluation.max_new_tokens=4", "loggers.tensorboard=true"]
