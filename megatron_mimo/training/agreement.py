@@ -57,7 +57,7 @@ def agree(error: Exception | None, run: Run) -> None:
         run: the layout and its process groups.
     """
     if any(agreed([error is not None], run)):
-        raise_together(error)
+        raise_together(error, run.hosts.world)
 
 
 def agreed(flags: Iterable[bool], run: Run) -> list[bool]:
@@ -68,9 +68,14 @@ def agreed(flags: Iterable[bool], run: Run) -> list[bool]:
     return [bool(flag) for flag in told.tolist()]
 
 
-def raise_together(error: Exception | None) -> None:
-    """Raises, on every rank, its own error, or else that of the first rank that has one. Collective over all ranks."""
-    told = gathered(None if error is None else (type(error).__name__, str(error)))
+def raise_together(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
+    """Raises, on every rank, its own error, or else that of the first rank that has one. Collective over all ranks.
+
+    Args:
+        error: of this rank, None where there is none.
+        group: of all ranks; None for the device's.
+    """
+    told = gathered(None if error is None else (type(error).__name__, str(error)), group)
     if error is not None:
         raise error
     for rank, each in enumerate(told):
@@ -113,11 +118,11 @@ def agree_on_microbatches(batches: object, error: Exception | None, run: Run, co
     own = [int(error is not None), int(reads), reader, run.data_rank, len(shapes), *first, kinds]
     told = all_gathered(torch.tensor(own), run.hosts.world).tolist()
     if any(line[0] for line in told):
-        raise_together(error)
+        raise_together(error, run.hosts.world)
     # Of a tensor-parallel group its reader speaks.
     spoken = {rank: line for rank, line in enumerate(told) if line[1]}
     if _differ(spoken, config.num_moe_experts is not None):
-        _refuse(gathered(shapes if reads else None), told, config.num_moe_experts is not None)
+        _refuse(gathered(shapes if reads else None, run.hosts.world), told, config.num_moe_experts is not None)
     _, _, _, _, number, size, length, _ = told[reader]
     return number, (size, length)
 
@@ -203,10 +208,10 @@ def all_gathered(own: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     return told.view(-1, own.numel())
 
 
-def gathered[Value](own: Value) -> list[Value]:
-    """Every rank's value on every rank. Collective over all ranks."""
+def gathered[Value](own: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
+    """Every rank's value on every rank. Collective over all ranks: of the device's group, or another of them all."""
     told: list = [own]
     if dist.is_initialized() and dist.get_world_size() > 1:
         told = told * dist.get_world_size()
-        dist.all_gather_object(told, own)
+        dist.all_gather_object(told, own, group=group)
     return told

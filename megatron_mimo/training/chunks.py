@@ -9,7 +9,11 @@ from dataclasses import replace
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel import (
+    get_cuda_rng_tracker,
+    is_graph_safe_cuda_rng_tracker,
+    set_defaults_if_not_set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
@@ -116,8 +120,13 @@ def wrap_chunks(
         run: the layout and its process groups.
         ddp: options of the gradient reduction.
         control: which encoders keep their precision.
+
+    Raises:
+        ValueError: as `check_redrawn`.
     """
     wrapped = []
+    for chunk in chunks:
+        check_redrawn(chunk)
     for index, chunk in enumerate(chunks):
         config = chunk.config
         with control.keeping_precision(chunk):
@@ -133,6 +142,29 @@ def wrap_chunks(
             )
         )
     return wrapped
+
+
+def check_redrawn(model: nn.Module) -> None:
+    """Refuses dropout in recomputed activations where random numbers are a graph's: it would be drawn anew.
+
+    Of generators that a graph can use Megatron keeps no copies: they have moved on when activations are recomputed, and
+    the gradient would be another forward pass's.
+
+    Raises:
+        ValueError: naming the first such part of the model.
+    """
+    if not is_graph_safe_cuda_rng_tracker(get_cuda_rng_tracker()):
+        return
+    for name, module in model.named_modules():
+        config = getattr(module, "config", None)
+        if not isinstance(config, TransformerConfig) or config.recompute_granularity is None:
+            continue
+        if config.hidden_dropout or config.attention_dropout:
+            raise ValueError(
+                f"{name or 'the model'}: recompute_granularity={config.recompute_granularity!r} with dropout and "
+                "initialize(graph_safe_rng=True): recomputed activations would draw other numbers than the forward "
+                "pass did. Set hidden_dropout and attention_dropout to 0, or leave one of the other two out."
+            )
 
 
 def hook_schedule(

@@ -11,7 +11,7 @@ from megatron_mimo.training import StepGraphs, Trainer
 from tests import tiny, writing
 from tests.distributed.cases.graphs import EXPERTS, torch_layers
 from tests.gpu.test_packed_gpu import on_gpu
-from tests.unit.test_whole_step import assert_same_steps, batch_of, config_of, trainer_of
+from tests.unit.test_whole_step import RECOMPUTED, assert_same_steps, batch_of, config_of, trainer_of
 from tests.unit.test_whole_step_writing import batch_of as writing_batch_of
 
 pytestmark = pytest.mark.gpu
@@ -68,6 +68,17 @@ def test_experts_of_fixed_capacity_are_replayed_and_report_their_losses(run):
         expected, found = (each.train_step(lambda *_: [batch_of(step)]) for each in (eager, graphed))
         assert found.losses == expected.losses and "load_balancing_loss" in found.losses, step
     assert graphed.graphs.counts.replayed == 6
+
+
+def test_recomputed_steps_are_replayed_bit_by_bit(run):
+    eager, graphed = pair_of(run, "torch", StepGraphs(), **RECOMPUTED)
+    assert_same_steps(eager, graphed, lambda step: [batch_of(2 * step), batch_of(2 * step + 1)], 8)
+    assert graphed.graphs.counts.replayed == 6
+
+
+def test_dropout_in_recomputed_activations_is_refused(run):
+    with pytest.raises(ValueError, match="recomputed activations would draw other numbers"):
+        trainer_of(run, config=language_of("torch", hidden_dropout=0.1, **RECOMPUTED))
 
 
 def test_lengths_at_which_cudnn_writes_too_far_are_not_captured(run):

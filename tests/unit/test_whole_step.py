@@ -11,7 +11,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_mimo import MimoModel
-from megatron_mimo.training import StepGraphs, Trainer, TrainerSettings, TrainingControl
+from megatron_mimo.training import StepGraphs, Trainer, TrainerSettings, TrainingControl, chunks
 from megatron_mimo.training.checkpoints import random_state
 from megatron_mimo.training.parts import whole_step
 from megatron_mimo.training.parts.chunk_step import signature
@@ -21,6 +21,7 @@ from tests.recorded_graphs import record_graphs
 
 IMAGES = dict(modality_submodules={"images": tiny.image_spec(decoders={}, output_projections=[])})
 ROWS = 4  # of an image
+RECOMPUTED = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 
 
 def config_of(language=None, **changes):
@@ -195,8 +196,39 @@ def test_what_a_step_as_one_graph_cannot_be_right_with_is_refused_by_name(record
         refused(match, config_of(tiny.language_spec(language)))
     refused("overlap_grad_reduce=False", ddp=DistributedDataParallelConfig(overlap_grad_reduce=True))
     refused("graphed=\\(\\)", control=TrainingControl(graphed=["encoders"]))
-    recomputed = tiny.language_config(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-    refused("recompute_granularity=None", config_of(tiny.language_spec(recomputed)))
+    recomputed = tiny.language_config(**RECOMPUTED)
+    recomputed.fp8 = "hybrid"
+    refused("recompute_granularity=None beside fp8", config_of(tiny.language_spec(recomputed)))
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_memory_that_moves_under_replayed_collectives_is_refused(monkeypatch, name):
+    monkeypatch.delenv("NCCL_GRAPH_REGISTER", raising=False)
+    assert not whole_step._moves_registered_memory()
+    monkeypatch.setenv(name, "max_split_size_mb:64,expandable_segments:True")
+    assert whole_step._moves_registered_memory()
+    monkeypatch.setenv("NCCL_GRAPH_REGISTER", "0")
+    assert not whole_step._moves_registered_memory()
+
+
+def test_recomputed_steps_are_replayed_bit_by_bit(recorded):
+    config = lambda: config_of(tiny.language_spec(tiny.language_config(**RECOMPUTED)))  # noqa: E731
+    eager, graphed = trainer_of(recorded, config=config()), trainer_of(recorded, StepGraphs(warmup=1), config=config())
+    graphed.models[0].load_state_dict(eager.models[0].state_dict())
+    assert_same_steps(eager, graphed, lambda step: [batch_of(2 * step), batch_of(2 * step + 1)], 6)
+    assert graphed.graphs.counts.replayed == 5
+
+
+def test_dropout_in_recomputed_activations_is_refused_where_random_numbers_are_a_graphs(recorded, monkeypatch):
+    def built(**changes) -> Trainer:
+        language = tiny.language_config(**{**RECOMPUTED, "hidden_dropout": 0.1, **changes})
+        return trainer_of(recorded, config=config_of(tiny.language_spec(language)))
+
+    built()
+    monkeypatch.setattr(chunks, "is_graph_safe_cuda_rng_tracker", lambda tracker: True)
+    built(hidden_dropout=0.0)
+    with pytest.raises(ValueError, match="recomputed activations would draw other numbers"):
+        built()
 
 
 def test_without_a_gpu_graphs_are_refused(single_process):

@@ -11,6 +11,7 @@ All ranks run a step alike, by a graph or without: what one of them cannot repla
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -90,13 +91,15 @@ class StepGraphs:
             f"fp8_recipe in {FP8_RECIPES}, whose replays are the eager steps bit by bit": fits,
             "fp8_param=False": not language.fp8_param,
             "fp16=False, whose loss scale changes": not language.fp16,
-            "recompute_granularity=None": language.recompute_granularity is None,
+            "recompute_granularity=None beside fp8": language.recompute_granularity is None or language.fp8 is None,
             "overlap_grad_reduce=False": not ddp.overlap_grad_reduce,
             "overlap_param_gather=False": not ddp.overlap_param_gather,
             "check_for_nan_in_grad=False": not ddp.check_for_nan_in_grad,
             "check_for_large_grads=False": not ddp.check_for_large_grads,
             "graphed=() of TrainingControl: a step's graph has its encoders in it": not control.graphed,
             "initialize(graph_safe_rng=True)": run.graph_safe_rng,
+            "NCCL_GRAPH_REGISTER=0 in the environment beside expandable_segments:True, or replayed collectives reach "
+            "for memory that has moved": run.world_size == 1 or not _moves_registered_memory(),
         }
         wrong = [condition for condition, holds in wanted.items() if not holds]
         if wrong:
@@ -268,6 +271,12 @@ def _check_encoders(parts: nn.Module) -> None:
             f"output at some numbers of rows (right at multiples of {CUDNN_ROWS}). Build it with backend 'torch', "
             "freeze it, or leave graphs out."
         )
+
+
+def _moves_registered_memory() -> bool:
+    """Whether torch's allocator grows segments that NCCL registers with a graph, which Megatron refuses for its own."""
+    settings = [os.environ.get(name, "") for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")]
+    return any("expandable_segments:True" in each for each in settings) and os.environ.get("NCCL_GRAPH_REGISTER") != "0"
 
 
 def _check_gpu(run: Run) -> None:
