@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
@@ -122,6 +123,17 @@ def _spanned(spans: Tensor | None, boundaries: Sequence[int]) -> tuple[bool, ...
                 )
         found.append(bool(inside))
     return tuple(found)
+
+
+def stays_plain(config: TransformerConfig) -> bool:
+    """Whether a language model's attention is `SegmentAttention` on every backend: TransformerEngine has no packs in
+    float32, and no other backend context parallelism.
+
+    Example:
+        >>> stays_plain(TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1))
+        True
+    """
+    return config.params_dtype is torch.float32 and config.context_parallel_size == 1
 
 
 class SegmentAttention(DotProductAttention):

@@ -28,7 +28,7 @@ from megatron_mimo.attention import FusedAttention
 from megatron_mimo.cached_attention import CachedAttention
 from megatron_mimo.compat.hybrid import StackWithNorm, stack_layers
 from megatron_mimo.compat.megatron import norms_chosen_at_import
-from megatron_mimo.segments import SegmentAttention
+from megatron_mimo.segments import SegmentAttention, stays_plain
 
 __all__ = [
     "Backend",
@@ -158,8 +158,7 @@ def core_attention(backend: Backend = "auto", config: TransformerConfig | None =
     """
     if cached:
         return CachedAttention
-    full = config is not None and config.params_dtype is torch.float32 and config.context_parallel_size == 1
-    if choose_backend(backend) == "transformer_engine" and not full:
+    if choose_backend(backend) == "transformer_engine" and (config is None or not stays_plain(config)):
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
         return TEDotProductAttention

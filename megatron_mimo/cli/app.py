@@ -309,6 +309,10 @@ def inspect(
     example: Annotated[
         Path | None, typer.Option(help="Data whose first pack is counted; by default one is made up.")
     ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(help="Of layers: transformer_engine, apex, torch or auto; by default the recipe's."),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Tell a model's parts, parameters and layouts, and a step's memory on a rank and operations; no weight is read.
@@ -316,7 +320,7 @@ def inspect(
     The memory is torch's allocated peak on a GPU: weights, gradients, Adam's states and activations.
     """
     with command(debug):
-        from megatron_mimo.cli.counting import Step
+        from megatron_mimo.cli.counting import BACKENDS, Step
         from megatron_mimo.cli.inspecting import sizes_of
         from megatron_mimo.cli.inspecting import told as lines_of
         from megatron_mimo.cli.models import find
@@ -324,11 +328,13 @@ def inspect(
         check_dtype(dtype)
         if recompute not in (None, "selective", "full"):
             raise Refused(f"--recompute: expected selective or full, found {recompute!r}")
+        if backend not in (None, *BACKENDS):
+            raise Refused(f"--backend: expected one of {list(BACKENDS)}, found {backend!r}")
+        place = find(model)
         step = Step(
             tensor, pipeline, context, data, sequence_parallel, dtype, tuple(frozen or ()), length, microbatches,
-            recompute, distributed_optimizer, example,
+            recompute, distributed_optimizer, example, backend or place.backend,
         )  # fmt: skip
-        place = find(model)
         for line in list(lines_of(sizes_of(place), place, step)):  # all of them, or the one that says what is wrong
             print(line)
 

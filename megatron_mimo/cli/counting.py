@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
+import torch
 from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER, OptimizerConfig
 from PIL import Image
 
 from megatron_mimo.axes import Layout
@@ -24,12 +25,15 @@ from megatron_mimo.data import PackedData, PackShape, ReadingOptions, Records, S
 from megatron_mimo.data.messages import Kind
 from megatron_mimo.launch import pretended
 from megatron_mimo.sharding import sequence_multiple
+from megatron_mimo.specs import Backend, choose_backend
 from megatron_mimo.training import TrainingControl
 from megatron_mimo.training.footprint import Footprint, footprint, model_without_memory
 from megatron_mimo.training.sources import batch_of
 from megatron_mimo.training.speed.counts import count_batch
 from megatron_mimo.training.speed.flops import part_sizes, step_flops
 
+#: What layers may compute with.
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 #: Of a made-up record: a medium of each kind that the model reads or writes, and an answer of so many words.
 WORDS, SIDE, SECONDS, RATE = 100, 448, 4, 16_000
 
@@ -48,6 +52,7 @@ class Step:
         recompute: Megatron's granularity, "selective" or "full" (layer by layer); None keeps all activations.
         distributed_optimizer: whether data-parallel ranks share the optimizer's states out.
         data_path: whose first pack is counted; None makes one up.
+        backend: what the layers will compute with; "auto": TransformerEngine, unless a GPU is here without it.
     """
 
     tensor: int = 1
@@ -62,6 +67,14 @@ class Step:
     recompute: str | None = None
     distributed_optimizer: bool = False
     data_path: Path | None = None
+    backend: Backend = "auto"
+
+    @property
+    def counted_backend(self) -> Backend:
+        """The backend whose layers are counted."""
+        if self.backend != "auto":
+            return self.backend
+        return choose_backend() if torch.cuda.is_available() else "transformer_engine"
 
     @property
     def layout(self) -> Layout:
@@ -97,6 +110,8 @@ def footprints(place: Place, step: Step) -> list[Footprint]:
                     control=TrainingControl(frozen=step.frozen),
                     optimizer=OptimizerConfig(lr=1e-3, use_distributed_optimizer=shared),
                     ddp=DistributedDataParallelConfig(use_distributed_optimizer=shared),
+                    backend=step.counted_backend,
+                    fused_adam=step.counted_backend != "torch" or not USING_PYTORCH_OPTIMIZER,
                     microbatches=step.microbatches,
                 )
             except NotImplementedError as error:  # torch's where a value is asked for

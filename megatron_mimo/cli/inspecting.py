@@ -23,6 +23,8 @@ from megatron_mimo.hf.source import OWN, resolve
 from megatron_mimo.training.checkpoints.directories import found_at
 from megatron_mimo.training.checkpoints.inert import check_inert, description_of
 
+_LIBRARIES = {"transformer_engine": "TransformerEngine", "apex": "Apex", "torch": "plain torch"}
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -102,7 +104,7 @@ def told(sizes: Sizes, place: Place, step: Step) -> Iterator[str]:
     yield (
         f"a step on {step.layout.world_size} ranks (tensor {step.tensor}, pipeline {step.pipeline}, context "
         f"{step.context}, data {step.data}), {step.dtype}, {step.microbatches} packs of {step.length} a data-parallel "
-        f"rank, recomputation {step.recompute or 'none'}:"
+        f"rank, recomputation {step.recompute or 'none'}, layers of {_LIBRARIES[step.counted_backend]}:"
     )
     for stage, found in enumerate(footprints(place, step), 1):
         yield (

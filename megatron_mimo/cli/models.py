@@ -22,6 +22,7 @@ from megatron_mimo.launch import Run
 from megatron_mimo.layout import check_layout
 from megatron_mimo.model import MimoModel
 from megatron_mimo.pretrained import from_pretrained
+from megatron_mimo.specs import Backend
 from megatron_mimo.training.checkpoints.directories import found_at, is_complete
 from megatron_mimo.training.checkpoints.inert import check_inert, description_of
 from megatron_mimo.training.checkpoints.parts import load_parts
@@ -58,6 +59,11 @@ class Place:
     source: str | None = None
     judge: str | None = None
     ema: bool = False
+
+    @property
+    def backend(self) -> Backend:
+        """What the recipe's layers compute with; "auto" where there is none."""
+        return "auto" if self.model is None else self.model.backend
 
 
 @dataclass(frozen=True)

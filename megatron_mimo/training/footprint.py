@@ -6,8 +6,9 @@ does. So recomputation, chunks of the loss, frozen parts, packs and the layout c
 architecture is kept here. What is assumed:
 
 - RMSNorm and attention are one kernel each, which keeps its inputs, and a float32 number a row (and head) or two.
-  TransformerEngine's attention has query, key and value each in memory of its own. In layers of plain torch attention
-  without packs is Megatron's, with its scores, unless the model has `specs.with_fused_attention`.
+  TransformerEngine's attention has query, key and value each in memory of its own; a language model in float32 has
+  plain torch's (`specs.core_attention`). In layers of plain torch attention without packs is Megatron's, with its
+  scores, unless the model has `specs.with_fused_attention`.
 - Of other kernels the space to work in, the CUDA context, NCCL's buffers, and the allocator's gaps are not counted: it
   is `torch.cuda.max_memory_allocated()` that is estimated.
 - Adam or SGD, as Megatron builds them.
@@ -44,6 +45,7 @@ from megatron_mimo.losses import total_loss
 from megatron_mimo.modality.encoding import ROWS_PER_ITEM
 from megatron_mimo.model import MimoModel
 from megatron_mimo.output import loss_terms
+from megatron_mimo.segments import SegmentAttention, stays_plain
 from megatron_mimo.specs import Backend
 from megatron_mimo.training.chunks import build_chunks
 from megatron_mimo.training.memory import check_memory
@@ -301,22 +303,23 @@ class _OneKernelEach:
 
     Args:
         model: whose core attentions compute nothing meanwhile.
-        apart: whether query, key and value each have memory of their own.
+        fused: whether layers are TransformerEngine's, whose attention has query, key and value each in memory of its
+            own.
         packed: whether batches are packs, of which no backend keeps the scores.
     """
 
-    def __init__(self, model: nn.Module, apart: bool, packed: bool) -> None:
+    def __init__(self, model: nn.Module, fused: bool, packed: bool) -> None:
         cores = (module.core_attention for module in model.modules() if isinstance(module, Attention))
-        self._cores = [core for core in cores if isinstance(core, DotProductAttention) and (apart or packed)]
-        self._apart = apart
+        engines = {core: fused and not _is_plain(core) for core in cores if isinstance(core, DotProductAttention)}
+        self._cores = {core: apart for core, apart in engines.items() if apart or packed}
         self._masked = F.scaled_dot_product_attention
         self._replaced = functions_of(
             rms_norm=_rms_norm, scaled_dot_product_attention=self._scaled_dot_product_attention
         )
 
     def __enter__(self) -> None:
-        for core in self._cores:
-            core.forward = self._attention
+        for core, apart in self._cores.items():
+            core.forward = partial(_attention, apart)
         self._replaced.__enter__()
 
     def __exit__(self, *exception: Any) -> None:
@@ -324,18 +327,24 @@ class _OneKernelEach:
         for core in self._cores:
             del core.forward
 
-    def _attention(self, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> Tensor:
-        """`[..., heads, d]` each -> `[..., heads * d]`."""
-        if self._apart:
-            query, key, value = (x.contiguous() for x in (query, key, value))
-        return _Attention.apply(query, key, value).flatten(-2)
-
     def _scaled_dot_product_attention(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **named: Any
     ) -> Tensor:
         if attn_mask is not None:
             return self._masked(query, key, value, attn_mask, *rest, **named)
         return _Attention.apply(query, key, value)
+
+
+def _is_plain(core: DotProductAttention) -> bool:
+    """Whether it stays plain torch's beside layers of TransformerEngine, as `specs.core_attention` has it."""
+    return isinstance(core, SegmentAttention) and stays_plain(core.config)
+
+
+def _attention(apart: bool, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> Tensor:
+    """`[..., heads, d]` each -> `[..., heads * d]`."""
+    if apart:
+        query, key, value = (x.contiguous() for x in (query, key, value))
+    return _Attention.apply(query, key, value).flatten(-2)
 
 
 def _rms_norm(

@@ -61,8 +61,10 @@ def test_recomputation_frozen_parts_and_shares_count_as_they_are(no_run) -> None
     plain = counted()
     whole = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     assert counted(config(**whole)).activations < 0.6 * plain.activations
-    # Scores, which one kernel of attention does not keep.
-    assert counted(backend="transformer_engine").activations < plain.activations
+    # Scores, which one kernel of attention does not keep. A language model in float32 has plain torch's either way.
+    low = config(bf16=True, params_dtype=torch.bfloat16)
+    assert counted(low, backend="transformer_engine").activations < counted(low).activations
+    assert counted(backend="transformer_engine") == plain
     resting = counted(control=TrainingControl(frozen=["language_model"]))
     assert resting.gradients < 0.2 * plain.gradients and resting.optimizer == 2 * resting.gradients
     assert resting.weights == plain.weights and 0 < resting.activations < plain.activations
