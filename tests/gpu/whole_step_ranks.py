@@ -17,9 +17,11 @@ from tests import tiny
 from tests.distributed.cases.graphs import CONTEXT, EXPERTS, assert_replayed, microbatches
 from tests.distributed.cases.training import INTERLEAVED, PIPELINE, TENSOR
 
-#: Name -> axes, and what is changed in the model's configuration; replays are eager steps bit by bit.
+#: Name -> axes, and options of `assert_replayed`; replays are eager steps bit by bit.
 EXACT: dict[str, tuple[dict[str, int], dict]] = {
     "dp2": ({}, {}),
+    "dp2-overlap": ({}, {"overlap": True}),
+    "dp2-shared-states": ({}, {"overlap": True, "distributed": True}),
     "tp2": (TENSOR, {}),
     "cp2": (CONTEXT, {}),
     "pp2": (PIPELINE, {}),

@@ -194,7 +194,10 @@ def test_what_a_step_as_one_graph_cannot_be_right_with_is_refused_by_name(record
     for kind, match in (("alltoall", "moe_expert_capacity_factor and"), ("allgather", "dispatcher_type='alltoall'")):
         language = tiny.language_config(**experts, moe_token_dispatcher_type=kind)
         refused(match, config_of(tiny.language_spec(language)))
-    refused("overlap_grad_reduce=False", ddp=DistributedDataParallelConfig(overlap_grad_reduce=True))
+    gathered = DistributedDataParallelConfig(
+        overlap_grad_reduce=True, overlap_param_gather=True, use_distributed_optimizer=True
+    )
+    refused("overlap_param_gather=False", ddp=gathered)
     refused("graphed=\\(\\)", control=TrainingControl(graphed=["encoders"]))
     recomputed = tiny.language_config(**RECOMPUTED)
     recomputed.fp8 = "hybrid"

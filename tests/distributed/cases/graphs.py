@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -65,7 +66,9 @@ def torch_layers(config: TransformerConfig, vp_stage: int | None = None, pp_rank
     return specs.language_layer_spec(config, "torch", vp_stage, pp_rank)
 
 
-def trainer(run: Run, graphs: StepGraphs | None, **changes) -> Trainer:
+def trainer(
+    run: Run, graphs: StepGraphs | None, overlap: bool = False, distributed: bool = False, **changes
+) -> Trainer:
     token_local = run.layout.context_parallel_size > 1
     config = model_config(run, token_local, batch_p2p_sync=False, masked_softmax_fusion=False, **changes)
     if not token_local:
@@ -74,7 +77,10 @@ def trainer(run: Run, graphs: StepGraphs | None, **changes) -> Trainer:
         config,
         run,
         TrainerSettings(steps=STEPS, decay="constant", progress=False),
-        optimizer=OptimizerConfig(lr=1e-2, clip_grad=1.0),
+        optimizer=OptimizerConfig(lr=1e-2, clip_grad=1.0, use_distributed_optimizer=distributed),
+        ddp=DistributedDataParallelConfig(
+            overlap_grad_reduce=overlap, use_distributed_optimizer=distributed, bucket_size=2000 if overlap else None
+        ),
         graphs=graphs,
     )
 
@@ -123,6 +129,14 @@ def twenty_replayed_steps_of_changing_batches_equal_eager_ones_bit_by_bit(run: R
 @case(ranks=2, **PIPELINE)
 def without_loss_per_token_too(run: Run) -> None:
     recording(run, lambda run: assert_replayed(run, 6, calculate_per_token_loss=False))
+
+
+@case(ranks=2)
+@case(ranks=2, **PIPELINE)
+@case(ranks=2, **INTERLEAVED)
+def reductions_beside_the_backward_pass_and_shared_optimizer_states_too(run: Run) -> None:
+    for options in ({"overlap": True}, {"distributed": True}, {"overlap": True, "distributed": True}):
+        recording(run, lambda run: assert_replayed(run, 6, **options))  # noqa: B023
 
 
 @case(ranks=2)
