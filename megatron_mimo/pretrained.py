@@ -162,7 +162,7 @@ def _tell_rounding(origin: Origin, ours: torch.dtype) -> None:
         if wider:
             logger.warning(
                 "%s: %d of %d tensors are %s in the files and are rounded to the model's %s, such as "
-                "%s. Give dtype= to choose.",
+                "%s. dtype=, of a recipe model.dtype, chooses another.",
                 part.directory,
                 len(wider),
                 len(used),

@@ -36,7 +36,7 @@ def generate(
 ) -> Path:
     """Answers every record of a source, and gives the file with the answers in its order. Collective over all ranks.
 
-    A line has `index`, `read` (the files that the record shows), `text`, `parts` (media as paths below `output`), `reason`
+    A line has `index`, `read` (files that the record shows), `text`, `parts` (media as paths below `output`), `reason`
     and, where a record cannot be used, `error`. Data-parallel ranks share the records out.
 
     Args:

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -64,9 +65,19 @@ def running(layout: Layout | None, seed: int = 1234) -> Iterator[Run]:
     megatron_mimo.shutdown()
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"megatron-mimo {installed('megatron-mimo')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _all() -> None:
-    pass
+def _all(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    del version  # which its callback has told
 
 
 @app.command()

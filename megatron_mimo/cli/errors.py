@@ -80,7 +80,8 @@ def _status(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
     at_fault = (Refused, FileNotFoundError, FileExistsError, NotADirectoryError, ValueError, TypeError, ImportError)
-    return REFUSED if isinstance(error, at_fault) else FAILED
+    # That of a hub that cannot be reached, and of nothing that was begun; a broken pipe has a kind of its own.
+    return REFUSED if isinstance(error, at_fault) or type(error) is ConnectionError else FAILED
 
 
 def _end(status: int) -> None:

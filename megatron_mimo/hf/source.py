@@ -64,8 +64,9 @@ def _fetched(name: str) -> Path:
         raise FileNotFoundError(f"{name}: expected a directory, or a name on the hub, found neither.") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise ConnectionError(
-            f"{name}: the hub cannot be reached or HF_HUB_OFFLINE is set, and the local cache has no whole snapshot. "
-            f"Fetch it once where there is a network (`hf download {name}`), or give a directory."
+            f"{name}: the hub cannot be reached or HF_HUB_OFFLINE is set, the local cache has no whole snapshot, and "
+            f"no such directory is in {Path.cwd()}. Fetch it once where there is a network (`hf download {name}`), or "
+            "give a directory."
         ) from error
     except Exception as error:  # what the client's transport raises is its own affair, and changes
         raise ConnectionError(

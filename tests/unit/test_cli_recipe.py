@@ -171,6 +171,7 @@ def test_without_the_extra_the_command_says_in_one_line_what_to_install(missing:
 
 def test_help_names_every_command_and_a_misspelt_one_ends_with_2(monkeypatch, capsys) -> None:
     for words, status, told in (
+        (["--version"], 0, r"^megatron-mimo \d+\.\d+"),
         (["--help"], 0, "train.*generate.*evaluate.*convert.*data"),
         (["train", "--help"], 0, "recipe.*changes.*--nproc.*--print.*--debug"),
         (["data", "--help"], 0, "show.*prepare"),

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import megatron_mimo
 from megatron_mimo import pretrained
+from megatron_mimo.cli.errors import REFUSED, told
 from megatron_mimo.decoders import RegressionDecoder
 from megatron_mimo.hf.names import name_of, parameters_by_name
 from megatron_mimo.launch import Layout, pretended
@@ -182,13 +183,21 @@ def test_what_is_no_directory_and_no_name_of_the_hub_is_told(single_process, nam
         megatron_mimo.from_pretrained(name)
 
 
-def test_offline_without_a_snapshot_says_how_to_fetch_it(single_process, tmp_path, monkeypatch) -> None:
+def test_offline_without_a_snapshot_says_how_to_fetch_it_and_where_it_looked(
+    single_process, tmp_path, monkeypatch, capsys
+) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ConnectionError, match="owner/model: the hub cannot be reached or HF_HUB_OFFLINE is set"):
+    with pytest.raises(ConnectionError, match="owner/model: the hub cannot be reached .* no such directory is in /"):
         megatron_mimo.from_pretrained("owner/model")
+    # On the command line it is what was asked for, of which nothing was begun.
+    with pytest.raises(SystemExit) as ended, told(False):
+        megatron_mimo.from_pretrained("runs/caption")
+    assert ended.value.code == REFUSED
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"no such directory is in {Path.cwd()}" in said
 
 
 def test_parts_and_a_source_exclude_each_other(source) -> None:

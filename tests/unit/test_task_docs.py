@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from megatron_mimo.hf import qwen2
 from megatron_mimo.hf.blueprint import add_family
 from tests import checkpoints, warm
-from tests.commands import caption, command, parts, pictures
+from tests.commands import caption, command, listen, parts, pictures, sounds
 
 pytestmark = pytest.mark.process
 ROOT = Path(__file__).parents[2]
 PAGES = ["pictures", "evaluate", "export", "start"]
+RECIPES = {"caption": caption, "listen": listen}
 NAMES = {"Qwen/Qwen2.5-0.5B-Instruct": 0, "google/siglip-base-patch16-224": 1}
 
 
@@ -38,8 +39,9 @@ def tiny(words: list[str]) -> list[str]:
     for name, place in NAMES.items():
         words = [word.replace(name, str(parts()[place])) for word in words]
     if words[0] in ("train", "data"):
-        at = words.index("caption") + 1
-        small = [change for change in caption(Path("unused"))[2:] if not change.startswith(("directory=", "data="))]
+        at = 1 + max(words.index(recipe) for recipe in RECIPES if recipe in words)
+        changes = RECIPES[words[at - 1]](Path("unused"), steps=2)[2:]
+        small = [change for change in changes if not change.startswith(("directory=", "data="))]
         words = [*words[:at], *small, *words[at:]]
     if words[0] in ("generate", "evaluate"):
         words = [*words, "--max-new-tokens", "4"]
@@ -51,6 +53,7 @@ def work(tmp_path_factory) -> Path:
     """The directory after the commands of all pages."""
     where = tmp_path_factory.mktemp("pages")
     where.joinpath("pictures").symlink_to(pictures())
+    where.joinpath("sounds").symlink_to(sounds())
     for page in PAGES:
         for words in commands(page):
             done = command(*tiny(words), cwd=where)
@@ -61,6 +64,7 @@ def work(tmp_path_factory) -> Path:
 def test_the_commands_of_the_pages_write_what_the_pages_say(work: Path) -> None:
     assert "<html" in work.joinpath("packs.html").read_text().lower()
     assert len(work.joinpath("answers/answers.jsonl").read_text().splitlines()) == 60
+    assert len(work.joinpath("heard/answers.jsonl").read_text().splitlines()) == 40
     written = ("scores.json", "samples.html", "pictures/scores.jsonl")
     assert all(work.joinpath("scores", name).stat().st_size for name in written)
     assert all(work.joinpath("runs", name, "model/model.safetensors").is_file() for name in ("caption", "qwen"))
