@@ -136,7 +136,7 @@ def without_loss_per_token_too(run: Run) -> None:
 @case(ranks=2, **INTERLEAVED)
 def reductions_beside_the_backward_pass_and_shared_optimizer_states_too(run: Run) -> None:
     for options in ({"overlap": True}, {"distributed": True}, {"overlap": True, "distributed": True}):
-        recording(run, lambda run: assert_replayed(run, 6, **options))  # noqa: B023
+        recording(run, lambda run: assert_replayed(run, 6, **options))
 
 
 @case(ranks=2)
