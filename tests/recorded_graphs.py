@@ -30,7 +30,7 @@ class RecordedGraph:
         """Runs the recorded operations and leaves their results where the capture's were."""
         sent: list[Work] = []  # messages that go out together are waited for together
         with torch.no_grad():
-            for function, args, kwargs, results in self.steps:
+            for function, args, kwargs, results, places in self.steps:
                 if function in MESSAGES:
                     sent.append(_work_of(function(*args, **kwargs)))
                     continue
@@ -39,8 +39,10 @@ class RecordedGraph:
                 if function.namespace == "c10d":
                     _work_of(function(*args, **kwargs)).wait()
                     continue
-                for kept, found in zip(tree_leaves(results), tree_leaves(function(*args, **kwargs)), strict=True):
-                    if isinstance(kept, Tensor) and kept.data_ptr() != found.data_ptr():
+                again = tree_leaves(function(*args, **kwargs))
+                for kept, found, place in zip(tree_leaves(results), again, places, strict=True):
+                    # One that has another place has become another tensor since (`tensor.data = other`).
+                    if isinstance(kept, Tensor) and kept.data_ptr() == place != found.data_ptr():
                         kept.data.copy_(found)
         for work in sent:
             work.wait()
@@ -60,19 +62,26 @@ class _Recording(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "c10d":
             results = _unmoved(function, args)
-            self.graph.steps.append((function, args, kwargs or {}, results))
+            self.graph.steps.append((function, args, kwargs or {}, results, ()))
             return results
         for given, argument in zip(args, function._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write and isinstance(given, Tensor):
                 whole = given.detach().new_empty(0).set_(given.untyped_storage())
                 self.before.setdefault(whole.data_ptr(), (whole, whole.clone()))
         results = function(*args, **(kwargs or {}))
-        self.graph.steps.append((function, args, kwargs or {}, results))
+        places = [leaf.data_ptr() if isinstance(leaf, Tensor) else None for leaf in tree_leaves(results)]
+        self.graph.steps.append((function, args, kwargs or {}, results, places))
         return results
 
 
 def _unmoved(function: OpOverload, args: tuple) -> object:
-    """What a collective returns that did nothing: the tensors that it would have written, and that it is done."""
+    """What a collective returns that did nothing: the tensors that it would have written, and that it is done.
+
+    What would have come is zero: a recording computes with it, where a GPU's capture computes nothing.
+    """
+    if function is MESSAGES[1]:
+        for waiting in args[0]:
+            waiting.zero_()
     done = FakeWork().boxed()
     returned = len(function._schema.returns)
     return done if returned == 1 else (args[0], done)

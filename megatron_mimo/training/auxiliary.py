@@ -36,29 +36,40 @@ class MtpScale:
 
     Args:
         config: of the language model, whose `grad_scale_func` Megatron leaves to this function.
-        ratio: tokens reported in the step over labels learned in it.
+        ratio: tokens reported in the step over labels learned in it; a float32 scalar on the device where a CUDA graph
+            finds that of each step.
     """
 
     config: TransformerConfig
-    ratio: float
+    ratio: float | Tensor
 
     def __call__(self) -> Tensor | float:
         scale = self.config.grad_scale_func
-        return self.ratio if scale is None else scale(torch.tensor(self.ratio))
+        return self.ratio if scale is None else scale(torch.as_tensor(self.ratio))
 
 
-def scale_mtp(config: TransformerConfig, tokens: float, learned: float) -> None:
+def scale_mtp(config: TransformerConfig, tokens: float | Tensor, learned: float | Tensor) -> None:
     """Has multi-token prediction weigh as its factor says, in the step that begins. A function of the user's own wins.
 
     Args:
         config: of the language model.
         tokens: that the step's microbatches report to Megatron.
-        learned: sum of the step's loss masks.
+        learned: sum of the step's loss masks; both as numbers, or both as float64 scalars on the device.
     """
     if config.mtp_num_layers is None or not config.calculate_per_token_loss:
         return
-    if config.mtp_grad_scale_func is None or isinstance(config.mtp_grad_scale_func, MtpScale):
-        config.mtp_grad_scale_func = MtpScale(config, max(tokens, 1.0) / max(learned, 1.0))
+    if not scales_mtp(config):
+        return
+    if isinstance(tokens, Tensor) and isinstance(learned, Tensor):
+        ratio: float | Tensor = (tokens.clamp(min=1.0) / learned.clamp(min=1.0)).float()
+    else:
+        ratio = max(float(tokens), 1.0) / max(float(learned), 1.0)
+    config.mtp_grad_scale_func = MtpScale(config, ratio)
+
+
+def scales_mtp(config: TransformerConfig) -> bool:
+    """Whether no function of the user's own says what multi-token prediction's loss is multiplied by."""
+    return config.mtp_grad_scale_func is None or isinstance(config.mtp_grad_scale_func, MtpScale)
 
 
 def names_of(config: TransformerConfig) -> list[str]:

@@ -27,6 +27,7 @@ EXACT: dict[str, tuple[dict[str, int], dict]] = {
     "pp2": (PIPELINE, {}),
     "pp2-mean": (PIPELINE, {"calculate_per_token_loss": False}),
     "pp2-vpp2": (INTERLEAVED, {}),
+    "tp2-mtp": (TENSOR, {"further_tokens": True}),
     "experts": ({}, EXPERTS),
     "ep2": ({"expert_model_parallel_size": 2}, EXPERTS),
 }

@@ -7,10 +7,12 @@ import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
 from megatron.core.optimizer import OptimizerConfig
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from megatron_mimo import MimoModel
+from megatron_mimo import MimoModel, specs
 from megatron_mimo.training import StepGraphs, Trainer, TrainerSettings, TrainingControl, chunks
 from megatron_mimo.training.checkpoints import random_state
 from megatron_mimo.training.parts import whole_step
@@ -199,9 +201,51 @@ def test_what_a_step_as_one_graph_cannot_be_right_with_is_refused_by_name(record
     )
     refused("overlap_param_gather=False", ddp=gathered)
     refused("graphed=\\(\\)", control=TrainingControl(graphed=["encoders"]))
+    weighed = tiny.language_config()
+    weighed.mtp_grad_scale_func = lambda: 1.0
+    refused("mtp_grad_scale_func=None", config_of(tiny.language_spec(weighed)))
     recomputed = tiny.language_config(**RECOMPUTED)
     recomputed.fp8 = "hybrid"
     refused("recompute_granularity=None beside fp8", config_of(tiny.language_spec(recomputed)))
+
+
+def predicting(**changes):
+    """A model that predicts the token after the next too."""
+    language = tiny.language_config(mtp_num_layers=1, **changes)
+    layer = specs.language_layer_spec(language).submodules.layer_specs[-1]
+    block = get_gpt_mtp_block_spec(language, layer, use_transformer_engine=False)
+    norms = dict.fromkeys(("enorm", "hnorm", "layer_norm"), specs.norm("torch"))
+    each = [replace(one, submodules=replace(one.submodules, **norms)) for one in block.layer_specs]
+    return config_of(tiny.language_spec(language, mtp_block_spec=replace(block, layer_specs=each)))
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+def test_multi_token_prediction_weighs_in_each_replay_as_in_its_own_step(recorded, per_token):
+    options = dict(calculate_per_token_loss=per_token)
+    eager, graphed = (trainer_of(recorded, g, config=predicting(**options)) for g in (None, StepGraphs(warmup=1)))
+    graphed.models[0].load_state_dict(eager.models[0].state_dict())
+
+    def weighed(step: int) -> list[dict]:
+        """As many labels in each step, whose weights are others."""
+        batch = batch_of(step)
+        batch["loss_mask"] *= 1 + step
+        return [batch, batch_of(step + 1)]
+
+    assert_same_steps(eager, graphed, weighed, 8)
+    assert graphed.graphs.counts.replayed == 7
+
+
+def test_packed_tokens_that_the_host_cuts_for_multi_token_prediction_run_without_a_graph(recorded):
+    trainer = trainer_of(recorded, StepGraphs(warmup=1), config=predicting())
+    bounds = torch.tensor([0, 8, 24], dtype=torch.int32)
+    params = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=16, max_seqlen_kv=16
+    )
+    for step in range(3):
+        batch = {name: value[:1] for name, value in batch_of(step, images=0).items() if name != "modality_inputs"}
+        batch["loss_mask"][0, 3] = 1.0
+        trainer.train_step(lambda *_: [{**batch, "packed_seq_params": params}])
+    assert (trainer.graphs.counts.captured, trainer.graphs.counts.eager) == (0, 3)
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])

@@ -25,6 +25,7 @@ from megatron_mimo.decoders.prepared import Prepared
 from megatron_mimo.model import MimoModel
 from megatron_mimo.placement import Placement
 from megatron_mimo.tally import HostFacts
+from megatron_mimo.training import auxiliary
 from megatron_mimo.training.forward import Ahead, ForwardStep
 from megatron_mimo.training.parts.buckets import in_buckets
 from megatron_mimo.training.scale import StepScale, ToldScale, numbers_of, told_of
@@ -113,6 +114,22 @@ class ChunkStep:
             told = told_of(self._scale, next(rest))
         each = zip(batches, instead, self._counts, [self._scale] * number, told, strict=True)
         return list(each)
+
+    def scale_mtp(self, inputs: Sequence[Tensor]) -> None:
+        """Tells multi-token prediction its weight in the step, on the device; nothing before the last stage.
+
+        Args:
+            inputs: in place of `self.inputs`.
+        """
+        if self._scale is not None:
+            numbers, text = inputs[-1], [*self._scale.counts].index("text")
+            auxiliary.scale_mtp(self.model.config, numbers[len(self._scale.counts)], numbers[text])
+
+    @property
+    def captured(self) -> bool:
+        """Whether a graph may be captured: Megatron cuts packed tokens on the host for multi-token prediction."""
+        packed = any("packed_seq_params" in cast(Any, manifest.tree) for manifest in self._manifests)
+        return not (packed and self.model.config.mtp_num_layers)
 
     def recheck(self, brought: Sequence[Sequence[tuple[str, int, tuple[int, ...] | None]]]) -> None:
         """Holds the rows that a replay will make against the tokens of this step's microbatches.

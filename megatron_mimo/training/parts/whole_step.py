@@ -87,7 +87,7 @@ class StepGraphs:
         wanted = {
             **_between_stages(language, layout),
             **_of_experts(language),
-            "mtp_num_layers=None": not language.mtp_num_layers,
+            "mtp_grad_scale_func=None, which the host calls once": auxiliary.scales_mtp(language),
             f"fp8_recipe in {FP8_RECIPES}, whose replays are the eager steps bit by bit": fits,
             "fp8_param=False": not language.fp8_param,
             "fp16=False, whose loss scale changes": not language.fp16,
@@ -214,15 +214,18 @@ class WholeSteps:
         """
         read = [ChunkStep.read(batches, model, self._forward_step, self._settings.buckets) for model in self._models]
         key: Hashable | None = tuple(chunk.key for chunk in read)
-        if any(length % self._multiple for length in read[0].lengths):
+        if any(length % self._multiple for length in read[0].lengths) or not all(chunk.captured for chunk in read):
             key = None
         if self._captures.captured(key):
             read[0].recheck(self._brought[key])
         numbers = [len(chunk.inputs) for chunk in read]
 
         def run(inputs: Sequence[Tensor]) -> tuple[list[dict[str, Tensor]], Tensor | None, auxiliary.Reports]:
-            rest = iter(inputs)
-            given = {chunk.model.vp_stage: chunk.ahead([*islice(rest, n)]) for chunk, n in zip(read, numbers)}
+            rest, given = iter(inputs), {}
+            for chunk, number in zip(read, numbers, strict=True):
+                own = [*islice(rest, number)]
+                given[chunk.model.vp_stage] = chunk.ahead(own)
+                chunk.scale_mtp(own)
             with self._forward_step.given(given), self._recording() as self._brought[key]:
                 logged = schedule()
             return logged, self._gradients.largest, auxiliary.reports()

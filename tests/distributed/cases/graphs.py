@@ -13,9 +13,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_mimo import specs
+from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.launch import Run
 from megatron_mimo.training import StepGraphs, Trainer, TrainerSettings
 from tests import tiny
+from tests.distributed.cases.steps import mtp_config
 from tests.distributed.cases.training import INTERLEAVED, PIPELINE, TENSOR, model_config
 from tests.distributed.harness import case
 from tests.recorded_graphs import record_graphs
@@ -66,15 +68,23 @@ def torch_layers(config: TransformerConfig, vp_stage: int | None = None, pp_rank
     return specs.language_layer_spec(config, "torch", vp_stage, pp_rank)
 
 
+def config_of(run: Run, further_tokens: bool = False, **changes) -> MimoModelConfig:
+    """The tiny model as a graph takes it on any layout; with `further_tokens` it predicts the token after the next."""
+    token_local = run.layout.context_parallel_size > 1
+    changes = dict(batch_p2p_sync=False, masked_softmax_fusion=False) | changes
+    if further_tokens:
+        return mtp_config(run, True, token_local, None if token_local else torch_layers, **changes)
+    config = model_config(run, token_local, **changes)
+    if not token_local:
+        config.language_model.params["transformer_layer_spec"] = torch_layers
+    return config
+
+
 def trainer(
     run: Run, graphs: StepGraphs | None, overlap: bool = False, distributed: bool = False, **changes
 ) -> Trainer:
-    token_local = run.layout.context_parallel_size > 1
-    config = model_config(run, token_local, batch_p2p_sync=False, masked_softmax_fusion=False, **changes)
-    if not token_local:
-        config.language_model.params["transformer_layer_spec"] = torch_layers
     return Trainer(
-        config,
+        config_of(run, **changes),
         run,
         TrainerSettings(steps=STEPS, decay="constant", progress=False),
         optimizer=OptimizerConfig(lr=1e-2, clip_grad=1.0, use_distributed_optimizer=distributed),
@@ -129,6 +139,12 @@ def twenty_replayed_steps_of_changing_batches_equal_eager_ones_bit_by_bit(run: R
 @case(ranks=2, **PIPELINE)
 def without_loss_per_token_too(run: Run) -> None:
     recording(run, lambda run: assert_replayed(run, 6, calculate_per_token_loss=False))
+
+
+@case(ranks=2, **TENSOR)
+@case(ranks=2, **CONTEXT)
+def multi_token_prediction_too(run: Run) -> None:
+    recording(run, lambda run: assert_replayed(run, 6, further_tokens=True))
 
 
 @case(ranks=2)

@@ -2,6 +2,7 @@
 
 import re
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_mimo import specs
+from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.launch import Run
 from megatron_mimo.training import Trainer, TrainerSettings
 from megatron_mimo.training.chunks import parameters_gathered
@@ -256,10 +258,14 @@ def what_one_rank_refuses_ends_the_step_on_all(run: Run) -> None:
         on_every_rank(refused.value)
 
 
-def mtp_trainer(run: Run, per_token: bool, token_local: bool) -> Trainer:
-    """A trainer that also predicts the token after the next, of weights that every layout cuts from the same."""
-    config = model_config(run, token_local, calculate_per_token_loss=per_token, mtp_num_layers=1)
+def mtp_config(
+    run: Run, per_token: bool, token_local: bool, of_stage: Callable[..., ModuleSpec] | None = None, **changes
+) -> MimoModelConfig:
+    """A model that also predicts the token after the next, with other layers where `of_stage` gives them."""
+    config = model_config(run, token_local, calculate_per_token_loss=per_token, mtp_num_layers=1, **changes)
     language = config.language_model.params
+    if of_stage is not None:
+        language["transformer_layer_spec"] = of_stage
     layers = language["transformer_layer_spec"]
     layer = layers if isinstance(layers, ModuleSpec) else layers(language["config"])
     layer = layer.submodules.layer_specs[-1] if hasattr(layer.submodules, "layer_specs") else layer
@@ -274,8 +280,13 @@ def mtp_trainer(run: Run, per_token: bool, token_local: bool) -> Trainer:
         each = [replace(one, submodules=replace(one.submodules, **norms)) for one in block.layer_specs]
         block = replace(block, layer_specs=each)
     language["mtp_block_spec"] = block
+    return config
+
+
+def mtp_trainer(run: Run, per_token: bool, token_local: bool) -> Trainer:
+    """A trainer of it, of weights that every layout cuts from the same."""
     return Trainer(
-        config,
+        mtp_config(run, per_token, token_local),
         run,
         TrainerSettings(steps=3, decay="constant", progress=False, directory=shared_directory() / f"mtp-{token_local}"),
         # Adam's epsilon far above rounding: with 1e-8 its first step is the gradient's sign.
