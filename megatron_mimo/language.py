@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.inference.utils import InferenceMode
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.hybrid.hybrid_model import HybridModel
@@ -53,11 +54,13 @@ def build_language_model(
 
     Raises:
         ValueError: an interleaved schedule over two stages that would mix up its messages; CUDA graphs of single
-            layers; fp8 with widths or layers that cannot multiply in it.
+            layers; fp8 with widths or layers that cannot multiply in it; activations on the host without
+            TransformerEngine.
     """
     check_interleaving(spec.params["config"])
     check_graphs(spec.params["config"])
     check_fp8_widths(spec.params["config"])
+    check_offloading(spec.params["config"])
     taken = constructor_parameters(spec)
     offered = {"pre_process": pre_process, "post_process": post_process, "vp_stage": vp_stage}
     _check_stage(spec, offered, taken)
@@ -87,6 +90,19 @@ def check_graphs(config: TransformerConfig) -> None:
         raise ValueError(
             f"cuda_graph_impl={config.cuda_graph_impl!r} {why}. Set it to 'full_iteration', or give Trainer "
             "graphs=StepGraphs(...), which replay the whole step; TrainingControl(graphed=...) replays encoders."
+        )
+
+
+def check_offloading(config: TransformerConfig) -> None:
+    """Refuses activations on the host without TransformerEngine, which moves them.
+
+    Raises:
+        ValueError: naming what works in their place.
+    """
+    if config.cpu_offloading and not HAVE_TE:
+        raise ValueError(
+            "cpu_offloading is TransformerEngine's, which is not installed here. Install it, or set "
+            "TransformerConfig.cpu_offloading=False and compute activations again (recompute_granularity)."
         )
 
 

@@ -153,7 +153,10 @@ def check(recipe: Recipe, processes: int | None) -> None:
         check_fits(recipe.model, recipe.layout, processes, settings)
 
 
-ModelName = Annotated[str, typer.Argument(help="A directory, a name on the hub, a run's directory or its checkpoint.")]
+ModelName = Annotated[
+    str,
+    typer.Argument(help="A directory, a name on the hub, a run's directory or its checkpoint, or what convert wrote."),
+]
 Tensor = Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")]
 Pipeline = Annotated[int, typer.Option(min=1, help="Pipeline stages.")]
 MaxNewTokens = Annotated[

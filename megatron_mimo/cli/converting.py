@@ -32,33 +32,37 @@ def convert(place: Place, target: Path, form: str, run: Run, dtype: str | None =
         dtype: of the weights; None for the model's.
 
     Raises:
-        Refused: there is something at `target`.
+        Refused: there is something at `target`, or the model has that form already.
     """
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise Refused(f"{target}: expected nothing there, found something; name another target, or remove it")
+    of_file = place.directory.is_file()
+    if form == "safetensors" and of_file and dtype is None:
+        raise Refused(f"{place.directory}: is a file of safetensors already; give --to hf or --to megatron")
+    if form == "megatron" and place.checkpoint and not of_file:
+        raise Refused(f"{place.directory}: is a Megatron checkpoint already; give --to hf or --to safetensors")
     if run.rank == 0:
         target.parent.mkdir(parents=True, exist_ok=True)
     _barrier(run)
-    if form == "safetensors" and place.checkpoint and dtype is None:
+    source = place.origin or str(place.directory.resolve())
+    if form == "safetensors" and place.checkpoint and dtype is None:  # which no model is needed for
         if run.rank == 0:
-            export_weights(place.directory, target, ema=place.ema)
+            export_weights(place.directory, target, ema=place.ema, source=source)
         _barrier(run)
         return
-    if form == "megatron" and place.checkpoint:
-        raise Refused(f"{place.directory}: is a Megatron checkpoint already; give --to hf or --to safetensors")
     models = read_model(place, run, dtype)
     if form == "hf":
         # Tensors that are only carried along have their own dtype otherwise.
         save_pretrained(models, target, dtype=None if dtype is None else getattr(torch, dtype))
-        if run.rank == 0 and place.model is not None and (recipe := _recipe_of(place)) is not None:
+        if run.rank == 0 and place.model is not None and place.recipe is not None:
             keep_readers(place.model, target)
-            write_whole(target / RECIPE, recipe)
+            write_whole(target / RECIPE, place.recipe.read_text("utf-8"))
         _barrier(run)
         return
     if form == "megatron":
 
         def beside(written: Path) -> None:
-            (written / SOURCE).write_text(f"{place.directory.resolve()}\n", encoding="utf-8")
+            (written / SOURCE).write_text(f"{source}\n", encoding="utf-8")
 
         save_weights(target, models, run, beside)
         return
@@ -68,16 +72,8 @@ def convert(place: Place, target: Path, form: str, run: Run, dtype: str | None =
             dist.broadcast_object_list(told, src=0)
         save_weights(told[0], models, run)
         if run.rank == 0:
-            export_weights(told[0], target)
+            export_weights(told[0], target, source=source)
         _barrier(run)
-
-
-def _recipe_of(place: Place) -> str | None:
-    """The text of the recipe that the model was trained with."""
-    for above in (place.directory, *place.directory.resolve().parents[:3]):
-        if (above / RECIPE).is_file():
-            return (above / RECIPE).read_text("utf-8")
-    return None
 
 
 def _barrier(run: Run) -> None:

@@ -122,9 +122,13 @@ def _size(count: int) -> str:
 
 
 def _of_checkpoint(place: Place) -> dict[str, int]:
+    counted: Counter[str] = Counter()
+    if place.directory.is_file():
+        for name, one in read_header(place.directory).items():
+            counted[_part_of(name)] += math.prod(one.shape)
+        return dict(counted)
     path = found_at(place.directory)
     check_inert(path)
-    counted: Counter[str] = Counter()
     for name, kind in description_of(path / ".metadata").state_dict_metadata.items():
         if isinstance(kind, TensorStorageMetadata) and not name.startswith(("optimizer.", "chained_")):
             counted[_part_of(name)] += math.prod(kind.size)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_mimo.cli.building import Written, model_config, written_by
 from megatron_mimo.cli.errors import Refused
@@ -25,7 +28,8 @@ from megatron_mimo.pretrained import from_pretrained
 from megatron_mimo.specs import Backend
 from megatron_mimo.training.checkpoints.directories import found_at, is_complete
 from megatron_mimo.training.checkpoints.inert import check_inert, description_of
-from megatron_mimo.training.checkpoints.parts import load_parts
+from megatron_mimo.training.checkpoints.parts import LoadReport, load_parts
+from megatron_mimo.training.checkpoints.safetensors import import_weights, source_of
 from megatron_mimo.training.chunks import build_chunks
 from megatron_mimo.training.ema import is_there
 from megatron_mimo.training.parts.control import TrainingControl
@@ -43,13 +47,15 @@ class Place:
     """Where a model is read from.
 
     Args:
-        directory: of the weights: a model's, or a checkpoint's.
+        directory: of the weights: a model's, or a checkpoint's; or a file of safetensors that `convert` wrote.
         model: how its recipe put it together; None where there is none.
-        checkpoint: whether it is one of Megatron's form.
+        checkpoint: whether it is one of Megatron's form, or such a file.
         template: the recipe's chat template.
-        source: of a checkpoint that `convert` wrote: where the model's configuration is read from.
+        source: of what `convert` wrote: where the model's configuration is read from.
         judge: of the recipe's evaluation.
         ema: of a checkpoint: whether its averages stand in for the weights that have one.
+        recipe: file of the recipe; None where there is none.
+        origin: of what `convert` wrote: what it was written from, which is `source`, or a checkpoint of training.
     """
 
     directory: Path
@@ -59,6 +65,8 @@ class Place:
     source: str | None = None
     judge: str | None = None
     ema: bool = False
+    recipe: Path | None = None
+    origin: str | None = None
 
     @property
     def backend(self) -> Backend:
@@ -119,14 +127,19 @@ def _averaged(path: Path) -> Place:
 def _found(given: str) -> Place:
     """As `find`, with the weights themselves."""
     path = Path(given)
+    if path.suffix == ".safetensors" and path.is_file():
+        source = source_of(path)
+        if source is None:
+            raise Refused(f"{given}: expected a file that convert wrote, found none that says where its model is from")
+        return _weights_of(path, source)
     if is_complete(path) or (path / ".metadata").is_file():
         if (path / SOURCE).is_file():
-            source = (path / SOURCE).read_text("utf-8").strip()
-            return replace(_found(source), directory=path, checkpoint=True, source=source)
+            return _weights_of(path, (path / SOURCE).read_text("utf-8").strip())
         for above in (path, *path.resolve().parents[:3]):
             if (above / RECIPE).is_file():
                 recipe = read_recipe(str(above / RECIPE))
-                return Place(path, recipe.model, True, recipe.processor.template, judge=recipe.evaluation.judge)
+                options: dict[str, Any] = {"judge": recipe.evaluation.judge, "recipe": above / RECIPE}
+                return Place(path, recipe.model, True, recipe.processor.template, **options)
         raise Refused(f"{given}: expected a checkpoint that a recipe trained, found no {RECIPE} in it")
     if (path / RECIPE).is_file() and not any((path / name).is_file() for name in _OF_MODEL):
         if not (path / MODEL).is_dir():
@@ -137,7 +150,15 @@ def _found(given: str) -> Place:
         return Place(directory, None, False)
     recipe = read_recipe(str(directory / RECIPE))
     model = kept_readers(recipe.model, directory)
-    return Place(directory, model, False, recipe.processor.template, judge=recipe.evaluation.judge)
+    options = {"judge": recipe.evaluation.judge, "recipe": directory / RECIPE}
+    return Place(directory, model, False, recipe.processor.template, **options)
+
+
+def _weights_of(path: Path, source: str) -> Place:
+    """Weights that `convert` wrote, of a model whose configuration is read from another place."""
+    found = _found(source)
+    read_from = found.source or (None if found.checkpoint else source)
+    return replace(found, directory=path, checkpoint=True, source=read_from, origin=found.origin or source)
 
 
 def model_of(place: Place) -> Model:
@@ -175,8 +196,24 @@ def read_model(place: Place, run: Run, dtype: str | None = None) -> list[MimoMod
     config = model_config(model, Settings())
     check_layout(run.layout, config)
     models = build_chunks(config, run, TrainingControl())
-    report = load_parts(place.directory, models, None, ema=place.ema)
+    if place.directory.is_file():
+        report = _load_file(place.directory, models, run)
+    else:
+        report = load_parts(place.directory, models, None, ema=place.ema)
     if report.initialised:
         raise ValueError(f"{place.directory}: expected every weight of the recipe's model, found: {report}")
     own = config.language_model.params["config"].params_dtype
     return [chunk.to(dtype=own).eval() for chunk in models]
+
+
+def _load_file(file: Path, models: list[MimoModel], run: Run) -> LoadReport:
+    """Loads a file of safetensors, by way of a checkpoint beside it. Collective over all ranks."""
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix="reading-") as folder:
+        told = [Path(folder) / "checkpoint"]
+        if run.world_size > 1:
+            dist.broadcast_object_list(told, src=0)
+        import_weights(file, told[0], models[0].mimo_config, run)
+        report = load_parts(told[0], models, None)
+        if run.world_size > 1:
+            dist.barrier()
+    return report

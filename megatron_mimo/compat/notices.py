@@ -74,6 +74,11 @@ LOGGED = (
         "docs/language_models.md says which of GPTModel and HybridModel to choose",
     ),
     Notice(
+        "DistributedDataParallel: full_param_layout not provided",
+        "megatron.core.distributed.distributed_data_parallel",
+        "the layout that it computes is the one that would be handed in, by the same function",
+    ),
+    Notice(
         "No CUDA runtime is found, using CUDA_HOME=",
         "torch.utils.cpp_extension",
         "Megatron imports torch's compiler of extensions, which looks for a GPU; nothing is compiled",

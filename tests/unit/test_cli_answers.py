@@ -10,7 +10,7 @@ from tempfile import mkdtemp
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests import warm
 from tests.commands import caption, command, pictures
@@ -134,6 +134,31 @@ def test_convert_keeps_each_weight_from_form_to_form_and_transformers_loads_it(t
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
     transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf")
     assert sum(one.numel() for one in load_file(tmp_path / "st").values()) > 0
+    # A file is a model too: it goes back into each form, asked on two ranks, and its sizes are told.
+    file = tmp_path / "one.safetensors"
+    for source, target, *more in (
+        (tmp_path / "ck", file, "--to", "safetensors"),
+        (file, tmp_path / "ck again", "--to", "megatron"),
+        (tmp_path / "ck again", tmp_path / "hf again"),
+        (max((trained() / "stages/whole").glob("step_*")), tmp_path / "stage.safetensors", "--to", "safetensors"),
+        (tmp_path / "stage.safetensors", tmp_path / "hf of stage"),
+    ):
+        done = command("convert", source, target, *more)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+    done = warm.ranks(2, "-m", "megatron_mimo.cli", "convert", file, tmp_path / "hf of two", "--tensor", 2)
+    assert done.returncode == 0, done.stderr
+    for name in ("hf again", "hf of stage", "hf of two"):
+        again = load_file(tmp_path / name / "model.safetensors")
+        assert again.keys() == before.keys() and all(torch.equal(again[one], before[one]) for one in before), name
+        assert (tmp_path / name / "recipe.yaml").read_text() == (trained() / "recipe.yaml").read_text()
+    assert not list(tmp_path.glob("reading-*"))
+    done = command("inspect", file, "--length", 1024)
+    assert done.returncode == 0, done.stderr
+    language = sum(one.numel() for name, one in before.items() if name.startswith("language_model."))
+    assert f"language_model: {language:,} parameters" in done.stdout.splitlines()
+    plain, cut = tmp_path / "plain.safetensors", tmp_path / "cut.safetensors"
+    save_file({"weight": torch.ones(2)}, plain)
+    cut.write_bytes(file.read_bytes()[:-8])
 
     # A checkpoint of training is one too; a smaller dtype is asked for; nothing is written over.
     # It keeps its recipe, so it may lie anywhere.
@@ -151,6 +176,9 @@ def test_convert_keeps_each_weight_from_form_to_form_and_transformers_loads_it(t
         (("convert", tmp_path / "nowhere", tmp_path / "x"), "expected a directory, or a name on the hub"),
         (("convert", trained(), tmp_path / "x", "--dtype", "int8"), "--dtype: expected float32"),
         (("convert", tmp_path / "ck", tmp_path / "x", "--to", "megatron"), "is a Megatron checkpoint already"),
+        (("convert", file, tmp_path / "x", "--to", "safetensors"), "is a file of safetensors already"),
+        (("convert", plain, tmp_path / "x"), "expected a file that convert wrote"),
+        (("convert", cut, tmp_path / "x"), "as its header says"),
         (("convert", trained(), tmp_path / "x", "--tensor", 2), "takes a multiple of 2 processes, found 1"),
     ):
         done = command(*words)

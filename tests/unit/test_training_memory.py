@@ -7,6 +7,7 @@ import pytest
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 
+from megatron_mimo import MimoModel
 from megatron_mimo.training import Trainer, TrainerSettings
 from megatron_mimo.training.memory import REFUSED
 from megatron_mimo.training.pretraining.checks import check_supported
@@ -44,3 +45,10 @@ def test_pretrain_refuses_it_by_its_argument(name):
     check_supported(Namespace(**vars(given), **{name: False}))
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} is not supported: "):
         check_supported(Namespace(**vars(given), **{name: True}))
+
+
+def test_activations_on_the_host_are_refused_by_name_without_transformer_engine(single_process, monkeypatch):
+    language = tiny.language_config(cpu_offloading=True, cpu_offloading_num_layers=1)
+    monkeypatch.setattr("megatron_mimo.language.HAVE_TE", False)
+    with pytest.raises(ValueError, match="cpu_offloading is TransformerEngine's, .*recompute_granularity"):
+        MimoModel(tiny.mimo_config(tiny.language_spec(language)))

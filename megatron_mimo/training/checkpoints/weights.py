@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
 
 from megatron_mimo.compat.checkpoints import planned
+from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.launch import Run
 from megatron_mimo.model import MimoModel
 from megatron_mimo.training.checkpoints.writing import Saver
@@ -31,12 +32,20 @@ def save_weights(
         OSError: on every rank, where one of them could not write.
     """
     metadata: dict[str, Any] = {"singleton_local_shards": False, "dp_cp_group": run.groups.dp_cp}
+    state = {f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)}
+    write_weights(path, state, chunks[0].mimo_config, beside)
+
+
+def write_weights(
+    path: Path,
+    weights: Mapping[str, Any],
+    config: MimoModelConfig,
+    beside: Callable[[Path], None] = lambda written: None,
+) -> None:
+    """As `save_weights`, of a state that is sharded as `dist_checkpointing.save` takes it."""
 
     def plan(written: Path):
-        state: dict[str, Any] = {
-            f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)
-        }
-        state |= {"step": 0, "iteration": 0, "checkpoint_version": 3.0}
+        state = {**weights, "step": 0, "iteration": 0, "checkpoint_version": 3.0}
         return planned(dist_checkpointing.save, state, written, content_metadata={"singleton_local_shards": False})
 
-    Saver().save(plan, path, chunks[0].mimo_config, background=False, beside=beside)
+    Saver().save(plan, path, config, background=False, beside=beside)
