@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,8 @@ from megatron_mimo.data.written import write_whole
 from megatron_mimo.generation.results import GenerationOutput, MediaPart, TextPart, save
 from megatron_mimo.launch import Run
 from megatron_mimo.training.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 #: Below the output's directory: what is finished, what was asked for, and the lines of each attempt and rank.
 ANSWERS, ASKED, PARTS = "answers.jsonl", "asked.json", "parts"
@@ -84,6 +87,8 @@ def generate(
         with written.open("w", encoding="utf-8") as stream:
             stream.writelines(json.dumps(found[index], ensure_ascii=False) + "\n" for index in sorted(found))
         written.replace(output / ANSWERS)
+        if failed := [line["error"] for line in found.values() if "error" in line]:
+            logger.warning("%s: %d of %d records have no answer: %s", source.path, len(failed), len(found), failed[0])
     _barrier(run)
     return output / ANSWERS
 

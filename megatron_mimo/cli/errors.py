@@ -17,6 +17,12 @@ from types import FrameType, TracebackType
 #: is printed, as shells have them.
 REFUSED, FAILED, STOPPED, INTERRUPTED, UNREAD = 2, 1, 143, 130, 141
 
+#: Modules that the extras `hf` and `data` bring.
+_OF_EXTRAS = (
+    "PIL", "av", "datasets", "huggingface_hub", "jinja2", "safetensors", "soundfile", "soxr", "tokenizers",
+    "torchvision", "transformers",
+)  # fmt: skip
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # How long other ranks wait, so that the first one can say what all of them found, and the job ends.
@@ -134,6 +140,8 @@ def line_of(error: BaseException) -> str:
         return f"{name}the disk is full, or a limit of file sizes is met; free some space, then the same command again"
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in _OF_EXTRAS:
+        return f"{error.name} is missing: pip install 'megatron-mimo[cli,hf,data]'"
     said = " ".join(text.split())
     return said if isinstance(error, Refused | ValueError | OSError) and said else f"{type(error).__name__}: {said}"
 

@@ -62,13 +62,16 @@ def evaluate(
         judge: of pictures that the model draws; data-parallel ranks share them out.
 
     Raises:
-        Refused: a data set without any record that has an answer, or a judge that fails, on every rank.
+        Refused: a data set without any record that the model can answer, or that has a right answer; or a judge that
+            fails, on every rank.
     """
     found: dict[str, dict[str, float]] = {}
     body = []
     for name, source in sources.items():
         file = generate(opened, source, output / name, run, asked=asked, batch_size=batch_size)
         lines = list(read_answers(file))
+        if all("error" in line for line in lines) and lines:
+            raise Refused(f"{source.path}: expected records that the model can answer, found none: {lines[0]['error']}")
         pairs = [(line, right) for line in lines if (right := right_answers(source, line["index"]))]
         seen = {} if judge is None else _judged(judge, source, lines, output / name, run)
         if not pairs and not seen:
@@ -76,7 +79,7 @@ def evaluate(
                 f"{source.path}: expected records that end with an answer, found none among {len(lines)}"
                 + ("; pictures are scored by --judge" if judge is None else "")
             )
-        found[name] = {"records": float(len(lines if seen else pairs))}
+        found[name] = {"records": len(lines if seen else pairs)}
         each: dict[int, dict[str, float]] = {}
         if pairs:  # a record that could not be answered counts as answered wrongly
             means, of_each = scores([line["text"] for line, _ in pairs], [right for _, right in pairs])

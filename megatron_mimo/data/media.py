@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import stat
 import warnings
 from collections.abc import Callable
@@ -231,7 +232,8 @@ def _decoded(kind: Kind, medium: Medium, decode: Callable[[], Any]) -> Any:
     except Exception as error:
         if type(error).__name__ == "DecompressionBombError":
             raise
-        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        said = re.sub(r"\s*<_io\.BytesIO object at \w+>", "", str(error))  # which stands for the file's bytes
+        reason = f"{type(error).__name__}: {said[:200]}"
         raise SampleError("media", f"{kind} {_name(medium)} cannot be decoded ({reason})") from None
 
 

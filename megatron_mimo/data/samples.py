@@ -224,10 +224,11 @@ class SampleProcessor:
             handling = self.handling.get(part.kind)
             written = turn.role == "assistant"
             if handling is None or (handling.writer if written else handling.reader) is None:
-                way = "written" if written else "read"
-                raise SampleError(
-                    "media", f"{part.kind}: this model has no {'writer' if written else 'reader'} for media {way}"
-                )
+                takes = (one.writer if written else one.reader for one in self.handling.values())
+                others = [kind for kind, given in zip(self.handling, takes) if given is not None]
+                what, does = ("writer", "writes") if written else ("reader", "reads")
+                told = f"{part.kind}: this model has no {what} for it; it {does} {' and '.join(others) or 'text alone'}"
+                raise SampleError("media", told)
             counts[part.kind] += 1
             if handling.max_items is not None and counts[part.kind] > handling.max_items:
                 raise SampleError(

@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tests import warm
-from tests.commands import caption, command, pictures
+from tests.commands import caption, command, pictures, sounds
 
 pytestmark = pytest.mark.process
 
@@ -104,6 +104,7 @@ def test_a_record_that_cannot_be_used_has_its_error_and_the_others_are_answered(
     found = answers(tmp_path / "out")
     assert [line["reason"] for line in found] == ["stop_id", "error", "stop_id"]
     assert [line["read"] for line in found] == [["00.png"], ["gone.png"], ["01.png"]]
+    assert "records.jsonl: 1 of 3 records have no answer: line at byte " in done.stderr
     assert "gone.png" in found[1]["error"] and found[2]["text"] == "It is green."
 
 
@@ -205,7 +206,7 @@ def test_data_is_measured_and_shown(tmp_path: Path) -> None:
     assert (
         "2 records" in done.stdout and "1 pack of 128 an epoch" in done.stdout and "1 media\n    media: " in done.stdout
     )
-    assert "'02.png' cannot be decoded" in done.stdout
+    assert "'02.png' cannot be decoded (UnidentifiedImageError: cannot identify image file)" in done.stdout
     refused = command("data", "show", "caption", *changes, "--stage", "whol")
     assert refused.returncode == 2 and "did you mean 'whole'" in refused.stderr
 
@@ -229,6 +230,10 @@ def test_evaluate_scores_a_data_set_and_shows_samples(tmp_path: Path) -> None:
     page = (tmp_path / "out" / "samples.html").read_text()
     assert page.count('class="wrong"') == 3 and page.count("<img") == 32 + 4
     assert "<small>00.png</small>" in page
+
+    done = command("evaluate", trained(), sounds(4), "--output", tmp_path / "heard", "--max-new-tokens", 1)
+    assert done.returncode == 2 and "expected records that the model can answer, found none: record 0" in done.stderr
+    assert "audio: this model has no reader for it; it reads image" in done.stderr
 
     (tmp_path / "none.jsonl").write_text('{"messages": [{"role": "user", "content": "?"}]}\n')
     done = command("evaluate", trained(), tmp_path / "none.jsonl", "--output", tmp_path / "none", "--max-new-tokens", 1)

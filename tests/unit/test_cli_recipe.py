@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_mimo.cli import entry
-from megatron_mimo.cli.errors import Refused
+from megatron_mimo.cli import entry, errors
+from megatron_mimo.cli.errors import Refused, line_of
 from megatron_mimo.cli.kept import check_kept, settled
 from megatron_mimo.cli.ranks import check_processes
 from megatron_mimo.cli.reading import checked, read_recipe, shipped, written
@@ -167,6 +167,16 @@ def test_without_the_extra_the_command_says_in_one_line_what_to_install(missing:
         entry.main()
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"megatron-mimo: {missing} is missing: pip install 'megatron-mimo[cli,hf,data]'\n"
+
+
+@pytest.mark.parametrize("missing", ["transformers", "transformers.models", "PIL"])
+def test_without_the_other_extras_it_says_the_same(missing: str, capsys) -> None:
+    with pytest.raises(SystemExit) as ended, errors.told(False):
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"megatron-mimo: {missing} is missing: pip install 'megatron-mimo[cli,hf,data]'")
+    assert "fault" in line_of(ModuleNotFoundError("our fault", name="megatron_mimo.absent"))
 
 
 def test_help_names_every_command_and_a_misspelt_one_ends_with_2(monkeypatch, capsys) -> None:

@@ -117,7 +117,10 @@ def test_draw_draws_what_its_codec_makes_of_the_colour_asked_for_and_needs_the_c
     alike = [torch.equal(pixels(file), expected[index]) for index, file in found]
     assert sum(alike) > len(alike) / 3 and len(alike) == 60
     # It has no reader, which each record is told.
-    assert all("no reader" in line["error"] for line in answered(run, pictures(), "--max-new-tokens", 12))
+    assert all(
+        "no reader for it; it reads text alone" in line["error"]
+        for line in answered(run, pictures(), "--max-new-tokens", 12)
+    )
     done = command("convert", run, tmp_path / "hf")
     assert done.returncode == 0, done.stderr
     again = drawn(tmp_path / "hf", pictures())
