@@ -144,12 +144,13 @@ def configs(
         bias_activation_fusion=True,  # as Megatron's arguments have it
     )
     language = TransformerConfig(**settings | dict(changes or {}))
+    common["tensor_model_parallel_size"] = language.tensor_model_parallel_size
     vision = TransformerConfig(**size.vision, **common, activation_func=F.gelu)
     projection = TransformerConfig(
         num_layers=1,
         hidden_size=language.hidden_size,
         ffn_hidden_size=language.hidden_size,
-        num_attention_heads=1,
+        num_attention_heads=language.tensor_model_parallel_size,  # of none, but it has to be a multiple
         **common,
     )
     layers = specs.language_layer_spec(language, backend)

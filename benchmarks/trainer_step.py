@@ -2,8 +2,10 @@
 
     python -m benchmarks.trainer_step             # CLIP ViT-L/14 at 336, 1.2 B, S 4096, on a GPU
     python -m benchmarks.trainer_step --small     # toy sizes, on the CPU too (without graphs)
+    torchrun --nproc-per-node 2 -m benchmarks.trainer_step --tensor 2               # or --pipeline 2, --microbatches 4
 
-Batches change from step to step. Each step ends with the losses on the host, as every step of a `Trainer` does.
+Batches change from step to step; ranks beyond the axes that are named share data. On several GPUs the device is also
+busy where it waits for another. Each step ends with the losses on the host, as every step of a `Trainer` does.
 """
 
 from __future__ import annotations
@@ -15,10 +17,13 @@ import time
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 import megatron_mimo
 from benchmarks.kinds import device_times, launches_a_second
@@ -55,13 +60,37 @@ def batches_of(size: Size) -> list[dict]:
     return [recipe.collate([samples[size.batch * i + j] for j in range(size.batch)]) for i in range(BATCHES)]
 
 
-def measure(name: str, run: Run, size: Size, batches: Sequence[dict], steps: int) -> Timed:
-    """A trainer of its own, timed over `steps` steps."""
+def models_of(run: Run, size: Size) -> MimoModelConfig:
+    """The model, on the axes of a run."""
+    layout, dtype = run.layout, torch.bfloat16 if run.device.type == "cuda" else torch.float32
+    backend = specs.choose_backend("auto")
+    axes = dict(
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        sequence_parallel=layout.tensor_model_parallel_size > 1,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        pipeline_dtype=dtype,
+        batch_p2p_sync=False,
+    )
+    language, images = configs(size, backend, dtype, axes)
+    if layout.pipeline_model_parallel_size > 1:
+        language.params["transformer_layer_spec"] = partial(_stage, backend)
+    return MimoModelConfig(language, {"images": images}, {"images": recipe.IMAGE_TOKEN})
+
+
+def _stage(
+    backend: specs.Backend, config: TransformerConfig, vp_stage: int | None = None, pp_rank: int | None = None
+) -> ModuleSpec:
+    """Layers of a pipeline stage."""
+    layers = specs.language_layer_spec(config, backend, vp_stage, pp_rank)
+    return specs.with_fused_attention(layers) if backend == "torch" else layers
+
+
+def measure(name: str, run: Run, size: Size, batches: Sequence[dict], steps: int, microbatches: int) -> Timed:
+    """A trainer of its own, timed over `steps` steps of so many microbatches a rank."""
     on_gpu = run.device.type == "cuda"
-    language, images = configs(size, specs.choose_backend("auto"), torch.bfloat16 if on_gpu else torch.float32)
     torch.manual_seed(1)
     trainer = Trainer(
-        MimoModelConfig(language, {"images": images}, {"images": recipe.IMAGE_TOKEN}),
+        models_of(run, size),
         run,
         TrainerSettings(steps=10_000, decay="constant", progress=False),
         optimizer=OptimizerConfig(lr=1e-4),
@@ -74,8 +103,9 @@ def measure(name: str, run: Run, size: Size, batches: Sequence[dict], steps: int
                 module.fuse_wgrad_accumulation = True
 
     def step() -> float:
-        index = trainer.steps_done
-        return trainer.train_step(lambda *_: [batches[index % BATCHES]]).losses["text"]
+        first = trainer.steps_done * microbatches
+        given = [batches[(first + index) % BATCHES] for index in range(microbatches)]
+        return trainer.train_step(lambda *_: given).losses["text"]
 
     losses = [step() for _ in range(UNTIMED)]
     times = []
@@ -94,26 +124,33 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--variants", nargs="+", default=None, help=f"some of {GRAPHED}, on a GPU")
     parser.add_argument("--out", type=Path, default=None, help="JSON with every figure")
+    parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks, with sequence parallelism")
+    parser.add_argument("--pipeline", type=int, default=1, help="pipeline stages")
+    parser.add_argument("--microbatches", type=int, default=1, help="of a rank in a step")
     options = parser.parse_args()
-    run = megatron_mimo.initialize(seed=1, graph_safe_rng=True)
+    run = megatron_mimo.initialize(options.tensor, options.pipeline, seed=1, graph_safe_rng=True)
+    speaks = run.rank == 0
     size = SMALL if options.small else SIZES["1b"]
     batches = batches_of(size)
     quiet, names = None, ["eager"]
     if run.device.type == "cuda":
         quiet, names = launches_a_second(), options.variants or GRAPHED
-        print(f"{torch.cuda.get_device_name()}; the host launches {quiet / 1e3:.0f} k small kernels a second")
+        device = f"{run.world_size} x {torch.cuda.get_device_name()}, {run.layout}"
+        if speaks:
+            print(f"{device}; the host launches {quiet / 1e3:.0f} k small kernels a second")
     results = []
     for name in names:
-        results.append(measure(name, run, size, batches, options.steps))
+        results.append(measure(name, run, size, batches, options.steps, options.microbatches))
         gc.collect()
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
         timed = results[-1]
-        print(
-            f"{name:16s} {timed.step_ms:8.1f} ms a step, device busy {timed.busy_ms:7.1f} ms, "
-            f"{timed.replayed} replayed, last loss {timed.losses[-1]:.6f}"
-        )
-    if options.out:
+        if speaks:
+            print(
+                f"{name:16s} {timed.step_ms:8.1f} ms a step, device busy {timed.busy_ms:7.1f} ms, "
+                f"{timed.replayed} replayed, last loss {timed.losses[-1]:.6f}"
+            )
+    if options.out and speaks:
         figures = {"launches_a_second": quiet, "results": [vars(timed) for timed in results]}
         options.out.write_text(json.dumps(figures, indent=1))
 

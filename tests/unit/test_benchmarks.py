@@ -36,6 +36,15 @@ def test_a_step_of_a_trainer(tmp_path):
     assert eager["replayed"] == 0 and len(eager["losses"]) == 6
 
 
+@pytest.mark.parametrize("axes", [("--tensor", 2), ("--pipeline", 2, "--microbatches", 2), ("--microbatches", 2)])
+def test_a_step_of_a_trainer_on_two_ranks(tmp_path, axes):
+    out = tmp_path / "trainer.json"
+    job = warm.ranks(2, "-m", "benchmarks.trainer_step", "--small", "--steps", "1", *axes, "--out", out)
+    assert job.returncode == 0, job.stderr[-4000:]
+    (eager,) = json.loads(out.read_text())["results"]
+    assert len(eager["losses"]) == 6 and job.stdout.count("ms a step") == 1  # one rank speaks
+
+
 def test_what_a_step_takes_is_sorted_by_kind_and_drawn(tmp_path):
     for module in (kinds, plot):
         assert not doctest.testmod(module).failed and doctest.testmod(module).attempted
