@@ -155,7 +155,7 @@ class Trainer(Checkpointed):
         self._told, self._stages = Told(callbacks), Stages()
         self.ema = None if settings.ema_decay is None else Ema(self.models, settings.ema_decay)
         #: Runs training steps by CUDA graphs, and counts how they ran; None without.
-        self.graphs = whole_steps(graphs, captures, self.models, self._forward_step, self._gradients)
+        self.graphs = whole_steps(graphs, captures, self.models, self._forward_step, self._gradients, run)
         self._counts: Counts = {}
         self._saver, self._pace = Saver(checkpoints), Pace()
         self._trained = Trained.by(self.control, config, optimizer.use_distributed_optimizer)

@@ -56,22 +56,26 @@ class Captures[Result]:
         limit: at most this many graphs. Each keeps its inputs; what the function works with is shared.
         warmup: runs of a shape before it is captured.
         device: where it runs.
-        together: whether a call runs by a graph, where this rank's may; asked at every call. With collectives in the
-            graph all ranks have to say the same.
     """
 
-    def __init__(
-        self, limit: int, warmup: int, device: torch.device, together: Callable[[bool], bool] = lambda fits: fits
-    ) -> None:
+    def __init__(self, limit: int, warmup: int, device: torch.device) -> None:
         self.counts = GraphCounts()
-        self._limit, self._warmup, self._device, self._together = limit, warmup, device, together
+        self._limit, self._warmup, self._device = limit, warmup, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pool = torch.cuda.graph_pool_handle()
         self._captures: dict[Hashable, _Capture[Result]] = {}
         self._seen: dict[Hashable, int] = {}
 
+    def ready(self, key: Hashable | None) -> bool:
+        """Whether the call that comes may run by a graph; asked once a call, since shapes that come again are captured.
+
+        Args:
+            key: of the call; None where no graph may serve it.
+        """
+        return key in self._captures or self._may_capture(key)
+
     def __call__(
-        self, key: Hashable | None, inputs: Sequence[Tensor], run: Callable[[Sequence[Tensor]], Result]
+        self, key: Hashable | None, inputs: Sequence[Tensor], run: Callable[[Sequence[Tensor]], Result], graph: bool
     ) -> Result:
         """What `run(inputs)` gives; of a replay in memory that the next replay writes over.
 
@@ -81,12 +85,13 @@ class Captures[Result]:
             inputs: tensors on the device, of equal shapes for equal keys.
             run: works on the tensors it is given, and on other memory that stays where it is. It may not wait for the
                 device when it is captured.
+            graph: whether it runs by a graph, of a key that is `ready`. With collectives in it all ranks say the same.
         """
         with self.stream():
-            capture = self._captures.get(key)
-            if not self._together(capture is not None or self._may_capture(key)):
+            if not graph:
                 self.counts.eager += 1
                 return run(inputs)
+            capture = self._captures.get(key)
             if capture is None:
                 capture = self._captures[key] = self._capture(inputs, run)
             for static, tensor in zip(capture.inputs, inputs, strict=True):

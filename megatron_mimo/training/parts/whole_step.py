@@ -27,7 +27,7 @@ from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.launch import Run
 from megatron_mimo.model import MimoModel
 from megatron_mimo.training import auxiliary
-from megatron_mimo.training.agreement import agreed
+from megatron_mimo.training.agreement import agreed, error_of, raise_together
 from megatron_mimo.training.finite import Gradients
 from megatron_mimo.training.forward import ForwardStep
 from megatron_mimo.training.parts.captured import Captures, GraphCounts
@@ -124,9 +124,7 @@ def captures_of(
         return None
     settings = settings or StepGraphs()
     settings.check(config, run, ddp, control)
-    return Captures(
-        settings.captures, settings.warmup, run.device, together=lambda fits: not any(agreed([not fits], run))
-    )
+    return Captures(settings.captures, settings.warmup, run.device)
 
 
 def _between_stages(language: TransformerConfig, layout: Layout) -> dict[str, bool]:
@@ -174,6 +172,7 @@ class WholeSteps:
         models: this rank's chunks.
         forward_step: reads microbatches and hands them to the schedule.
         gradients: whose largest is looked at when a step has run.
+        run: whose ranks run a step alike.
     """
 
     def __init__(
@@ -183,8 +182,9 @@ class WholeSteps:
         models: Sequence[MimoModel],
         forward_step: ForwardStep,
         gradients: Gradients,
+        run: Run,
     ) -> None:
-        self._settings, self._captures, self._models = settings, captures, models
+        self._settings, self._captures, self._models, self._run = settings, captures, models, run
         self._forward_step, self._gradients = forward_step, gradients
         self._brought: dict[Hashable, list] = {}
         for model in models:
@@ -192,8 +192,8 @@ class WholeSteps:
                 _check_encoders(encoder)
         self._multiple = 1
         if any(_has_cudnn(model.language_model) for model in models):
-            ranks = models[0].pg_collection.cp.size()
-            self._multiple = CUDNN_ROWS * (2 * ranks if ranks > 1 else 1)  # attention sees halves of a rank's part
+            context = models[0].pg_collection.cp.size()
+            self._multiple = CUDNN_ROWS * (2 * context if context > 1 else 1)  # attention sees halves of a rank's part
 
     @property
     def counts(self) -> GraphCounts:
@@ -216,8 +216,8 @@ class WholeSteps:
         key: Hashable | None = tuple(chunk.key for chunk in read)
         if any(length % self._multiple for length in read[0].lengths) or not all(chunk.captured for chunk in read):
             key = None
-        if self._captures.captured(key):
-            read[0].recheck(self._brought[key])
+        brought = self._brought[key] if self._captures.captured(key) else [()] * len(read[0].lengths)
+        graph = self._together(self._captures.ready(key), error_of(lambda: read[0].recheck(brought)))
         numbers = [len(chunk.inputs) for chunk in read]
 
         def run(inputs: Sequence[Tensor]) -> tuple[list[dict[str, Tensor]], Tensor | None, auxiliary.Reports]:
@@ -231,11 +231,18 @@ class WholeSteps:
             return logged, self._gradients.largest, auxiliary.reports()
 
         inputs = [tensor for chunk in read for tensor in chunk.inputs]
-        logged, self._gradients.largest, reports = self._captures(key, inputs, run)
+        logged, self._gradients.largest, reports = self._captures(key, inputs, run, graph)
         auxiliary.report_again(reports)
         if not self._captures.captured(key):
             del self._brought[key]
         return logged
+
+    def _together(self, ready: bool, error: Exception | None) -> bool:
+        """Whether all ranks run the step by a graph, as where each is ready. Raises what any of them found."""
+        waits, failed = agreed([not ready, error is not None], self._run)
+        if failed:
+            raise_together(error, self._run.hosts.world)
+        return not waits
 
     @contextmanager
     def _recording(self) -> Iterator[list]:
@@ -252,11 +259,12 @@ def whole_steps(
     models: Sequence[MimoModel],
     forward_step: ForwardStep,
     gradients: Gradients,
+    run: Run,
 ) -> WholeSteps | None:
     """What runs training steps by CUDA graphs, as `WholeSteps` takes it; None without captures."""
     if captures is None:
         return None
-    return WholeSteps(settings or StepGraphs(), captures, models, forward_step, gradients)
+    return WholeSteps(settings or StepGraphs(), captures, models, forward_step, gradients, run)
 
 
 def _has_cudnn(module: nn.Module) -> bool:

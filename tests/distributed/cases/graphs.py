@@ -180,6 +180,27 @@ def a_step_that_one_rank_cannot_replay_runs_without_a_graph_on_all(run: Run) -> 
     recording(run, check)
 
 
+@case(ranks=2)
+@case(ranks=2, **TENSOR)
+@case(ranks=2, **PIPELINE)
+def rows_that_a_replay_would_make_and_tokens_do_not_fit_are_refused_on_every_rank(run: Run) -> None:
+    def check(run: Run) -> None:
+        ours = trainer(run, StepGraphs(warmup=1))
+        for _ in range(2):
+            ours.train_step(microbatches)
+
+        def spoiled(step: int, rank: int, size: int) -> list[dict]:
+            batches = microbatches(step, rank, size)
+            if rank == size - 1:  # tokens that are text in place of the image's
+                batches[0]["input_ids"][batches[0]["input_ids"] == tiny.READ] = 7
+            return batches
+
+        with pytest.raises(ValueError, match="images: sample .* has 0 special tokens but 2 embeddings"):
+            ours.train_step(spoiled)
+
+    recording(run, check)
+
+
 @case(ranks=2, **PIPELINE)
 def messages_for_which_the_host_waits_are_refused_by_name(run: Run) -> None:
     def check(run: Run) -> None:
