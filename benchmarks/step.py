@@ -4,8 +4,8 @@
     python -m benchmarks.step --small             # toy sizes, on the CPU too
 
 Both models hold the very same modules, so weights, kernels and FLOPs are equal; what differs is what
-lies between them. A step is forward, loss and backward; each ends with a wait for the device, as a step
-of Megatron's does when it reads the gradient norm. Variants:
+lies between them; `layers` has modules of its own, of the same sizes. A step is forward, loss and backward;
+each ends with a wait for the device, as a step of Megatron's does when it reads the gradient norm. Variants:
 
     upstream    upstream's MimoModel
     ours        ours, as it is
@@ -14,9 +14,7 @@ of Megatron's does when it reads the gradient norm. Variants:
     both        ours, the compiled encoder's launches replayed
     whole       ours, forward, loss and backward as one CUDA graph (Trainer(graphs=StepGraphs()))
     best        the same with the compiled encoder
-    rope        best, with Megatron's fused_single_qkv_rope: queries, keys and values leave their rows turned
-    cudnn       best, the encoder's attention by cuDNN in place of flash attention
-    fewer       best, with both
+    layers      ours built of plain torch, one CUDA graph, the encoder and the language model's layers compiled
 
 Variants take turns of a few steps, so that a drift of the machine meets all of them; device time by stage
 comes from `benchmarks.stages`, by kind of kernel from `benchmarks.kinds`. A ratio to upstream says as much about the
@@ -33,8 +31,7 @@ import sys
 import time
 import warnings
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -46,7 +43,6 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import megatron_mimo
 from benchmarks.kinds import device_times, launches_a_second
@@ -54,7 +50,7 @@ from benchmarks.stages import STAGES, Marks, kernel_times, mark
 from examples.recipes import vlm_clip_1b as recipe
 from megatron_mimo import MimoModel, MimoModelConfig, loss_terms, specs, total_loss
 from megatron_mimo.training.parts.captured import Captures
-from megatron_mimo.training.parts.compiled import CompiledForward
+from megatron_mimo.training.parts.compiled import CompiledForward, compile_layers
 from megatron_mimo.training.parts.graphed import GraphedForward
 from megatron_mimo.training.speed.counts import count_batch
 from megatron_mimo.training.speed.flops import part_sizes, stated_peak, step_flops
@@ -68,11 +64,10 @@ with warnings.catch_warnings():
     )
 
 STEPS_A_TURN = 5
-FEWER = ["rope", "cudnn", "fewer"]
-WHOLE = ["whole", "best", *FEWER]
+WHOLE = ["whole", "best", "layers"]
 ON_GPU = ["compiled", "graphed", "both", *WHOLE]
 VARIANTS = ["ours", "everywhere", *ON_GPU]
-PLAIN = [name for name in VARIANTS if name not in FEWER]
+PLAIN = [name for name in VARIANTS if name != "layers"]
 
 
 @dataclass(frozen=True)
@@ -220,40 +215,44 @@ class Variant:
     """A model and how its encoder runs.
 
     Args:
+        modules: what it is made of, whose gradients a step makes.
         loss: runs the model on the batch.
         make_forward: makes what the encoder's `forward` is meanwhile; holds what it captured.
         captures: where the whole step is captured; None where it is launched kernel by kernel.
-        within: what is switched on for its steps.
     """
 
     name: str
+    modules: MimoModel
     loss: Callable[[], Tensor]
     make_forward: Callable[[], Callable]
     captures: Captures | None = None
-    within: Callable[[], AbstractContextManager] = nullcontext
+
+
+def encoder_of(model: MimoModel) -> torch.nn.Module:
+    return model.modality_submodules["images"].encoders["clip"]
 
 
 class Steps:
-    """Runs single training steps of variants that share their modules."""
+    """Runs single training steps of variants."""
 
-    def __init__(self, modules: MimoModel, encoder: torch.nn.Module, on_gpu: bool) -> None:
-        self._modules, self._encoder, self._on_gpu = modules, encoder, on_gpu
+    def __init__(self, on_gpu: bool) -> None:
+        self._on_gpu = on_gpu
 
     def step(self, variant: Variant, forward: Callable) -> tuple[float, Tensor, float]:
         """Milliseconds of one step, to the end of its work on the device, its loss, and milliseconds of the host."""
-        self._encoder.forward = forward
+        encoder = encoder_of(variant.modules)
+        encoder.forward = forward
         started = time.perf_counter()
         run = partial(self._passes, variant)
-        with variant.within():
-            loss = run(()) if variant.captures is None else variant.captures(variant.name, (), run)
+        loss = run(()) if variant.captures is None else variant.captures(variant.name, (), run)
         launched = time.perf_counter()
         self.wait()
         ended = time.perf_counter()
-        del self._encoder.forward
+        del encoder.forward
         return 1e3 * (ended - started), loss, 1e3 * (launched - started)
 
     def _passes(self, variant: Variant, inputs: Sequence[Tensor]) -> Tensor:
-        self._modules.zero_grad(set_to_none=True)
+        variant.modules.zero_grad(set_to_none=True)
         loss = variant.loss()
         mark("language model")
         loss.backward()
@@ -265,7 +264,7 @@ class Steps:
 
     def peaks(self, variant: Variant, warmup: int) -> tuple[float, float, float]:
         """Peaks of the allocator in GiB, of tensors and of all it holds, from a clean start; and the first loss."""
-        self._modules.zero_grad(set_to_none=True)
+        variant.modules.zero_grad(set_to_none=True)
         gc.collect()
         if self._on_gpu:
             torch.cuda.empty_cache()
@@ -306,7 +305,7 @@ class Result:
     loss: float
 
 
-def measure(variants: list[Variant], steps: Steps, marks: Marks, rounds: int, warmup: int, on_gpu: bool):
+def measure(variants: list[Variant], steps: Steps, marks: Mapping[str, Marks], rounds: int, warmup: int, on_gpu: bool):
     """Results of the variants, whose turns take `STEPS_A_TURN` steps each: a drift of the machine meets all of them."""
     peaks = {variant.name: steps.peaks(variant, warmup) for variant in variants}
     step = {variant.name: partial(steps.step, variant, variant.make_forward()) for variant in variants}
@@ -323,7 +322,7 @@ def measure(variants: list[Variant], steps: Steps, marks: Marks, rounds: int, wa
         if on_gpu:
             kinds = device_times(step[variant.name], 3)
         if on_gpu and variant.captures is None:  # a replay passes no stage
-            with marks:
+            with marks[variant.name]:
                 kernels = kernel_times(step[variant.name], 3)
         ordered = sorted(times[variant.name][STEPS_A_TURN:])  # without the first turn
         p20, p80 = ordered[len(ordered) // 5], ordered[len(ordered) * 4 // 5]
@@ -397,42 +396,25 @@ def main() -> None:
     dtype = torch.bfloat16 if on_gpu else torch.float32
     backend = specs.choose_backend(options.backend)
     recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-    ours, theirs = build(size, backend, dtype, run.device, recompute if options.recompute else None)
+    changes = recompute if options.recompute else None
     samples = recipe.RandomSamples(size.length, size.vocabulary, side=size.side)
     batch = recipe.collate([samples[index] for index in range(size.batch)])
-    flops = step_flops(part_sizes([ours]), count_batch(batch, ours))
-
-    encoder = ours.modality_submodules["images"].encoders["clip"]
-    device_batch = to_device(batch, run.device, dtype)
-    placed = placed_on(ours, batch, device_batch, run.device)
-    everywhere = device_batch | {"placement": ours.place(batch["input_ids"]).to(run.device)}
-    forwards = {
-        "ours": lambda: encoder.forward,
-        "everywhere": lambda: encoder.forward,  # the language loss at every position, as upstream's
-        "compiled": lambda: CompiledForward(encoder, dynamic=False),  # one compilation serves both
-        "graphed": lambda: GraphedForward(encoder),
-        "both": lambda: GraphedForward(encoder, compiled=True),
-        "whole": lambda: encoder.forward,
-        "best": lambda: CompiledForward(encoder, dynamic=False),
-    }
-    forwards |= {"rope": forwards["best"], "cudnn": partial(anew, encoder), "fewer": partial(anew, encoder)}
-    switches = {name: partial(switched, name, ours.language_model.config) for name in FEWER}
     captures: Captures | None = Captures(len(WHOLE), 3, run.device) if on_gpu else None
-    variants = [Variant("upstream", partial(loss_of_theirs, theirs, device_batch), forwards["ours"])]
-    variants = [] if options.alone else variants
-    variants += [
-        Variant(
-            name,
-            partial(loss_of_ours, ours, everywhere if name == "everywhere" else placed),
-            forwards[name],
-            captures if name in WHOLE else None,
-            switches.get(name, nullcontext),
-        )
-        for name in options.variants
-        if on_gpu or name not in ON_GPU
-    ]
-    steps = Steps(ours, encoder, on_gpu)
-    results = measure(variants, steps, Marks(ours, "images", "clip"), options.rounds, options.warmup, on_gpu)
+    chosen = [name for name in options.variants if on_gpu or name not in ON_GPU]
+    variants = []
+    if chosen != ["layers"] or not options.alone:
+        ours, theirs = build(size, backend, dtype, run.device, changes)
+        device_batch = to_device(batch, run.device, dtype)
+        if not options.alone:
+            variants.append(Variant("upstream", ours, partial(loss_of_theirs, theirs, device_batch), as_it_is(ours)))
+        variants += [variant(name, ours, batch, captures) for name in chosen if name != "layers"]
+    if "layers" in chosen:
+        ours = build(size, "torch", dtype, run.device, changes)[0]
+        compile_layers(ours.language_model)
+        variants.append(variant("layers", ours, batch, captures))
+    flops = step_flops(part_sizes([ours]), count_batch(batch, ours))
+    marks = {each.name: Marks(each.modules, "images", "clip") for each in variants}
+    results = measure(variants, Steps(on_gpu), marks, options.rounds, options.warmup, on_gpu)
 
     device = torch.cuda.get_device_name() if on_gpu else "CPU"
     peak = stated_peak(device) if on_gpu else None
@@ -459,23 +441,35 @@ def main() -> None:
         options.out.write_text(json.dumps(figures | {"results": [asdict(r) for r in results]}, indent=1))
 
 
-def anew(encoder: torch.nn.Module) -> CompiledForward:
-    """The encoder compiled again: which attention it calls is in the code that was compiled before."""
-    torch.compiler.reset()
-    return CompiledForward(encoder, dynamic=False)
+def as_it_is(model: MimoModel) -> Callable[[], Callable]:
+    encoder = encoder_of(model)
+    return lambda: encoder.forward
 
 
-@contextmanager
-def switched(name: str, language: TransformerConfig) -> Iterator[None]:
-    """Within it, what the variant `name` switches on is on: for what runs, compiles or is captured meanwhile."""
-    before = language.fused_single_qkv_rope
-    language.fused_single_qkv_rope = name in ("rope", "fewer")
-    backends = [SDPBackend.CUDNN_ATTENTION] if name in ("cudnn", "fewer") else []
-    try:
-        with sdpa_kernel(backends) if backends else nullcontext():
-            yield
-    finally:
-        language.fused_single_qkv_rope = before
+def variant(name: str, model: MimoModel, batch: dict, captures: Captures | None) -> Variant:
+    """One of ours, see the top of this file."""
+    device, dtype = (getattr(next(model.parameters()), what) for what in ("device", "dtype"))
+    encoder = encoder_of(model)
+    compiled = partial(CompiledForward, encoder, dynamic=False)
+    forwards = {
+        "compiled": compiled,
+        "graphed": partial(GraphedForward, encoder),
+        "both": partial(GraphedForward, encoder, compiled=True),
+        "best": compiled,
+        "layers": compiled,
+    }
+    moved = to_device(batch, device, dtype)
+    if name == "everywhere":  # the language loss at every position, as upstream's
+        moved |= {"placement": model.place(batch["input_ids"]).to(device)}
+    else:
+        moved = placed_on(model, batch, moved, device)
+    return Variant(
+        name,
+        model,
+        partial(loss_of_ours, model, moved),
+        forwards.get(name, as_it_is(model)),
+        captures if name in WHOLE else None,
+    )
 
 
 def placed_on(model: MimoModel, batch: dict, moved: dict, device: torch.device) -> dict:

@@ -1,4 +1,4 @@
-"""Which parts of a model train, how fast, and which encoders are compiled.
+"""Which parts of a model train, how fast, and which are compiled.
 
 Parts are named as they are configured:
 
@@ -33,7 +33,7 @@ from megatron_mimo.compat.megatron import is_tied_copy, key_without_decay
 from megatron_mimo.config import SUBMODULE_KEYS, MimoModelConfig
 from megatron_mimo.modality.submodules import ModalitySubmodules
 from megatron_mimo.model import MimoModel
-from megatron_mimo.training.parts.compiled import CompiledForward
+from megatron_mimo.training.parts.compiled import CompiledForward, compile_layers
 from megatron_mimo.training.parts.graphed import GraphedForward
 from megatron_mimo.training.settings import check_whole
 
@@ -52,8 +52,8 @@ class TrainingControl:
             Tied output weights follow.
         learning_rate: part -> factor on the learning rate.
         weight_decay: part -> factor on the weight decay of those of its parameters that have any.
-        compiled: encoders to run through `torch.compile`, named as parts; see `compiled.py`. On a CPU they
-            run as they are, since that would take a C++ compiler.
+        compiled: encoders to run through `torch.compile`, named as parts, and 'language_model' for its layers in
+            plain torch; see `compiled.py`. On a CPU they run as they are, since that would take a C++ compiler.
         graphed: encoders to replay as CUDA graphs, named as parts; see `graphed.py`. Of encoders that are
             compiled too, what is replayed are the compiled kernels.
         own_precision: frozen encoders, named as parts, whose weights and buffers keep the dtype that they were built
@@ -88,7 +88,8 @@ class TrainingControl:
         for option in ("frozen", "learning_rate", "weight_decay", *of_encoders):
             for part in getattr(self, option):
                 prefixes = parameter_prefixes(part, config, option)
-                if option in of_encoders and "encoders" not in part.split("/"):
+                compiles = option == "compiled" and part == LANGUAGE_MODEL
+                if option in of_encoders and "encoders" not in part.split("/") and not compiles:
                     raise ValueError(
                         f"{option}: {part!r} is no encoder. Name encoders, such as 'encoders' or 'images/encoders'."
                     )
@@ -157,6 +158,8 @@ class TrainingControl:
         for encoder in self._encoders(self.compiled, model):
             if encoder not in graphed:
                 encoder.forward = CompiledForward(encoder)
+        if LANGUAGE_MODEL in self.compiled:
+            compile_layers(model.language_model)
 
     def _check_names(self, model: MimoModel) -> None:
         """Refuses factors of parameters that the optimizer knows by another part's name."""
