@@ -14,6 +14,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron_mimo.cudnn import cudnn_folders
+
 #: Torch's kernels in the order in which FusedAttention asks for them where cuDNN's are the fastest.
 CUDNN_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
@@ -24,8 +26,9 @@ CUDNN_FIRST = [
 
 
 def cudnn_is_fastest() -> bool:
-    """Whether the GPU is of a kind on which cuDNN's attention is the fastest of torch's: Hopper and later."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    """Whether cuDNN's attention is the fastest of torch's, as on GPUs from Hopper on, and the process has one cuDNN."""
+    on_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    return on_hopper and len(cudnn_folders()) < 2
 
 
 class FusedAttention(MegatronModule):

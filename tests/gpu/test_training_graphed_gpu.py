@@ -55,8 +55,11 @@ def passes(encoder: nn.Module, batches: list[torch.Tensor], together: bool) -> t
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_replays_equal_eager_passes_also_accumulated_and_ahead_of_their_backward(together):
-    encoder = vision_transformer()
+@pytest.mark.parametrize("backend", ["torch", "transformer_engine"])
+def test_replays_equal_eager_passes_also_accumulated_and_ahead_of_their_backward(backend, together):
+    if backend == "transformer_engine":
+        pytest.importorskip("transformer_engine")
+    encoder = vision_transformer(backend)
     batches = [images(3, seed) for seed in range(4)] + [images(5, 9)]
     eager = passes(encoder, batches, together)
     encoder.forward = GraphedForward(encoder, captures=2)
@@ -107,9 +110,3 @@ def test_parameters_of_all_its_parts_are_gathered_before_each_replay(compiled):
 def test_an_encoder_with_dropout_is_refused():
     with pytest.raises(ValueError, match="has dropout"):
         GraphedForward(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)).cuda())
-
-
-def test_an_encoder_of_transformer_engine_is_refused():
-    pytest.importorskip("transformer_engine")
-    with pytest.raises(ValueError, match="layers of TransformerEngine"):
-        GraphedForward(vision_transformer("transformer_engine"))

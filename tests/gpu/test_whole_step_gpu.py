@@ -7,7 +7,7 @@ import torch
 
 import megatron_mimo
 from megatron_mimo import MimoModel, specs
-from megatron_mimo.training import StepGraphs, Trainer
+from megatron_mimo.training import StepGraphs, Trainer, TrainingControl
 from tests import tiny, writing
 from tests.distributed.cases.graphs import EXPERTS, torch_layers
 from tests.gpu.test_packed_gpu import on_gpu
@@ -47,6 +47,27 @@ def test_twenty_replayed_steps_of_changing_batches_equal_eager_ones_bit_by_bit(r
     assert (counts.captured, counts.replayed, counts.eager) == (1, 18, 2)
 
 
+def test_compiled_layers_are_replayed_bit_by_bit_and_train_as_before(run):
+    """By cuDNN's attention too, whose rows are not a multiple of its tiles."""
+
+    def config():
+        language = tiny.language_config(num_layers=3, bf16=True, params_dtype=torch.bfloat16)
+        layers = specs.with_fused_attention(specs.language_layer_spec(language, "torch"))
+        return config_of(tiny.language_spec(language, transformer_layer_spec=layers))
+
+    compiled = TrainingControl(compiled=["language_model"])
+    plain = trainer_of(run, config=config())
+    eager, graphed, other = (
+        trainer_of(run, graphs, config=config(), control=compiled) for graphs in (None, StepGraphs(), None)
+    )
+    for each in (eager, graphed, other):
+        each.models[0].load_state_dict(plain.models[0].state_dict())
+    first, again = (each.train_step(lambda *_: [batch_of(0)]).losses["text"] for each in (plain, other))
+    assert again == pytest.approx(first, rel=5e-3)
+    assert_same_steps(eager, graphed, lambda step: [batch_of(2 * step), batch_of(2 * step + 1)], 10)
+    assert graphed.graphs.counts.replayed == 8
+
+
 @pytest.mark.parametrize("kind", writing.KINDS)
 def test_replayed_steps_of_a_model_that_writes_equal_eager_ones_bit_by_bit(run, kind):
     def config():
@@ -81,11 +102,11 @@ def test_dropout_in_recomputed_activations_is_refused(run):
         trainer_of(run, config=language_of("torch", hidden_dropout=0.1, **RECOMPUTED))
 
 
-def test_lengths_at_which_cudnn_writes_too_far_are_not_captured(run):
-    trainer = trainer_of(run, StepGraphs(), config=language_of("transformer_engine"))
-    for step in range(4):
-        trainer.train_step(lambda *_: [batch_of(step, length=24)])
-    assert (trainer.graphs.counts.captured, trainer.graphs.counts.eager) == (0, 4)
+@pytest.mark.parametrize("length", [24, 64, 100])
+def test_attention_of_transformer_engine_is_replayed_bit_by_bit_at_any_length(run, length):
+    eager, graphed = pair_of(run, "transformer_engine", StepGraphs())
+    assert_same_steps(eager, graphed, lambda step: [batch_of(step, length=length)], 20)
+    assert graphed.graphs.counts.replayed == 18
 
 
 def test_any_number_of_media_in_a_bucket_is_one_graph(run):

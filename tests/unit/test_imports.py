@@ -30,6 +30,7 @@ ROOMS = [
     "rotary",
     "segment_kernels",
     "segments",
+    "cudnn",
     "attention",
     "cached_attention",
     "specs",

@@ -59,6 +59,13 @@ def test_encoders_that_a_script_compiles_or_graphs_can_be_taken_back_at_the_end_
     assert sorted([*args.compile_encoders, *args.graph_encoders]) == ["audio/encoders", "sounds/encoders"]
 
 
+def test_the_language_model_is_compiled_beside_encoders_where_a_script_says_so():
+    parser = add_mimo_args(ArgumentParser())
+    control = control_from_args(parser.parse_args(["--compile-language-model", "--compile-encoders", "encoders"]))
+    assert control.compiled == ["encoders", "language_model"]
+    assert control_from_args(parser.parse_args([])).compiled == []
+
+
 def test_two_learning_rates_of_the_embedding_are_refused_and_those_of_other_parts_are_not():
     parser = add_mimo_args(ArgumentParser())
     parser.add_argument("--decoupled-lr", type=float)

@@ -6,20 +6,19 @@ from dataclasses import replace
 import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from megatron_mimo import MimoModel, specs
+from megatron_mimo import MimoModel, cudnn, specs
 from megatron_mimo.training import StepGraphs, Trainer, TrainerSettings, TrainingControl, chunks
 from megatron_mimo.training.checkpoints import random_state
-from megatron_mimo.training.parts import whole_step
 from megatron_mimo.training.parts.chunk_step import signature
 from megatron_mimo.training.speed.counts import items
 from tests import tiny
 from tests.recorded_graphs import record_graphs
+from tests.unit.test_cudnn import two_cudnn
 
 IMAGES = dict(modality_submodules={"images": tiny.image_spec(decoders={}, output_projections=[])})
 ROWS = 4  # of an image
@@ -344,16 +343,11 @@ def test_a_stage_in_the_middle_checks_on_the_host_what_it_has_and_looks_no_more_
     assert not model.checks.settled
 
 
-def test_attention_that_writes_too_far_at_some_lengths_is_captured_at_the_others_alone(recorded, monkeypatch):
-    monkeypatch.setattr(whole_step, "_has_cudnn", lambda module: isinstance(module, GPTModel))
-    monkeypatch.setattr(whole_step, "CUDNN_ROWS", 32)
-    trainer = trainer_of(recorded, StepGraphs(warmup=1))
-    for step, length in enumerate([32, 24, 32, 24, 24]):
-        trainer.train_step(lambda *_: [batch_of(step, length=length)])
-    counts = trainer.graphs.counts
-    assert (counts.captured, counts.replayed, counts.eager) == (1, 1, 4)
-    monkeypatch.setattr(whole_step, "_has_cudnn", lambda module: not isinstance(module, GPTModel))
-    with pytest.raises(ValueError, match="an encoder that trains has attention of TransformerEngine"):
+def test_a_process_with_two_cudnn_is_refused(recorded, monkeypatch, tmp_path):
+    maps = tmp_path / "maps"
+    maps.write_text(two_cudnn())
+    monkeypatch.setattr(cudnn, "MAPS", maps)
+    with pytest.raises(ValueError, match=r"graphs: expected one cuDNN .* LD_LIBRARY_PATH=/opt/lib/site-packages/"):
         trainer_of(recorded, StepGraphs())
 
 

@@ -95,9 +95,9 @@ class ChunkStep:
         return cls(model, key, inputs, manifests, counts, targets, scale)
 
     @property
-    def lengths(self) -> list[int]:
-        """`S` of each microbatch."""
-        return [cast(Any, manifest.tree)["input_ids"].shape[1] for manifest in self._manifests]
+    def microbatches(self) -> int:
+        """How many there are in the step."""
+        return len(self._manifests)
 
     def ahead(self, inputs: Sequence[Tensor]) -> list[Ahead]:
         """The microbatches as `ForwardStep.given` takes them, on other tensors.

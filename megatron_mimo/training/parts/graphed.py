@@ -28,6 +28,7 @@ from torch.func import functional_call
 
 from megatron_mimo.compat.megatron import tracker_without_forks
 from megatron_mimo.compat.torch import clear_cublas_workspaces, flatten, unflatten
+from megatron_mimo.cudnn import check_one_cudnn
 from megatron_mimo.idle import gather_parameters
 from megatron_mimo.training.parts.compiled import CompiledForward
 
@@ -54,8 +55,8 @@ class GraphedForward:
             serves run these too if their shape was captured, otherwise the encoder's own.
 
     Raises:
-        ValueError: there is no GPU, or the encoder has dropout, running statistics, activation
-            recomputation, fused gradient accumulation or layers of TransformerEngine.
+        ValueError: there is no GPU, the process has two cuDNN, or the encoder has dropout, running statistics,
+            activation recomputation or fused gradient accumulation.
     """
 
     def __init__(self, encoder: nn.Module, captures: int = 2, compiled: bool = False) -> None:
@@ -235,13 +236,8 @@ def _check(encoder: nn.Module) -> None:
         raise ValueError(
             f"{name}: CUDA graphs need a GPU, found none. Leave the encoder out of `graphed` (--graph-encoders)."
         )
+    check_one_cudnn(f"{name}: CUDA graphs")
     for module in encoder.modules():
-        if any(kind.__module__.startswith("transformer_engine") for kind in type(module).__mro__):
-            raise ValueError(
-                f"{name}: it has layers of TransformerEngine ({type(module).__name__}), whose replays end in "
-                "an illegal memory access (version 2.12, H200). Build the encoder with backend 'torch', or "
-                "leave it out of `graphed`."
-            )
         if isinstance(module, MegatronModule) and module.config.gradient_accumulation_fusion:
             raise ValueError(
                 f"{name}: gradient_accumulation_fusion adds gradients to a buffer that the capture does "

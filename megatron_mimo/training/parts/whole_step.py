@@ -19,11 +19,12 @@ from itertools import islice
 
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_mimo.axes import Layout
 from megatron_mimo.batch import Batch
 from megatron_mimo.config import MimoModelConfig
+from megatron_mimo.cudnn import check_one_cudnn
 from megatron_mimo.launch import Run
 from megatron_mimo.model import MimoModel
 from megatron_mimo.training import auxiliary
@@ -40,8 +41,7 @@ from megatron_mimo.training.settings import check_whole
 class StepGraphs:
     """A step's forward and backward passes replayed as one CUDA graph (`Trainer(graphs=...)`).
 
-    A step that no graph fits (a shape for the first times, or beyond `captures`; a sequence length that is no multiple
-    of 4096 with attention of TransformerEngine) runs without, and is counted.
+    A step that no graph fits (a shape for the first times, or beyond `captures`) runs without, and is counted.
 
     Args:
         buckets: modality -> the number of its media items in a microbatch is rounded up to a multiple of this, by
@@ -157,11 +157,6 @@ def _of_experts(language: TransformerConfig) -> dict[str, bool]:
 #: Replays of "delayed" gave other losses than eager steps do; further recipes were not tried.
 FP8_RECIPES = ("tensorwise", "blockwise")
 
-#: cuDNN's backward attention (`fort_native_sdpa_sm90_flash_bprop`) writes behind its output at some lengths: found by
-#: compute-sanitizer at S = 24. In the pool of a graph that is memory of nobody. Replays were right at multiples of
-#: this, ended in an illegal access at 24 and at 64, and were not tried in between.
-CUDNN_ROWS = 4096
-
 
 class WholeSteps:
     """Runs training steps, by a graph where there is one for their shape.
@@ -173,6 +168,9 @@ class WholeSteps:
         forward_step: reads microbatches and hands them to the schedule.
         gradients: whose largest is looked at when a step has run.
         run: whose ranks run a step alike.
+
+    Raises:
+        ValueError: the process has two cuDNN.
     """
 
     def __init__(
@@ -187,13 +185,7 @@ class WholeSteps:
         self._settings, self._captures, self._models, self._run = settings, captures, models, run
         self._forward_step, self._gradients = forward_step, gradients
         self._brought: dict[Hashable, list] = {}
-        for model in models:
-            for encoder in model.modality_submodules.children():
-                _check_encoders(encoder)
-        self._multiple = 1
-        if any(_has_cudnn(model.language_model) for model in models):
-            context = models[0].pg_collection.cp.size()
-            self._multiple = CUDNN_ROWS * (2 * context if context > 1 else 1)  # attention sees halves of a rank's part
+        check_one_cudnn("graphs")
 
     @property
     def counts(self) -> GraphCounts:
@@ -214,9 +206,9 @@ class WholeSteps:
         """
         read = [ChunkStep.read(batches, model, self._forward_step, self._settings.buckets) for model in self._models]
         key: Hashable | None = tuple(chunk.key for chunk in read)
-        if any(length % self._multiple for length in read[0].lengths) or not all(chunk.captured for chunk in read):
+        if not all(chunk.captured for chunk in read):
             key = None
-        brought = self._brought[key] if self._captures.captured(key) else [()] * len(read[0].lengths)
+        brought = self._brought[key] if self._captures.captured(key) else [()] * read[0].microbatches
         graph = self._together(self._captures.ready(key), error_of(lambda: read[0].recheck(brought)))
         numbers = [len(chunk.inputs) for chunk in read]
 
@@ -265,22 +257,6 @@ def whole_steps(
     if captures is None:
         return None
     return WholeSteps(settings or StepGraphs(), captures, models, forward_step, gradients, run)
-
-
-def _has_cudnn(module: nn.Module) -> bool:
-    """Whether attention of TransformerEngine, which may be cuDNN's, is in a module."""
-    kinds = {base.__name__ for each in module.modules() for base in type(each).__mro__}
-    return "TEDotProductAttention" in kinds
-
-
-def _check_encoders(parts: nn.Module) -> None:
-    """Refuses attention of TransformerEngine in encoders, whose lengths are not known here."""
-    if any(parameter.requires_grad for parameter in parts.parameters()) and _has_cudnn(parts):
-        raise ValueError(
-            "graphs: an encoder that trains has attention of TransformerEngine, whose backward pass writes behind its "
-            f"output at some numbers of rows (right at multiples of {CUDNN_ROWS}). Build it with backend 'torch', "
-            "freeze it, or leave graphs out."
-        )
 
 
 def _moves_registered_memory() -> bool:

@@ -50,6 +50,10 @@ def add_mimo_args(parser: ArgumentParser) -> ArgumentParser:
         "none, in place of those given before",
     )  # fmt: skip
     group.add_argument(
+        "--compile-language-model", action="store_true",
+        help="run the language model's layers, in plain torch, through torch.compile",
+    )  # fmt: skip
+    group.add_argument(
         "--graph-encoders", nargs="*", default=[], metavar="PART",
         help="encoders to replay as CUDA graphs, which spares their launches. Without a PART none, in place of those "
         "given before",
@@ -128,7 +132,7 @@ def control_from_args(args: Namespace) -> TrainingControl:
         embedding_rows=args.train_embedding_rows,
         learning_rate=learning_rate,
         weight_decay=once_each("--weight-decay-factor", args.weight_decay_factor),
-        compiled=args.compile_encoders,
+        compiled=[*args.compile_encoders, *([LANGUAGE_MODEL] if args.compile_language_model else [])],
         graphed=args.graph_encoders,
     )
 

@@ -161,17 +161,31 @@ def sigterm_to_one_rank_saves_at_the_step_boundary_and_the_run_goes_on_from_ther
 
 
 @case(ranks=2)
-def a_compiled_encoder_trains_alike_where_its_parameters_are_gathered_late(run: Run) -> None:
+def what_is_compiled_trains_alike_where_its_parameters_are_gathered_late(run: Run) -> None:
     plain = trainer(run, None, distributed=True)
     start = {name: value.clone() for name, value in plain.models[0].state_dict().items() if value is not None}
     expected = losses(plain.train(four_samples))
-    run = relayout()
+    for parts in (["encoders"], ["encoders", "language_model"]):
+        run = relayout()
+        with compiling() as graphs:
+            compiled = trainer(run, None, distributed=True, control=TrainingControl(compiled=parts))
+            compiled.models[0].load_state_dict(start, strict=False)
+            compiled.optimizer.reload_model_params()
+            assert_close(losses(compiled.train(four_samples)), expected)
+        assert bool(graphs) == (dist.get_rank() == 0 or len(parts) == 2), "the other rank has no image"
+
+
+@case(ranks=2, **TENSOR)
+def compiled_layers_train_alike_where_they_are_split(run: Run) -> None:
+    plain = trainer(run, None)
+    start = {name: value.clone() for name, value in plain.models[0].state_dict().items() if value is not None}
+    expected = losses(plain.train(four_samples))
+    run = relayout(**TENSOR)
     with compiling() as graphs:
-        compiled = trainer(run, None, distributed=True, control=TrainingControl(compiled=["encoders"]))
+        compiled = trainer(run, None, control=TrainingControl(compiled=["language_model"]))
         compiled.models[0].load_state_dict(start, strict=False)
-        compiled.optimizer.reload_model_params()
         assert_close(losses(compiled.train(four_samples)), expected)
-    assert bool(graphs) == (dist.get_rank() == 0), "the other rank has no image"
+    assert graphs
 
 
 @case(ranks=2, long=True, **TENSOR)
