@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron_mimo import MimoModel, cudnn, specs
 from megatron_mimo.training import StepGraphs, Trainer, TrainerSettings, TrainingControl, chunks
 from megatron_mimo.training.checkpoints import random_state
+from megatron_mimo.training.parts import whole_step
 from megatron_mimo.training.parts.chunk_step import signature
 from megatron_mimo.training.speed.counts import items
 from tests import tiny
