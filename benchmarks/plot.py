@@ -43,7 +43,8 @@ def draw(files: Sequence[Path], out: Path) -> None:
     """Writes a picture with one panel a file."""
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(files), figsize=(5.5 * len(files), 5), squeeze=False)
+    width, legend = 5.5 * len(files), 1.6  # inches
+    figure, panels = plt.subplots(1, len(files), figsize=(width + legend, 5), squeeze=False)
     colours = plt.get_cmap("tab20")
     kinds: list[str] = []
     for panel, path in zip(panels[0], files, strict=True):
@@ -72,7 +73,7 @@ def draw(files: Sequence[Path], out: Path) -> None:
         label: handle for panel in panels[0] for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles.keys(), loc="center right")
-    figure.tight_layout(rect=(0, 0, 0.86, 1))
+    figure.tight_layout(rect=(0, 0, width / (width + legend), 1))
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out)
 

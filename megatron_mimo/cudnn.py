@@ -1,7 +1,7 @@
 """Which cuDNN a process has loaded. Two of them end replays of their attention in illegal memory accesses.
 
-Torch brings a cuDNN of its own. TransformerEngine takes the one that the loader finds, often the system's: libraries of
-one then call into libraries of the other.
+Torch brings a cuDNN of its own. TransformerEngine takes the one that CUDNN_HOME names, and the libraries beside it
+from where the loader finds them, often the system's: libraries of one version then call into those of another.
 """
 
 from __future__ import annotations
@@ -37,5 +37,6 @@ def check_one_cudnn(what: str) -> None:
         own = next((folder for folder in found if "site-packages" in folder), found[0])
         raise ValueError(
             f"{what}: expected one cuDNN in the process, found libraries from {' and '.join(found)}: replays of their "
-            f"attention end in illegal memory accesses. Start Python with LD_LIBRARY_PATH={own}, torch's own."
+            f"attention end in illegal memory accesses. Start Python with CUDNN_HOME={own} LD_LIBRARY_PATH={own}, "
+            "where torch's own are."
         )

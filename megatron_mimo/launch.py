@@ -17,6 +17,7 @@ from megatron_mimo.compat.notices import Answered
 from megatron_mimo.compat.torch import pretend_world
 from megatron_mimo.draws import seed_draws
 from megatron_mimo.exits import exit_on_error
+from megatron_mimo.graphs import end_graphs
 from megatron_mimo.hosts import HostGroups
 from megatron_mimo.torchrun import torchrun_number, under_torchrun, world_size
 
@@ -377,6 +378,7 @@ def _tear_down(disable_cpu: bool) -> None:
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     _notices.__exit__(None, None, None)
+    end_graphs()
     parallel_state.destroy_model_parallel()
     get_cuda_rng_tracker().reset()
     if dist.is_initialized():

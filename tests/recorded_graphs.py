@@ -26,6 +26,10 @@ class RecordedGraph:
     def __init__(self) -> None:
         self.steps: list[tuple] = []
 
+    def reset(self) -> None:
+        """Gives up what it recorded, as a real one does its memory and communicators."""
+        self.steps = []
+
     def replay(self) -> None:
         """Runs the recorded operations and leaves their results where the capture's were."""
         sent: list[Work] = []  # messages that go out together are waited for together

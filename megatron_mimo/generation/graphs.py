@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_mimo.compat.megatron import tracker_without_forks
 from megatron_mimo.generation.sampling import Sampler
+from megatron_mimo.graphs import new_graph
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +166,7 @@ class Recorder:
             dist.barrier(self._group)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
+        graph = new_graph()
         # Other threads, such as NCCL's watchdog, may call CUDA meanwhile.
         with tracker_without_forks(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             step()

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "megatron_mimo"
 ROOMS = [
     "moved",
     "axes",
+    "graphs",
     "compat",
     "fp8",
     "config",

@@ -5,12 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+import megatron_mimo
 from megatron_mimo import MimoModel, cudnn, specs
 from megatron_mimo.training import StepGraphs, Trainer, TrainerSettings, TrainingControl, chunks
 from megatron_mimo.training.checkpoints import random_state
@@ -18,7 +20,7 @@ from megatron_mimo.training.parts import whole_step
 from megatron_mimo.training.parts.chunk_step import signature
 from megatron_mimo.training.speed.counts import items
 from tests import tiny
-from tests.recorded_graphs import record_graphs
+from tests.recorded_graphs import RecordedGraph, record_graphs
 from tests.unit.test_cudnn import two_cudnn
 
 IMAGES = dict(modality_submodules={"images": tiny.image_spec(decoders={}, output_projections=[])})
@@ -342,6 +344,24 @@ def test_a_stage_in_the_middle_checks_on_the_host_what_it_has_and_looks_no_more_
             assert model.checks.settled is settled and brought == [[]]
     model.checks.begin()
     assert not model.checks.settled
+
+
+def test_graphs_end_before_the_groups_whose_collectives_they_hold(recorded, no_run, monkeypatch):
+    """NCCL waits for ever for a graph that has one of its collectives; a trainer may be alive when a run ends."""
+    graphs: list[RecordedGraph] = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graphs.append(RecordedGraph()) or graphs[-1])
+    run = replace(megatron_mimo.initialize(seed=1, backend="gloo"), graph_safe_rng=True)
+    trainer = trainer_of(run, StepGraphs(warmup=1))
+    for _ in range(2):
+        trainer.train_step(lambda *_: [batch_of(0)])
+    assert trainer.graphs.counts.captured == 1 and graphs[0].steps
+    left, destroy = [], dist.destroy_process_group
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            dist, "destroy_process_group", lambda *groups: left.append(len(graphs[0].steps)) or destroy(*groups)
+        )
+        megatron_mimo.shutdown()
+    assert left and not any(left)
 
 
 def test_a_process_with_two_cudnn_is_refused(recorded, monkeypatch, tmp_path):

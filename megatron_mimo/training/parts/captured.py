@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_mimo.compat.megatron import generators_of_tracker
+from megatron_mimo.graphs import new_graph
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ class Captures[Result]:
 
     def _capture(self, inputs: Sequence[Tensor], run: Callable[[Sequence[Tensor]], Result]) -> _Capture[Result]:
         statics = [tensor.clone() for tensor in inputs]
-        graph = torch.cuda.CUDAGraph()
+        graph = new_graph()
         for generator in generators_of_tracker():
             graph.register_generator_state(generator)
         torch.cuda.synchronize()

@@ -29,6 +29,7 @@ from torch.func import functional_call
 from megatron_mimo.compat.megatron import tracker_without_forks
 from megatron_mimo.compat.torch import clear_cublas_workspaces, flatten, unflatten
 from megatron_mimo.cudnn import check_one_cudnn
+from megatron_mimo.graphs import new_graph
 from megatron_mimo.idle import gather_parameters
 from megatron_mimo.training.parts.compiled import CompiledForward
 
@@ -163,7 +164,7 @@ class _Capture:
         self._trained = [alias for alias in aliases.values() if alias.requires_grad]
         self._places = [parameter.requires_grad for parameter in parameters]
         self._inputs = [tensor.clone() for tensor in inputs]
-        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        self._forward, self._backward = new_graph(), new_graph()
         pool = torch.cuda.graph_pool_handle()
         with tracker_without_forks(), torch.set_grad_enabled(bool(self._trained)):
             forward = partial(functional_call, call, aliases)
