@@ -55,6 +55,11 @@ WARNED = (
     Notice("Apex is not installed. Falling back to Torch Norm", "megatron.core.models.gpt.gpt_layer_specs", _NORMS),
     Notice("Apex is not installed. Falling back to Torch Norm", "megatron.core.models.vision.vit_layer_specs", _NORMS),
     Notice(
+        "absl.logging is not installed. Using logging.getLogger",
+        "megatron.core.hyper_comm_grid",
+        "either logger says the same",
+    ),
+    Notice(
         "full scope is deprecated. Use empty cuda_graph_modules",
         "megatron.core.transformer.transformer_config",
         "it speaks of the default of an option that nobody gave",

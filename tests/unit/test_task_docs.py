@@ -14,6 +14,7 @@ from megatron_mimo.hf import qwen2
 from megatron_mimo.hf.blueprint import add_family
 from tests import checkpoints, warm
 from tests.commands import caption, command, listen, parts, pictures, sounds
+from tests.unit.test_cli_answers import trained
 
 pytestmark = pytest.mark.process
 ROOT = Path(__file__).parents[2]
@@ -78,11 +79,23 @@ def test_the_commands_of_the_readme_are_those_of_the_pages() -> None:
 
 
 def test_transformers_loads_what_was_exported_with_every_weight(work: Path) -> None:
-    (code,), (printed,) = blocks("export", "python"), blocks("export", "text")
+    (code, _), (printed,) = blocks("export", "python"), blocks("export", "text")
     done = warm.python("-c", code, cwd=work)
     assert done.returncode == 0 and done.stdout == printed, done.stderr
     _, told = transformers.LlavaForConditionalGeneration.from_pretrained(work / "exported", output_loading_info=True)
     assert not told["missing_keys"] and not told["unexpected_keys"]
+
+
+def test_transformers_answers_about_a_picture_what_the_command_answers(tmp_path: Path) -> None:
+    done = command("convert", trained(), tmp_path / "exported", "--dtype", "bfloat16")
+    assert done.returncode == 0, done.stderr
+    tmp_path.joinpath("pictures").symlink_to(pictures())
+    for number in range(4):
+        asks = "".join(blocks("export", "python")).replace("00.png", f"{number:02}.png")
+        done = warm.python("-c", asks, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        said = pictures().joinpath(f"{number:02}.txt").read_text()  # as test_cli_answers finds of `generate`
+        assert done.stdout.splitlines()[-1] == said
 
 
 def test_the_new_modality_of_the_page_reads_learns_and_writes(tmp_path: Path) -> None:

@@ -201,6 +201,15 @@ print(type(model).__name__, sum(one.numel() for one in model.parameters()))
 
 @pytest.mark.long
 @pytest.mark.process
+def test_the_readmes_model_prints_nothing_in_an_installation_from_nothing(installed: Path, tmp_path: Path) -> None:
+    code, *_ = re.findall(r"```python\n(.*?)```", ROOT.joinpath("README.md").read_text(), re.S)
+    (tmp_path / "readme.py").write_text(code)
+    done = process(installed / "python", "readme.py", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.long
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("words", "data", "loaded"),
     [
