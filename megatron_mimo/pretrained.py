@@ -18,6 +18,7 @@ from megatron_mimo.hf.blueprint import Building, Origin, model_config, read_lang
 from megatron_mimo.hf.comparing import states_of, unlike
 from megatron_mimo.hf.files import DTYPES
 from megatron_mimo.hf.filling import fill_own, fill_parts, place_of, with_fresh_rows
+from megatron_mimo.hf.processors import loaded
 from megatron_mimo.hf.reading import refuse
 from megatron_mimo.hf.saving import processor_of, save
 from megatron_mimo.hf.source import OWN, resolve
@@ -266,7 +267,7 @@ def load_processor(model: MimoModel | Sequence[MimoModel] | MimoModelConfig) -> 
     tokenizer and the tower's image processor.
 
     Raises:
-        ValueError: the model came from no directory.
+        ValueError: the model came from no directory, or from one without its files.
 
     Example:
         >>> processor = load_processor(model)                                                   # doctest: +SKIP
@@ -283,7 +284,7 @@ def load_processor(model: MimoModel | Sequence[MimoModel] | MimoModelConfig) -> 
     put_together = processor_of(config, origin)
     if put_together is not None:
         return put_together
-    processor = AutoProcessor.from_pretrained(origin.directory, local_files_only=True)
+    processor = loaded(AutoProcessor, origin.directory, "a processor or tokenizer")
     tokenizer = getattr(processor, "tokenizer", processor)
     if origin.tokens:
         tokenizer.add_tokens(list(origin.tokens), special_tokens=True)

@@ -60,7 +60,8 @@ def running(layout: Layout | None, seed: int = 1234) -> Iterator[Run]:
     """Within it, a run is in progress on a layout; None for one process alone."""
     import megatron_mimo
 
-    run = megatron_mimo.initialize(**(layout.sizes if layout is not None else {}), seed=seed)
+    said, run = sys.excepthook, megatron_mimo.initialize(**(layout.sizes if layout is not None else {}), seed=seed)
+    sys.excepthook = said  # torch's would say the rank once more
     yield run
     megatron_mimo.shutdown()
 

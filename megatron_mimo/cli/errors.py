@@ -23,6 +23,21 @@ _OF_EXTRAS = (
     "torchvision", "transformers",
 )  # fmt: skip
 
+# What a path is not, and what to do about it.
+_OF_PATHS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
+_REMEDIES = {
+    errno.ENOENT: "name what is there",
+    errno.EEXIST: "name another place, or remove what is there",
+    errno.ENOTDIR: "name another place, or remove the file that stands where a directory is to be",
+    errno.EISDIR: "name a file in it",
+    errno.EACCES: "name a place that you may read and write, or change its rights",
+    errno.EPERM: "name a place that you may read and write, or change its rights",
+    errno.EROFS: "name a place that can be written to",
+}
+
+# As gloo and NCCL say that another rank has gone.
+_OF_PEERS = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # How long other ranks wait, so that the first one can say what all of them found, and the job ends.
@@ -53,8 +68,7 @@ def told(debug: bool) -> Iterator[None]:
             if _nobody_reads():
                 _end(UNREAD)
             ended_by = KeyboardInterrupt() if interrupted and not debug else error
-            if _is_another_rank():
-                time.sleep(_FIRST_RANK_S)
+            _let_the_first_say(error)
             _say(ended_by, debug)
             _end(_status(ended_by))
 
@@ -85,7 +99,7 @@ def _interruptions() -> Iterator[list[int]]:
 def _status(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
-    at_fault = (Refused, FileNotFoundError, FileExistsError, NotADirectoryError, ValueError, TypeError, ImportError)
+    at_fault = (Refused, ValueError, TypeError, ImportError, *_OF_PATHS)
     # That of a hub that cannot be reached, and of nothing that was begun; a broken pipe has a kind of its own.
     return REFUSED if isinstance(error, at_fault) or type(error) is ConnectionError else FAILED
 
@@ -99,9 +113,16 @@ def _end(status: int) -> None:
     os._exit(status)
 
 
-def _is_another_rank() -> bool:
-    """Whether this is a rank of several, and not the first."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0"
+def _let_the_first_say(error: BaseException) -> None:
+    """On a rank that is not the first, and on one whose peer has gone: waits, so that one of them says what all found.
+
+    A job ends with the first rank that does; whatever waits for a SIGTERM to go on does not.
+    """
+    several, rank = int(os.environ.get("WORLD_SIZE", "1")) > 1, os.environ.get("RANK", "0")
+    if several and (rank != "0" or any(words in str(error) for words in _OF_PEERS)):
+        if current_thread() is main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(_FIRST_RANK_S)
 
 
 def _nobody_reads() -> bool:
@@ -139,7 +160,8 @@ def line_of(error: BaseException) -> str:
         name = f"{error.filename}: " if isinstance(error, OSError) and error.filename is not None else ""
         return f"{name}the disk is full, or a limit of file sizes is met; free some space, then the same command again"
     if isinstance(error, OSError) and error.filename is not None:
-        text = f"{error.filename}: {error.strerror}"
+        remedy = _REMEDIES.get(error.errno or 0)
+        text = f"{error.filename}: {error.strerror}{'' if remedy is None else f'; {remedy}'}"
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in _OF_EXTRAS:
         return f"{error.name} is missing: pip install 'megatron-mimo[cli,hf,data]'"
     said = " ".join(text.split())
@@ -160,6 +182,7 @@ def _say(error: BaseException, debug: bool) -> None:
 def _hook(debug: bool):
     def say(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         del kind, trace
+        _let_the_first_say(error)
         _say(error, debug)
 
     return say

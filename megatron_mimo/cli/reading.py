@@ -52,7 +52,11 @@ def read_recipe(path: str, changes: Sequence[str] = ()) -> Recipe:
     file = shipped().get(path, Path(path))
     if not file.is_file():
         raise Refused(f"{path}: expected a recipe's file or one of {list(shipped())}, found nothing there")
-    given = _parsed(file.read_text("utf-8"), str(path))
+    try:
+        text = file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise Refused(f"{path}: expected YAML in UTF-8, found byte {error.start} of something else") from error
+    given = _parsed(text, str(path))
     if not isinstance(given, dict):
         raise Refused(f"{path}: expected keys with values, found {type(given).__name__}")
     for change in changes:

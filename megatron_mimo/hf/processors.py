@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from megatron_mimo.hf.blueprint import Origin, Part
@@ -10,11 +11,31 @@ from megatron_mimo.hf.blueprint import Origin, Part
 _IMAGES = ("preprocessor_config.json", "processor_config.json")
 
 
+def loaded(kind: Any, directory: Path | None, what: str) -> Any:
+    """What a class of transformers makes of the files of a directory.
+
+    Args:
+        kind: such as `AutoTokenizer`.
+        directory: of a model.
+        what: it makes, for the message.
+
+    Raises:
+        ValueError: there are no files that it can be made of.
+    """
+    try:
+        return kind.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{directory}: expected {what} that transformers loads, found none. Copy its files there from the model it "
+            f"came with ({' '.join(str(error).split())[:120]})."
+        ) from error
+
+
 def tokenizer_of(origin: Origin) -> Any:
     """The tokenizer of a model's directory, with the tokens that were added."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(origin.directory, local_files_only=True)
+    tokenizer = loaded(AutoTokenizer, origin.directory, "a tokenizer")
     tokenizer.add_tokens(list(origin.tokens), special_tokens=True)
     return tokenizer
 
@@ -33,7 +54,7 @@ def llava_processor(origin: Origin, tower: Part, image_id: int) -> Any | None:
         return None
     tokenizer = tokenizer_of(origin)
     return LlavaProcessor(
-        image_processor=AutoImageProcessor.from_pretrained(tower.directory, local_files_only=True),
+        image_processor=loaded(AutoImageProcessor, tower.directory, "an image processor"),
         tokenizer=tokenizer,
         patch_size=tower.config.patch_size,
         vision_feature_select_strategy="default" if tower.select == "patch" else "full",

@@ -3,8 +3,11 @@
 Ctrl-C has a file of its own, `test_cli_interrupted.py`, whose table has every command too.
 """
 
+import os
 import re
+import resource
 import shutil
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -257,3 +260,47 @@ main()
 """
     done = warm.python("-c", code)
     assert (done.returncode, done.stderr) == (UNREAD, "")
+
+
+def test_a_recipe_that_is_no_text_is_one_line_that_names_it(tmp_path: Path, in_process) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(b"seed: 1\xff")
+    done = in_process(["train", str(tmp_path / "recipe.yaml")])
+    assert (done.returncode, len(done.stderr.splitlines())) == (REFUSED, 1)
+    assert "recipe.yaml: expected YAML in UTF-8, found byte 7 of something else" in done.stderr
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"inspect", "data prepare"}))
+def test_a_file_where_a_directory_is_to_be_is_one_line_that_says_what_to_do(name: str, tmp_path: Path) -> None:
+    below = tmp_path / "out" if name != "train" else tmp_path / "run"
+    below.write_text("mine")
+    output = [] if name != "convert" else ["--to", "safetensors"]
+    words = words_of(name, tmp_path, *output)
+    done = command(*[word.replace(str(tmp_path / "out"), str(below / "deeper")) for word in words])
+    assert done.returncode == REFUSED, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert re.search("; name another place, or remove (what is there|the file that stands where)", line)
+    assert below.read_text() == "mine"
+
+
+def test_a_model_without_its_tokenizers_files_is_one_line_that_says_what_to_do(tmp_path: Path, in_process) -> None:
+    model = shutil.copytree(run() / "model", tmp_path / "model")
+    for file in model.glob("token*"):
+        file.unlink()
+    done = in_process(["inspect", str(model), "--length", "1024"])
+    assert (done.returncode, len(done.stderr.splitlines())) == (REFUSED, 1), done.stderr
+    assert f"{model}: expected a processor or tokenizer that transformers loads, found none. Copy" in done.stderr
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["train", "convert"])
+def test_a_full_disk_is_one_line_for_all_ranks_that_nproc_starts(name: str, tmp_path: Path) -> None:
+    """Cold processes: it is torchrun that ends the ranks which have not said it yet."""
+    words = words_of(name, tmp_path, "--nproc", 2, *(["layout.tensor=2"] if name == "train" else []))
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_mimo.cli", *words],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
+    )  # fmt: skip
+    assert done.returncode == FAILED
+    (line,) = done.stderr.splitlines()
+    assert re.match("megatron-mimo: rank [01]: ", line) and FULL in line
