@@ -14,10 +14,10 @@ demo: .venv/.demo-installed
 docs: .venv/.test-installed
 	$(BIN)/mkdocs build --strict
 
-# Before every commit: what needs no further process. The types are checked beside the tests.
+# Before every commit: what needs no further process, on every core. The types are checked beside the tests.
 check: lint
 	@$(BIN)/mypy & types=$$!; \
-	$(BIN)/python -m pytest tests -m "$(QUICK)" --hypothesis-profile=check; tests=$$?; \
+	$(BIN)/python -m pytest tests -m "$(QUICK)" --hypothesis-profile=check -n auto --dist loadfile; tests=$$?; \
 	wait $$types && exit $$tests
 
 lint: .venv/.test-installed
