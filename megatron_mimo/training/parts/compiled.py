@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -45,7 +47,7 @@ def compile_layers(language_model: nn.Module) -> None:
     Raises:
         ValueError: layers of TransformerEngine, which `torch.compile` would take to pieces.
     """
-    layers = language_model.decoder.layers
+    layers = cast(nn.ModuleList, cast(nn.Module, language_model.decoder).layers)
     for module in layers.modules():
         if any(kind.__module__.startswith("transformer_engine") for kind in type(module).__mro__):
             raise ValueError(
