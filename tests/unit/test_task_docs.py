@@ -98,10 +98,14 @@ def test_transformers_answers_about_a_picture_what_the_command_answers(tmp_path:
         assert done.stdout.splitlines()[-1] == said
 
 
-def test_the_new_modality_of_the_page_reads_learns_and_writes(tmp_path: Path) -> None:
-    (code, *_), (printed, *_) = blocks("adding", "python"), blocks("adding", "text")
-    done = warm.python("-c", code, cwd=tmp_path)
-    assert done.returncode == 0 and done.stdout.splitlines(keepends=True)[-1] == printed, done.stderr
+def test_the_new_modality_encoder_and_decoder_of_the_page_read_learn_and_write(tmp_path: Path) -> None:
+    *code, _, _ = blocks("adding", "python")
+    modality, decoder, _ = blocks("adding", "text")
+    done = warm.python("-c", "\n".join(code), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [
+        line for line in done.stdout.splitlines() if line.startswith("torch.Size")
+    ] == f"{modality}{decoder}".splitlines()
 
 
 def starcoder() -> transformers.PreTrainedModel:
@@ -116,7 +120,7 @@ def starcoder() -> transformers.PreTrainedModel:
 def test_a_family_added_as_the_page_says_computes_what_transformers_does_and_goes_out_as_it_came(tmp_path) -> None:
     theirs = starcoder()
     checkpoints.written(theirs, tmp_path / "starcoder2")
-    (_, family, use), (_, printed) = blocks("adding", "python"), blocks("adding", "text")
+    (*_, family, use), (*_, printed) = blocks("adding", "python"), blocks("adding", "text")
     done = warm.python(
         "-c", f"{family}\n{use}\ntorch.save(logits.cpu(), 'logits')\ntorch.save(ids.cpu(), 'ids')", cwd=tmp_path
     )
