@@ -31,8 +31,8 @@ EXACT: dict[str, tuple[dict[str, int], dict]] = {
     "experts": ({}, EXPERTS),
     "ep2": ({"expert_model_parallel_size": 2}, EXPERTS),
 }
-#: Of a rank's half of each of the `2 * CP` pieces that cuDNN sees.
-LONG = 4 * 4096
+#: Of a sequence that two ranks share.
+LONG = 2048
 
 
 def trainer(run: Run, graphs: StepGraphs | None) -> Trainer:
