@@ -238,7 +238,7 @@ class Planner:
         rows = None
         if self._last and self._config.loss_where_counted and placement.host.counted is not None:
             mine = self._counted_here(placement.host)
-            rows = rows_of_labels(int(mine.sum()), mine.numel(), device)
+            rows = rows_of_labels(int(mine.sum()), mine.numel(), device, placement.host.label_rows)
         return rows, tuple(placement.generation_count(modality) for modality in self._config.generation_token_ids)
 
     def learned(
@@ -268,14 +268,15 @@ class Planner:
         if not (self._last and self._config.loss_where_counted):
             return None
         device = loss_mask.device
+        multiple = None if plan.host is None else plan.host.label_rows
         if device.type == "cpu":
-            rows = rows_of_labels(int(mine.count_nonzero()), mine.numel(), device)
+            rows = rows_of_labels(int(mine.count_nonzero()), mine.numel(), device, multiple)
             return counted_labels(mine != 0, plan.shard, rows)
         if plan.host is None or plan.host.counted is None:
             return None
         told = int(self._counted_here(plan.host).sum())
         check_counted(mine, told, self._checks)
-        return counted_labels(mine != 0, plan.shard, rows_of_labels(told, mine.numel(), device))
+        return counted_labels(mine != 0, plan.shard, rows_of_labels(told, mine.numel(), device, multiple))
 
     def _counted_here(self, host: HostFacts) -> Tensor:
         """Which labels count on this context-parallel rank, bool `[B, S / CP]` on the CPU; of a host that was told."""

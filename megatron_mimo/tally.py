@@ -25,6 +25,7 @@ class HostFacts:
         counted: bool [B, S] on the CPU, global: which labels count in the language loss; None where nobody told.
         settled: the batch was checked on the host, all but the number of encoded rows.
         spare: modality -> rows at the end of its table that fill no position: those of items that pad a bucket.
+        label_rows: the language loss reads a multiple of so many rows; None where `rows_of_labels` says how many.
     """
 
     counts: list[list[int]]
@@ -33,6 +34,7 @@ class HostFacts:
     counted: Tensor | None = field(default=None, metadata={"on_host": True})
     settled: bool = False
     spare: Mapping[str, int] = field(default_factory=dict, metadata={"on_host": True})
+    label_rows: int | None = None
 
     @cached_property
     def totals(self) -> list[int]:

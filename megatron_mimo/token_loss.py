@@ -40,16 +40,25 @@ class CountedLabels:
     places: Tensor
 
 
-def rows_of_labels(count: int, labels: int, device: torch.device) -> int:
+def rows_of_labels(count: int, labels: int, device: torch.device, multiple: int | None = None) -> int:
     """How many rows the output layer reads of `count` labels that count among all `labels` of a rank.
 
     On a GPU a multiple of `ROUND` and of a 32nd of the labels: sizes are few, so that the allocator and CUDA
     graphs see them again. At least one: parameters that no row reaches would have no gradient for DDP to wait for.
 
+    Args:
+        count, labels: of this rank.
+        device: where they are learned.
+        multiple: in place of the one said above; of no more rows than there are labels.
+
     Example:
         >>> rows_of_labels(3, 8, torch.device("cpu")), rows_of_labels(3600, 8192, torch.device("cuda"))
         (3, 3840)
+        >>> rows_of_labels(3600, 8192, torch.device("cuda"), 2048), rows_of_labels(3, 8, torch.device("cpu"), 100)
+        (4096, 8)
     """
+    if multiple is not None:
+        return min(max(1, -(-count // multiple)) * multiple, max(labels, 1))
     multiple = 1 if device.type == "cpu" else max(1, labels // (32 * ROUND)) * ROUND
     return max(1, -(-count // multiple)) * multiple
 

@@ -285,7 +285,22 @@ def test_without_a_gpu_graphs_are_refused(single_process):
         trainer_of(single_process, StepGraphs())
 
 
-@pytest.mark.parametrize("given", [dict(captures=0), dict(warmup=0), dict(buckets={"images": 0})])
+def test_labels_of_any_number_are_rounded_up_to_one_shape_and_give_the_loss_that_they_give(recorded):
+    eager, graphed = pair(recorded, StepGraphs(label_rows=16, warmup=1))
+    for step, labels in enumerate([10, 8, 3, 9, 0, 10]):
+        batch = batch_of(step)
+        batch["loss_mask"].view(-1)[batch["loss_mask"].view(-1).nonzero()[labels:]] = 0.0
+        batches = [batch, batch_of(step + 1)]  # a step learns something
+        expected, found = (each.train_step(lambda *_: batches) for each in (eager, graphed))
+        torch.testing.assert_close(dict(found.losses), dict(expected.losses), rtol=1e-6, atol=1e-6)
+        assert graphed._counts == eager._counts
+    # A microbatch in which no label counts holds nothing against the losses of its term: a shape of its own.
+    assert (graphed.graphs.counts.captured, graphed.graphs.counts.replayed, graphed.graphs.counts.eager) == (1, 4, 2)
+    for name, weight in eager.models[0].named_parameters():  # Adam makes steps of rounding where a gradient is small
+        torch.testing.assert_close(graphed.models[0].get_parameter(name), weight, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("given", [dict(captures=0), dict(label_rows=0), dict(warmup=0), dict(buckets={"images": 0})])
 def test_numbers_below_one_are_refused(given):
     with pytest.raises(ValueError, match="at least 1"):
         StepGraphs(**given)

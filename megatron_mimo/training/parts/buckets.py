@@ -1,4 +1,4 @@
-"""Media in buckets of fixed size, so that batches with other numbers of them run by one CUDA graph."""
+"""Media and labels in buckets of fixed size, so that batches with other numbers of them run by one CUDA graph."""
 
 from __future__ import annotations
 
@@ -53,6 +53,20 @@ def in_buckets(batch: Batch, buckets: Mapping[str, int], model: MimoModel) -> Ba
         return {**batch, "placement": placement}
     placement = replace(placement, host=replace(placement.host, spare=spare))
     return {**batch, "modality_inputs": padded, "placement": placement}
+
+
+def with_label_rows(batch: Batch, multiple: int, model: MimoModel) -> Batch:
+    """The batch, whose language loss reads a multiple of so many rows on each context-parallel rank.
+
+    Args:
+        batch: tensors on the CPU.
+        multiple: rows that count in no loss are read besides.
+        model: makes the placement, where the batch brings none.
+    """
+    placement = names.placement_of(batch, model)
+    if placement.host is None:
+        return batch
+    return {**batch, "placement": replace(placement, host=replace(placement.host, label_rows=multiple))}
 
 
 def _longer(value: Any, more: int) -> Any:

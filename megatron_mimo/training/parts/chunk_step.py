@@ -27,7 +27,7 @@ from megatron_mimo.placement import Placement
 from megatron_mimo.tally import HostFacts
 from megatron_mimo.training import auxiliary
 from megatron_mimo.training.forward import Ahead, ForwardStep
-from megatron_mimo.training.parts.buckets import in_buckets
+from megatron_mimo.training.parts.buckets import in_buckets, with_label_rows
 from megatron_mimo.training.scale import StepScale, ToldScale, numbers_of, told_of
 from megatron_mimo.training.speed import counts as names
 
@@ -55,7 +55,12 @@ class ChunkStep:
 
     @classmethod
     def read(
-        cls, batches: Iterable[Batch], model: MimoModel, forward_step: ForwardStep, buckets: Mapping[str, int]
+        cls,
+        batches: Iterable[Batch],
+        model: MimoModel,
+        forward_step: ForwardStep,
+        buckets: Mapping[str, int],
+        label_rows: int | None,
     ) -> ChunkStep:
         """The step's microbatches, checked, on the device, with their targets prepared.
 
@@ -64,12 +69,15 @@ class ChunkStep:
             model: the chunk.
             forward_step: reads them.
             buckets: modality -> its media items are rounded up to a multiple of this.
+            label_rows: so are rows of the language loss; None leaves them as they are.
 
         Raises:
             ValueError: a bad batch.
         """
         if buckets and model.pre_process:
             batches = (in_buckets(batch, buckets, model) for batch in batches)
+        if label_rows is not None and model.post_process:
+            batches = (with_label_rows(batch, label_rows, model) for batch in batches)
         step, scale = forward_step.read(iter(batches), model)
         each = [step.next_bytes() for _ in range(len(step))]
         manifests = [manifest for manifest, _, _ in each]

@@ -47,6 +47,8 @@ class StepGraphs:
         buckets: modality -> the number of its media items in a microbatch is rounded up to a multiple of this, by
             items of zeros that no position reads. For encoders that give every item as many rows, whose inputs have
             one leading dim of items. A modality that is not named is taken as it comes.
+        label_rows: the language loss of a microbatch reads a multiple of so many rows on each context-parallel rank, by
+            rows that do not count; None for a 32nd of the positions. Fewer shapes, more rows that nobody needs.
         captures: at most this many graphs, one a shape.
         warmup: steps of a shape that run before it is captured.
 
@@ -58,12 +60,15 @@ class StepGraphs:
     """
 
     buckets: Mapping[str, int] = field(default_factory=dict)
+    label_rows: int | None = None
     captures: int = 4
     warmup: int = 2
 
     def __post_init__(self) -> None:
         for modality, size in self.buckets.items():
             check_whole(f"StepGraphs: buckets[{modality!r}]", size, least=1)
+        if self.label_rows is not None:
+            check_whole("StepGraphs: label_rows", self.label_rows, least=1)
         check_whole("StepGraphs: captures", self.captures, least=1)
         check_whole("StepGraphs: warmup", self.warmup, least=1)
 
@@ -204,7 +209,8 @@ class WholeSteps:
         Raises:
             ValueError: a bad batch.
         """
-        read = [ChunkStep.read(batches, model, self._forward_step, self._settings.buckets) for model in self._models]
+        rounded = self._settings.buckets, self._settings.label_rows
+        read = [ChunkStep.read(batches, model, self._forward_step, *rounded) for model in self._models]
         key: Hashable | None = tuple(chunk.key for chunk in read)
         if not all(chunk.captured for chunk in read):
             key = None
