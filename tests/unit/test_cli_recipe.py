@@ -104,6 +104,7 @@ def test_settings_of_megatron_go_where_they_belong_and_unknown_ones_are_told_the
     assert settings.ddp == {"use_distributed_optimizer": True}
     for given, told in (
         ({"recompute_granularty": "full"}, "did you mean 'recompute_granularity'"),
+        ({"cuda_graph_impl": "full_iteration"}, "megatron.cuda_graph_impl: expected 'none'.*StepGraphs"),
         ({"adam_beta2": "much"}, "megatron.adam_beta2: expected a valid number.* found 'much'"),
         ({"lr": 1e-3}, "stages.NAME.trains"),
         ({"tensor_model_parallel_size": 2}, "layout.tensor"),
