@@ -63,7 +63,7 @@ def generate(
     options = {name: value for name, value in asked.items() if name not in _OURS}
     spoken = Spoken(opened.config)
     options |= {"stop_ids": spoken.ends, "tokenizer": spoken, "on_error": "return"}
-    left = [index for index in range(len(source)) if index not in done]
+    left = [index for index in range(len(source)) if index not in done or "error" in done[index]]
     mine = left[run.data_rank :: run.layout.data_parallel_size]
     writes = run.tensor_rank == run.pipeline_rank == run.context_rank == 0
     if writes:
@@ -88,7 +88,8 @@ def generate(
             stream.writelines(json.dumps(found[index], ensure_ascii=False) + "\n" for index in sorted(found))
         written.replace(output / ANSWERS)
         if failed := [line["error"] for line in found.values() if "error" in line]:
-            logger.warning("%s: %d of %d records have no answer: %s", source.path, len(failed), len(found), failed[0])
+            said = "%s: %d of %d records have no answer; mend them and give the same command. The first: %s"
+            logger.warning(said, source.path, len(failed), len(found), failed[0])
     _barrier(run)
     return output / ANSWERS
 

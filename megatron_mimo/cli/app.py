@@ -21,10 +21,8 @@ from megatron_mimo.compat.notices import Answered
 
 if TYPE_CHECKING:
     from megatron_mimo.cli.models import Place
-    from megatron_mimo.cli.recipe import Layout, Recipe
+    from megatron_mimo.cli.recipe import Layout
     from megatron_mimo.launch import Run
-
-logger = logging.getLogger(__name__)
 
 app = typer.Typer(
     add_completion=False,
@@ -103,6 +101,8 @@ def train(
             return
         check_processes(found.layout, nproc)
         if not under_torchrun():
+            from megatron_mimo.cli.checks import check
+
             check(found, nproc)
             if nproc > 1:
                 sys.exit(run_ranks(nproc, sys.argv[1:]))
@@ -119,41 +119,6 @@ def train(
                 print(found.directory / MODEL)
 
 
-def check(recipe: Recipe, processes: int | None) -> None:
-    """Refuses what can be refused before any rank is started.
-
-    Args:
-        recipe: that is asked for.
-        processes: that will train it; None where its data is looked at alone.
-
-    Raises:
-        Refused: settings that Megatron does not have, a recipe that the directory's run did not have.
-        FileNotFoundError, ValueError: data or a model that is not there, a layout that does not share them out.
-    """
-    from megatron_mimo.cli.building import names_of
-    from megatron_mimo.cli.fitting import check_fits
-    from megatron_mimo.cli.judges import found_judge
-    from megatron_mimo.cli.kept import check_kept
-    from megatron_mimo.cli.settings import settings_of
-    from megatron_mimo.cli.training import opened, pack_shape
-    from megatron_mimo.hf.source import resolve
-
-    settings = settings_of(recipe.megatron)
-    pack_shape(recipe)
-    if recipe.evaluation.judge is not None:
-        found_judge(recipe.evaluation.judge)
-    if processes is not None:
-        check_kept(recipe)
-    for source in {one.path: one for one in recipe.sources()}.values():
-        if alone := opened(source).alone:
-            told = "1 file has" if len(alone) == 1 else f"{len(alone)} files have"
-            logger.warning("%s: %s no .txt beside and no part in the data, such as %s", source.path, told, alone[0])
-    for name in names_of(recipe.model):
-        resolve(name)
-    if processes is not None:
-        check_fits(recipe.model, recipe.layout, processes, settings)
-
-
 ModelName = Annotated[
     str,
     typer.Argument(help="A directory, a name on the hub, a run's directory or its checkpoint, or what convert wrote."),
@@ -166,6 +131,9 @@ MaxNewTokens = Annotated[
 ]
 Averages = Annotated[
     bool, typer.Option("--ema", help="Take the averages of the weights, of a run or checkpoint with ema_decay.")
+]
+MediaRoot = Annotated[
+    Path | None, typer.Option(help="A directory that holds the media which records name; by default the data's own.")
 ]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the model's own.")]
 
@@ -200,6 +168,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Of the draws; record i has seed + i.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Records that are answered together.")] = 8,
     columns: Annotated[str, typer.Option(help="Media beside a text: read, or write to have them drawn.")] = "read",
+    media_root: MediaRoot = None,
     ema: Averages = False,
     dtype: Dtype = None,
     nproc: Nproc = 1,
@@ -217,7 +186,8 @@ def generate(
         from megatron_mimo.data import open_source
 
         place = find(model, ema=ema)
-        source = open_source(data, columns=columns, unanswered=True)  # type: ignore[arg-type]  # which it checks
+        where = {"media_root": media_root, "columns": columns}  # which it checks
+        source = open_source(data, unanswered=True, **where)  # type: ignore[arg-type]
         with ranks(place, nproc, tensor, pipeline, dtype) as run:
             asked = {
                 "model": str(place.directory.resolve()), "ema": place.ema, "max_new_tokens": max_new_tokens,
@@ -240,6 +210,7 @@ def evaluate(
     judge: Annotated[
         str | None, typer.Option(help="module:function or module:Class that scores drawn pictures; else the recipe's.")
     ] = None,
+    media_root: MediaRoot = None,
     ema: Averages = False,
     dtype: Dtype = None,
     nproc: Nproc = 1,
@@ -260,7 +231,8 @@ def evaluate(
         from megatron_mimo.data import open_source
 
         place = find(model, ema=ema)
-        sources = {path.stem: open_source(path, columns=columns) for path in data}  # type: ignore[arg-type]
+        where = {"media_root": media_root, "columns": columns}  # which it checks
+        sources = {path.stem: open_source(path, **where) for path in data}  # type: ignore[arg-type]
         if len(sources) < len(data):
             raise Refused(f"expected data sets of different names, found {[path.stem for path in data]}")
         given = judge or place.judge
@@ -379,6 +351,7 @@ def show(
 ) -> None:
     """Write a page with a recipe's first packs, as the model sees them."""
     with command(debug):
+        from megatron_mimo.cli.checks import check
         from megatron_mimo.cli.looking import show_packs
 
         found = read_recipe(recipe, changes or ())
@@ -391,6 +364,7 @@ def show(
 def prepare(recipe: RecipeFile, changes: Changes = None, debug: Debug = False) -> None:
     """Measure a recipe's data: records, packs of an epoch, what stays empty, and what cannot be used."""
     with command(debug):
+        from megatron_mimo.cli.checks import check
         from megatron_mimo.cli.looking import measured
 
         found = read_recipe(recipe, changes or ())

@@ -12,6 +12,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_mimo.cli.errors import Refused
 from megatron_mimo.cli.model_recipe import Codes, Flow, Modality, Model
+from megatron_mimo.cli.readers import described
 from megatron_mimo.cli.settings import Settings
 from megatron_mimo.config import SUBMODULE_KEYS, MimoModelConfig
 from megatron_mimo.decoders import (
@@ -113,7 +114,7 @@ def written_by(config: MimoModelConfig, model: Model | None) -> Written:
         model: of the recipe that put it together; None where there is none.
     """
     found = Written()
-    for name, modality in (model.modalities if model is not None else {}).items():
+    for name, modality in (described(model).modalities if model is not None else {}).items():
         if isinstance(modality.writes, Flow):
             found = replace(found, rows=max(found.rows, modality.writes.rows))
         elif modality.writes is not None:

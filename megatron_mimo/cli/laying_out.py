@@ -11,6 +11,7 @@ from typing import Any, cast
 from megatron_mimo.cli.building import ENCODER, decoder_of, tokenizer_of
 from megatron_mimo.cli.errors import Refused
 from megatron_mimo.cli.model_recipe import Codes, Encoder, Flow, Modality, Model
+from megatron_mimo.cli.readers import described
 from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.data import (
     PLAIN_TEMPLATE,
@@ -48,7 +49,7 @@ def processor_of(config: MimoModelConfig, model: Model | None, template: str | N
     found = load_processor(config)
     tokenizer = getattr(found, "tokenizer", found)
     own = template or getattr(found, "chat_template", None) or tokenizer.chat_template or PLAIN_TEMPLATE
-    parts = {} if model is None else model.modalities
+    parts = {} if model is None else described(model).modalities
     if found is not tokenizer and not any(one.writes for one in parts.values()):
         found.chat_template = own
         return sample_processor(found, config)

@@ -145,6 +145,9 @@ def _found(given: str) -> Place:
         if not (path / MODEL).is_dir():
             raise Refused(f"{given}: its run is not done; finish it with train, or name a checkpoint in {path}/stages")
         path = path / MODEL
+    steps = sorted(path.glob("step_*")) or sorted(path.glob("*/step_*"))
+    if steps and not any((path / name).is_file() for name in _OF_MODEL):
+        raise Refused(f"{given}: expected a model or one checkpoint, found a directory of several; name {steps[-1]}")
     directory = resolve(path if path.is_dir() else given)
     if not (directory / RECIPE).is_file():
         return Place(directory, None, False)

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from megatron_mimo.cli.model_recipe import Model
+from megatron_mimo.cli.reading import read_recipe
 from megatron_mimo.hf.source import BESIDE, resolve
 
 #: Below a model's directory: a folder for each modality that it reads.
@@ -33,6 +34,14 @@ def keep_readers(model: Model, directory: Path) -> None:
         for file in _FILES:
             if (source / file).is_file():
                 shutil.copyfile(source / file, target / file)
+
+
+def described(model: Model) -> Model:
+    """A recipe's model with what it reads and writes; of a whole one that a run wrote, as that run's recipe says."""
+    recipe = None if model.source is None else Path(model.source) / "recipe.yaml"
+    if recipe is None or not recipe.is_file():
+        return model
+    return kept_readers(described(read_recipe(str(recipe)).model), recipe.parent)
 
 
 def kept_readers(model: Model, directory: Path) -> Model:

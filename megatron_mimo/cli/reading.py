@@ -61,6 +61,11 @@ def read_recipe(path: str, changes: Sequence[str] = ()) -> Recipe:
         raise Refused(f"{path}: expected keys with values, found {type(given).__name__}")
     for change in changes:
         _change(given, change)
+    model = given.get("model")
+    if isinstance(model, dict) and isinstance(model.get("source"), str):  # the directory of a run stands for its model
+        run = Path(model["source"])
+        if (run / "recipe.yaml").is_file() and (run / "model").is_dir():
+            model["source"] = str(run / "model")
     return checked(given, str(path))
 
 

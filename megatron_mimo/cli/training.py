@@ -21,7 +21,7 @@ from megatron_mimo.cli.errors import Refused
 from megatron_mimo.cli.laying_out import processor_of
 from megatron_mimo.cli.logs import loggers_of
 from megatron_mimo.cli.prompts import Spoken, prompts_of
-from megatron_mimo.cli.readers import keep_readers
+from megatron_mimo.cli.readers import described, keep_readers
 from megatron_mimo.cli.reading import written
 from megatron_mimo.cli.recipe import Recipe, Source, Stage
 from megatron_mimo.cli.settings import Settings, settings_of
@@ -118,8 +118,9 @@ def train(recipe: Recipe, run: Run) -> bool:
     if run.rank == 0:
         for directory in (recipe.directory / MODEL, recipe.directory / MODEL_EMA):
             if directory.is_dir():
-                keep_readers(recipe.model, directory)
-                write_whole(directory / RECIPE, written(recipe))
+                model = described(recipe.model)
+                keep_readers(model, directory)
+                write_whole(directory / RECIPE, written(recipe.model_copy(update={"model": model})))
     if dist.is_initialized() and run.world_size > 1:
         dist.barrier()
     return True

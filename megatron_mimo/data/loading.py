@@ -271,7 +271,7 @@ class PackedData:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(one.kind for one in left).items()))
         raise ValueError(
             f"data: expected records that this model can use, found none among {len(left)} in a row ({kinds}), such as "
-            f"{left[-1].reason}. Give other data, or a model that takes it"
+            f"{left[-1].reason.rstrip('.')}. Mend the data, or give a model that takes it"
         )
 
     def _leave_out(self, skipped: Skipped, progress: Progress) -> None:

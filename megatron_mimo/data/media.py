@@ -100,8 +100,8 @@ def _contained(path: str, root: Path | None) -> str:
     if os.path.commonpath([real_root, real]) != real_root:
         raise SampleError(
             "outside",
-            f"{path!r} leads out of {root}. Media must lie below the media root, links followed; set media_root to a "
-            "directory that holds them all.",
+            f"{path!r} leads out of {root}. Media must lie below the media root, links followed; set media_root "
+            "(--media-root) to a directory that holds them all.",
         )
     return real
 

@@ -85,6 +85,18 @@ def test_listen_learns_texts_of_sounds_its_language_model_loads_in_transformers_
     for model in (run, tmp_path / "hf"):
         assert [line["text"] for line in answered(model, sounds(), "--seed", 1, *short)] == found
     assert command("inspect", run, "--length", 1024).returncode == 0
+    # It trains on from what it learned, and what comes of that hears.
+    more = [
+        "directory=more",
+        f"model={{source: {run}}}",
+        "stages=[{name: whole, steps: 2, trains: {language_model: 1e-5}}]",
+    ]
+    recipe = ["train", "listen", f"data={sounds()}", "packing.length=256", *more]
+    done = command(*recipe, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "more", "whole", "text")[0] < text[0] / 3
+    shutil.rmtree(run)
+    assert [line["text"] for line in answered(tmp_path / "more", sounds(), *short)] == found
 
 
 def drawn(model: Path, data: Path) -> list[tuple[int, Path]]:
