@@ -1,7 +1,8 @@
 """Tokens a second of `model.generate` beside `transformers` on the same weights in the same run.
 
 LLaVA with random weights in bfloat16, a prompt of 640 positions with one image, greedy. The first token is timed by a
-call that asks for one; the others by the difference to a call that asks for all.
+call that asks for one; the others by the difference to a call that asks for all. On a CPU it is float32, since
+kernels there round bfloat16 each in their way, and the likeliest of random tokens is near the next.
 
 python -m benchmarks.generate                                # on an H100: 1.04 B beside CLIP-L/336
 python -m benchmarks.generate --profile profile.json         # and the kernels of one decode step
@@ -40,7 +41,7 @@ SHAPES = {
 BANDWIDTH = 3.0e12
 
 
-def theirs_of(shape: str) -> Any:
+def theirs_of(shape: str, dtype: torch.dtype) -> Any:
     language, tower = SHAPES[shape]
     layers, width, wide, heads, groups, vocabulary = language
     tower_width, tower_wide, tower_layers, tower_heads, size, patch = tower
@@ -56,7 +57,7 @@ def theirs_of(shape: str) -> Any:
         image_token_index=vocabulary - 32, image_seq_length=(size // patch) ** 2,
     )  # fmt: skip
     torch.manual_seed(0)
-    return transformers.LlavaForConditionalGeneration(config).to(torch.bfloat16).eval()
+    return transformers.LlavaForConditionalGeneration(config).to(dtype).eval()
 
 
 def prompt_of(theirs: Any, batch: int, text: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,7 +66,7 @@ def prompt_of(theirs: Any, batch: int, text: int) -> tuple[torch.Tensor, torch.T
     rows, size = config.image_seq_length, config.vision_config.image_size
     ids = torch.randint(0, config.text_config.vocab_size - 64, (batch, rows + text), generator=draw)
     ids[:, 5 : 5 + rows] = config.image_token_index
-    return ids, torch.randn(batch, 3, size, size, generator=draw, dtype=torch.float32).to(torch.bfloat16)
+    return ids, torch.randn(batch, 3, size, size, generator=draw, dtype=torch.float32).to(theirs.dtype)
 
 
 def timed(call: Callable[[int], object], new: int, repeats: int) -> tuple[float, float]:
@@ -99,10 +100,11 @@ def line(name: str, batch: int, first: float, each: float, least: float, base: f
 
 
 def texts(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, object]]:
-    theirs = theirs_of(arguments.shape)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    theirs = theirs_of(arguments.shape, dtype)
     with tempfile.TemporaryDirectory() as directory:
         theirs.save_pretrained(directory)
-        model = megatron_mimo.from_pretrained(directory, dtype=torch.bfloat16)
+        model = megatron_mimo.from_pretrained(directory, dtype=dtype)
     theirs = theirs.to(device)
     weights = sum(p.numel() * p.element_size() for p in model.language_model.parameters())
     # Of the embedding one row is read.
