@@ -322,7 +322,7 @@ def inspect(
             tensor, pipeline, context, data, sequence_parallel, dtype, tuple(frozen or ()), length, microbatches,
             recompute, distributed_optimizer, example, backend or place.backend,
         )  # fmt: skip
-        for line in list(lines_of(sizes_of(place), place, step)):  # all of them, or the one that says what is wrong
+        for line in lines_of(sizes_of(place), place, step):
             print(line)
 
 

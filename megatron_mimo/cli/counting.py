@@ -21,7 +21,16 @@ from megatron_mimo.cli.laying_out import processor_of
 from megatron_mimo.cli.models import Place, model_of
 from megatron_mimo.cli.settings import Settings
 from megatron_mimo.config import MimoModelConfig
-from megatron_mimo.data import PackedData, PackShape, ReadingOptions, Records, SampleProcessor, Source, open_source
+from megatron_mimo.data import (
+    PackedData,
+    PackShape,
+    ReadingOptions,
+    Records,
+    SampleProcessor,
+    SoundWriter,
+    Source,
+    open_source,
+)
 from megatron_mimo.data.messages import Kind
 from megatron_mimo.launch import pretended
 from megatron_mimo.sharding import sequence_multiple
@@ -114,8 +123,10 @@ def footprints(place: Place, step: Step) -> list[Footprint]:
                     fused_adam=step.counted_backend != "torch" or not USING_PYTORCH_OPTIMIZER,
                     microbatches=step.microbatches,
                 )
-            except NotImplementedError as error:  # torch's where a value is asked for
-                raise Refused(
+            except (NotImplementedError, RuntimeError) as error:
+                if not isinstance(error, NotImplementedError) and "meta tensors" not in str(error):
+                    raise
+                raise Refused(  # torch's words where a value is asked for
                     "memory: a part of the model looks at values of its inputs, which are not there before a step "
                     f"runs ({error}); count the model without that part"
                 ) from error
@@ -138,31 +149,50 @@ def _config(place: Place, step: Step) -> MimoModelConfig:
     return model_config(model, Settings(transformer=step.transformer), sequence_parallel=step.sequence_parallel)
 
 
+def check_step(step: Step) -> None:
+    """Refuses what can be refused before a model is looked at.
+
+    Raises:
+        Refused: a length that the layout does not share out.
+        FileNotFoundError, ValueError: as `open_source`, of the data that is asked for.
+    """
+    _shape(step)
+    _source(step)
+
+
+def _shape(step: Step) -> PackShape:
+    splits = step.tensor if step.sequence_parallel else 1
+    multiple = sequence_multiple(context_parallel=step.context, sequence_parallel=splits)
+    try:
+        return PackShape(step.length, multiple)
+    except ValueError as error:
+        raise Refused(f"--length: {str(error).removeprefix('PackShape: ')}") from error
+
+
+def _source(step: Step) -> Source | None:
+    return None if step.data_path is None else open_source(step.data_path)
+
+
 def _batch(place: Place, config: MimoModelConfig, step: Step) -> Batch:
     """A pack, as `train` makes it."""
     process = processor_of(config, place.model, place.template)
-    splits = step.tensor if step.sequence_parallel else 1
-    multiple = sequence_multiple(context_parallel=step.context, sequence_parallel=splits)
-    source = open_source(step.data_path) if step.data_path is not None else _made_up(process)
-    options = ReadingOptions(shuffle=False)
-    try:
-        shape = PackShape(step.length, multiple)
-    except ValueError as error:
-        raise Refused(f"--length: {str(error).removeprefix('PackShape: ')}") from error
+    source = _source(step) or _made_up(process)
+    shape, options = _shape(step), ReadingOptions(shuffle=False)
     data = PackedData([source], process, shape, options=options, samples=len(source))
     try:
         pack = next(data, None)
     finally:
         data.close()
     if pack is None:
-        raise Refused(f"--length {step.length}: expected room for a record, found none that fits; give more of it")
+        raise Refused(
+            f"--length {step.length}: expected room for a record that the model can use, found none; give more of it"
+        )
     return batch_of(pack)
 
 
 def _made_up(process: SampleProcessor) -> Source:
     picture = Image.new("RGB", (SIDE, SIDE))
-    silence = {"array": np.zeros(SECONDS * RATE, dtype=np.float32), "sampling_rate": RATE}
-    media: dict[Kind, object] = {"image": picture, "audio": silence}
+    media: dict[Kind, object] = {"image": picture, "audio": _silence(SECONDS)}
     asked: list[dict[str, object]] = [{"type": "text", "text": "What is it?"}]
     answered: list[dict[str, object]] = [{"type": "text", "text": "word " * WORDS}]
     for kind, handling in process.handling.items():
@@ -171,7 +201,14 @@ def _made_up(process: SampleProcessor) -> Source:
         part = {"type": kind, kind: media[kind]}
         if handling.reader is not None:
             asked.insert(0, part)
-        if handling.writer is not None:
+        if isinstance(handling.writer, SoundWriter):
+            answered.append({"type": kind, kind: _silence(min(SECONDS, handling.writer.seconds))})
+        elif handling.writer is not None:
             answered.append(part)
     messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
     return Records([{"messages": messages}] * 64)
+
+
+def _silence(seconds: float) -> dict[str, object]:
+    """A sound of so many seconds at most."""
+    return {"array": np.zeros(int(seconds * RATE), dtype=np.float32), "sampling_rate": RATE}

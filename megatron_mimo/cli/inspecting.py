@@ -12,7 +12,7 @@ from typing import Any
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_mimo.cli.building import ENCODER, names_of
-from megatron_mimo.cli.counting import Step, footprints, operations
+from megatron_mimo.cli.counting import Step, check_step, footprints, operations
 from megatron_mimo.cli.models import Place, model_of
 from megatron_mimo.hf import own
 from megatron_mimo.hf.assembly import saved_parts
@@ -89,6 +89,7 @@ def told(sizes: Sizes, place: Place, step: Step) -> Iterator[str]:
         Refused: a step of which no pack can be made.
         ValueError: a layout that does not share it out, or a part that it does not have.
     """
+    check_step(step)
     unknown = [part for part in step.frozen if part not in sizes.parameters]
     if unknown:
         raise ValueError(f"--frozen: expected some of {list(sizes.parameters)}, found {unknown}")

@@ -123,11 +123,15 @@ class SoundWriter:
         rate: samples a second.
         rows: generation tokens of a clip.
         limits: of what is opened.
+
+    Attributes:
+        seconds: of a clip at most.
     """
 
     def __init__(self, decoder: str, *, samples: int, rate: int, rows: int, limits: Limits = Limits()) -> None:
         self._decoder, self._samples, self._rows = decoder, samples, rows
         self.rate, self.limits = float(rate), limits
+        self.seconds = samples / rate
 
     def __call__(self, medium: Sound) -> Writing:
         if len(medium.samples) > self._samples:

@@ -254,6 +254,11 @@ def test_sounds_are_said_as_codes_beside_pictures_that_a_flow_transformer_draws(
     run = tmp_path / "run"
     done = command(*say_and_draw(run, "held_out=0.1", "evaluation.samples=1", steps=70))
     assert done.returncode == 0, done.stderr
+    # The made-up record's clip is as long as it can say, and EnCodec looks at the sizes of its layers as tensors.
+    done = command("inspect", run, "--length", 1024)
+    assert done.returncode == 2 and "layouts: tensor [1, 2, 4], pipeline [1, 2]" in done.stdout
+    (line,) = done.stderr.splitlines()
+    assert "memory: a part of the model looks at values" in line and "count the model without that part" in line
     loss = losses(run, "whole", "images/pixels")
     assert sum(loss[-5:]) < sum(loss[:5])
     assert all(file.suffix == ".png" and Image.open(file).size == (8, 8) for _, file in drawn(run, pictures()))
