@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -313,7 +314,9 @@ def _build(config: MimoModelConfig, run: Run) -> list[MimoModel]:
     Raises:
         ValueError: a layout that it cannot run on.
     """
-    check_layout(run.layout, config)
+    # Of a language model without experts, ranks that share out experts elsewhere are data-parallel ones.
+    experts = config.language_config.expert_model_parallel_size
+    check_layout(replace(run.layout, expert_model_parallel_size=experts), config)
     virtual, stages = run.layout.virtual_pipeline_model_parallel_size, run.layout.pipeline_model_parallel_size
     chunks = []
     for vp_stage in (None,) if virtual is None else range(virtual):
