@@ -20,7 +20,8 @@ LAYERS: dict[str, Any] = dict(hidden_size=16, num_hidden_layers=1, num_attention
 
 
 def written(kind: str, directory: Path) -> tuple[Path, Any]:
-    """A directory, and transformers' own VQ-VAE of it."""
+    """A directory, and transformers' own VQ-VAE of it, whatever was drawn before."""
+    torch.manual_seed(1)
     own = transformers.JanusVQVAEConfig(**VQ)
     if kind == "alone":
         model = transformers.JanusVQVAE(own)
