@@ -251,10 +251,10 @@ class Folder(Source):
         self._pairs = [name for name, told in media.items() if told or unanswered]
         alone = [name for name, told in media.items() if not told and not unanswered]
         if not len(self):
-            found = f"{len(alone)} without one, such as {alone[0]}" if alone else "none of them"
+            none = f"none (media end with {', '.join(_KIND_OF)})"
+            found = f"{len(alone)} without, such as {alone[0]}" if alone else none
             raise ValueError(
-                f"{self.path}: expected metadata.jsonl, metadata.csv, or media with a .txt of the same name, found "
-                f"{found}."
+                f"{self.path}: expected metadata.jsonl, metadata.csv, or media with a .txt of their name, found {found}"
             )
         self.alone = tuple(alone)
 
