@@ -105,6 +105,7 @@ def footprints(place: Place, step: Step) -> list[Footprint]:
         Refused: no pack can be made, or a layout that the model does not fit.
     """
     found, batch = [], None
+    backend = step.counted_backend  # asked here: a run that is pretended has no GPU
     for stage in range(step.pipeline):
         # Ranks of a stage lie together; those of the next begin after all of them.
         with pretended(step.layout, stage * step.tensor * step.context * step.data) as run:
@@ -119,8 +120,8 @@ def footprints(place: Place, step: Step) -> list[Footprint]:
                     control=TrainingControl(frozen=step.frozen),
                     optimizer=OptimizerConfig(lr=1e-3, use_distributed_optimizer=shared),
                     ddp=DistributedDataParallelConfig(use_distributed_optimizer=shared),
-                    backend=step.counted_backend,
-                    fused_adam=step.counted_backend != "torch" or not USING_PYTORCH_OPTIMIZER,
+                    backend=backend,
+                    fused_adam=backend != "torch" or not USING_PYTORCH_OPTIMIZER,
                     microbatches=step.microbatches,
                 )
             except (NotImplementedError, RuntimeError) as error:

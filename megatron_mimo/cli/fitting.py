@@ -10,6 +10,7 @@ from megatron_mimo.cli.model_recipe import Model
 from megatron_mimo.cli.settings import Settings
 from megatron_mimo.launch import Run, pretended
 from megatron_mimo.layout import check_layout
+from megatron_mimo.specs import choose_backend
 
 
 def check_fits(model: Model, layout: recipe.Layout, processes: int, settings: Settings = Settings()) -> None:
@@ -31,6 +32,8 @@ def check_fits(model: Model, layout: recipe.Layout, processes: int, settings: Se
         sizes = Layout(processes, **layout.sizes)
     except ValueError as error:
         raise Refused(str(error)) from error
+    # Chosen here: a run that is pretended has no GPU, and so no TransformerEngine.
+    model = model.model_copy(update={"backend": choose_backend(model.backend)})
     with pretended(sizes) as run:
         check_run_fits(model, run, settings, sequence_parallel=layout.sequence_parallel)
 

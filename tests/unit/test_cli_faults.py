@@ -21,6 +21,8 @@ import torch
 
 from megatron_mimo.cli import app, entry
 from megatron_mimo.cli.errors import FAILED, REFUSED, UNREAD, Refused
+from megatron_mimo.cli.fitting import check_fits
+from megatron_mimo.cli.model_recipe import Model
 from megatron_mimo.cli.ranks import check_processes
 from megatron_mimo.cli.recipe import Layout
 from tests import warm
@@ -304,3 +306,16 @@ def test_a_full_disk_is_one_line_for_all_ranks_that_nproc_starts(name: str, tmp_
     assert done.returncode == FAILED
     (line,) = done.stderr.splitlines()
     assert re.match("megatron-mimo: rank [01]: ", line) and FULL in line
+
+
+def test_a_layout_is_asked_of_the_backend_that_will_train(no_run, monkeypatch) -> None:
+    """Attention over a split sequence is TransformerEngine's, which is there where a GPU is, not in a run pretended."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("megatron_mimo.specs.HAVE_TE", True)
+    monkeypatch.setattr("megatron_mimo.cli.fitting.check_layout", lambda layout, config: None)
+    monkeypatch.setattr(
+        "megatron_mimo.cli.fitting.model_config", lambda model, *rest, **named: asked.append(model.backend)
+    )
+    check_fits(Model(source=str(run() / "model")), Layout(context=2), 2)
+    assert asked == ["transformer_engine"]

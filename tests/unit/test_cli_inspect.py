@@ -53,13 +53,19 @@ def test_adam_is_torchs_own_where_neither_library_is_there(model: Path, no_run, 
     assert alone == 2 * counted(find(str(model)), "torch").stepping  # the root of the second moments besides
 
 
-def test_auto_is_what_will_train_where_a_gpu_is_here_and_transformer_engine_elsewhere(monkeypatch) -> None:
+def test_auto_is_what_will_train_where_a_gpu_is_here_and_transformer_engine_elsewhere(
+    model: Path, no_run, monkeypatch
+) -> None:
+    place = find(str(model))
+    engine, plain = (counted(place, backend) for backend in ("transformer_engine", "torch"))
+    assert counted(place, "auto") == engine != plain
     assert Step().counted_backend == "transformer_engine" and Step(backend="torch").counted_backend == "torch"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for here, chosen in ((True, "transformer_engine"), (False, "torch")):
         monkeypatch.setattr("megatron_mimo.specs.HAVE_TE", here)
         monkeypatch.setattr("megatron_mimo.specs.HAVE_FUSED_LAYER_NORM", False)
         assert Step().counted_backend == chosen
+        assert counted(place, "auto").activations == {"transformer_engine": engine, "torch": plain}[chosen].activations
 
 
 def test_the_recipes_backend_is_counted_unless_another_is_asked_for(model: Path) -> None:
