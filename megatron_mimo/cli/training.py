@@ -308,13 +308,18 @@ def _samples(prepared: Prepared, stage: Stage, loggers: Sequence[Logger]) -> Sam
         return None
     boards = [each for each in loggers if isinstance(each, TensorBoard)]
     source, spoken = parts_of(recipe, _evaluated(recipe, stage)[0])[1], Spoken(prepared.config)
-    prompts = [prompt.given for prompt in islice(prompts_of(source, prepared.process), wanted) if prompt.given]
+    asked = [prompt for prompt in islice(prompts_of(source, prepared.process), wanted) if prompt.given]
+    directory = recipe.directory / SAMPLES / stage.name
+    if prepared.run.rank == 0:  # NUMBER-PART.txt of each evaluation answers the record of that number
+        directory.mkdir(parents=True, exist_ok=True)
+        told = (f"{number}: {', '.join((*one.read, source.where(one.index)))}\n" for number, one in enumerate(asked))
+        write_whole(directory / "records.txt", "".join(told))
     what = written_by(prepared.config, recipe.model)
     return Samples(
-        prompts,
+        [prompt.given for prompt in asked if prompt.given],
         recipe.evaluation.max_new_tokens or TEXT_TOKENS + what.rows,
         {"tokenizer": spoken, "stop_ids": spoken.ends},
-        directory=recipe.directory / SAMPLES / stage.name,
+        directory=directory,
         board=boards[0] if boards else None,
         sampling_rate=what.sampling_rate,
     )

@@ -97,6 +97,8 @@ def test_an_evaluation_is_logged_and_answers_samples(tmp_path: Path) -> None:
     told = [(one["stage"], one["step"]) for one in lines(tmp_path) if one["kind"] == "evaluation"]
     assert told == [("projector", 2), ("whole", 3), ("whole", 6)]
     assert sorted(path.name for path in (tmp_path / "samples/whole/step_00000006").iterdir()) == ["0-0.txt", "1-0.txt"]
+    told = tmp_path.joinpath("samples/whole/records.txt").read_text().splitlines()
+    assert told == [f"{number}: 0{number}.png, record {number} of {pictures()}" for number in range(2)]
     assert list((tmp_path / "tensorboard/whole").iterdir())
 
 
