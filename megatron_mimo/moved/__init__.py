@@ -44,7 +44,7 @@ NAMES = {
     ("batch", "check_token_tensors"): "check.tokens",
     ("batch", "default_loss_mask"): "labels",
     ("batch", "default_positions"): "plan",
-    ("batch", "packed_padding"): "plan",
+    ("batch", "packed_padding"): "packed",
     ("training.pretraining", "DATA_ARGUMENTS"): "training.pretraining.checks",
     ("training.pretraining", "ModelConfig"): "training.pretraining.arguments",
     ("training.pretraining", "PartOverrides"): "training.pretraining.arguments",
