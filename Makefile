@@ -4,6 +4,8 @@ PYTHON ?= python3.12
 BIN := .venv/bin
 RECIPE := pyproject.toml constraints.txt
 QUICK := not process and not gpu and not long
+# One more process than cores, since some tests wait.
+WORKERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 
 .PHONY: demo docs check lint types test test-long clean
 
@@ -17,7 +19,7 @@ docs: .venv/.test-installed
 # Before every commit: what needs no further process, on every core. The types are checked beside the tests.
 check: lint
 	@$(BIN)/mypy & types=$$!; \
-	$(BIN)/python -m pytest tests -m "$(QUICK)" --hypothesis-profile=check -n auto --dist loadfile; tests=$$?; \
+	$(BIN)/python -m pytest tests -m "$(QUICK)" --hypothesis-profile=check -n $(WORKERS) --dist loadfile; tests=$$?; \
 	wait $$types && exit $$tests
 
 lint: .venv/.test-installed

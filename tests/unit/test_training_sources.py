@@ -126,9 +126,10 @@ def test_media_that_see_the_whole_of_themselves_do_so_in_rows_too(single_process
     torch.manual_seed(0)
     model = MimoModel(config())
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "linear_qkv.weight" in name or "linear_proj.weight" in name:
-                parameter *= 10  # fresh attention is so small that nobody would see which positions it looks at
+        # Megatron's own draws depend on the tests before, and are so small that nobody would see where attention looks.
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
     found, expected = (tiny.total(model, batch_of(one)) for one in (rows, pack))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
     blind = batch_of(rows)
