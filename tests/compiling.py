@@ -21,6 +21,7 @@ def compiling() -> Iterator[list]:
         graphs.append(graph)
         return graph.forward
 
+    torch.compiler.reset()  # of one function it keeps eight compilations, those of tests before counted
     real = torch.compile
     torch.compile = partial(real, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
     try:

@@ -1,8 +1,10 @@
 """Two cuDNN in one process are seen."""
 
 import pytest
+import torch
 
 from megatron_mimo import cudnn
+from megatron_mimo.training.parts.graphed import GraphedForward
 
 OWN = "/opt/lib/site-packages/nvidia/cudnn/lib"
 SYSTEM = "/usr/lib/x86_64-linux-gnu"
@@ -39,8 +41,14 @@ def test_folders_of_what_is_loaded(maps, folders, monkeypatch, tmp_path):
         cudnn.check_one_cudnn("graphs")
 
 
+def test_an_encoder_is_not_replayed_in_a_process_with_two(monkeypatch, tmp_path):
+    (tmp_path / "maps").write_text(two_cudnn())
+    monkeypatch.setattr(cudnn, "MAPS", tmp_path / "maps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="Linear: CUDA graphs: expected one cuDNN in the process"):
+        GraphedForward(torch.nn.Linear(2, 2))
+
+
 def test_a_library_that_is_loaded_now_is_found():
     """Torch loads its own at import, where it is a build for GPUs."""
-    import torch
-
     assert len(cudnn.cudnn_folders()) == (torch.version.cuda is not None)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from megatron.core.optimizer import OptimizerConfig
 
-from megatron_mimo import specs
+from megatron_mimo import loss_terms, specs, total_loss
 from megatron_mimo.attention import CUDNN_FIRST, FusedAttention
 from megatron_mimo.training import Trainer, TrainerSettings, TrainingControl
 from megatron_mimo.training.parts import compiled
@@ -77,6 +77,20 @@ def test_layers_that_are_alike_are_compiled_once_and_train_as_before(make, chang
     assert graphs, "something was compiled"
     if make is language_spec and not changes:
         assert len(graphs) == 2, "three layers, one forward and one backward of them"
+
+
+def test_a_compiled_model_is_evaluated_and_answers_as_it_is(single_process):
+    """What attention keeps while a model answers lies outside its layers, and would be compiled anew at each length."""
+    model = tiny.megatron_mimo.MimoModel(tiny.mimo_config(language_spec()))
+    prompt = {"input_ids": torch.arange(3, 9)}
+    expected = model.eval().generate([prompt], 12, modalities=())[0].ids
+    with compiling() as graphs:
+        compiled.compile_layers(model.language_model)
+        assert model.generate([prompt], 12, modalities=())[0].ids == expected
+        assert model.train().generate([prompt], 12, modalities=())[0].ids == expected
+        assert not graphs
+        total_loss(loss_terms(*model(**tiny.batch()))).backward()
+        assert len(graphs) == 2, "a training pass is compiled"
 
 
 def test_layers_of_transformer_engine_are_refused_by_name(single_process):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -36,8 +38,9 @@ class CompiledForward:
 
 
 def compile_layers(language_model: nn.Module) -> None:
-    """Has each layer of a language model's decoder run compiled; layers that are alike are compiled once.
+    """Has each layer of a language model's decoder train compiled; layers that are alike are compiled once.
 
+    Evaluation and generation run them as they are: what attention keeps while a model answers lies outside the layer.
     Residual additions, norms, rotary angles and activations become few kernels. Embedding, output layer, loss and
     heads of multi-token prediction stay as they are.
 
@@ -55,4 +58,8 @@ def compile_layers(language_model: nn.Module) -> None:
                 "Build them with backend 'torch' and `specs.with_fused_attention`, or leave the language model out."
             )
     for layer in layers:
-        layer.forward = CompiledForward(layer)
+        layer.forward = partial(_forward, layer, layer.forward, CompiledForward(layer))
+
+
+def _forward(layer: nn.Module, plain: Callable[..., Any], compiled: CompiledForward, *args, **keywords) -> Any:
+    return (compiled if layer.training else plain)(*args, **keywords)
