@@ -251,7 +251,7 @@ def time_of(size: Size, name: str, steps: int, **changes) -> dict:
 
     def replayed() -> float:
         assert captures is not None
-        return captures("step", (), passes).item()
+        return captures("step", (), passes, captures.ready("step")).item()
 
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()

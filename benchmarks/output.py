@@ -158,9 +158,9 @@ class Problem:
 def clock(call: Callable[[], object], device: torch.device, ahead: Callable[[], object]) -> float:
     """Seconds of one call on the device, queued behind `ahead`."""
     if device.type == "cpu":
-        start = time.perf_counter()
+        began = time.perf_counter()
         call()
-        return time.perf_counter() - start
+        return time.perf_counter() - began
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     ahead()

@@ -2,6 +2,7 @@
 
     python -m benchmarks.step                     # CLIP ViT-L/14 at 336, 1.2 B, S 4096, on a GPU
     python -m benchmarks.step --small             # toy sizes, on the CPU too
+    torchrun --nproc-per-node 2 -m benchmarks.step --size 7b --tensor 2       # each layer on two GPUs
 
 Both models hold the very same modules, so weights, kernels and FLOPs are equal; what differs is what
 lies between them; `layers` has modules of its own, of the same sizes. A step is forward, loss and backward;
@@ -19,7 +20,7 @@ each ends with a wait for the device, as a step of Megatron's does when it reads
 Variants take turns of a few steps, so that a drift of the machine meets all of them; device time by stage
 comes from `benchmarks.stages`, by kind of kernel from `benchmarks.kinds`. A ratio to upstream says as much about the
 host as about the code: what it launches in a second is measured first. The MFU counts the operations that are needed,
-logits where a label counts, for every variant alike.
+logits where a label counts, for every variant alike; of every GPU's peak, where there are several.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import statistics
 import sys
 import time
 import warnings
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -49,6 +50,7 @@ from benchmarks.kinds import device_times, launches_a_second
 from benchmarks.stages import STAGES, Marks, kernel_times, mark
 from examples.recipes import vlm_clip_1b as recipe
 from megatron_mimo import MimoModel, MimoModelConfig, loss_terms, specs, total_loss
+from megatron_mimo.launch import Run
 from megatron_mimo.training.parts.captured import Captures
 from megatron_mimo.training.parts.compiled import CompiledForward, compile_layers
 from megatron_mimo.training.parts.graphed import GraphedForward
@@ -175,6 +177,8 @@ def build(
 ):
     """Both models around the same modules; `changes` of the language model's configuration."""
     language, images = configs(size, backend, dtype, changes)
+    if language.params["config"].sequence_parallel:
+        language.params["scatter_embedding_sequence_parallel"] = False  # upstream's asks for it; ours does without
     tokens = {"images": recipe.IMAGE_TOKEN}
     ours = MimoModel(MimoModelConfig(language, {"images": images}, tokens)).to(device, dtype)
     with warnings.catch_warnings():
@@ -244,7 +248,8 @@ class Steps:
         encoder.forward = forward
         started = time.perf_counter()
         run = partial(self._passes, variant)
-        loss = run(()) if variant.captures is None else variant.captures(variant.name, (), run)
+        captures, name = variant.captures, variant.name
+        loss = run(()) if captures is None else captures(name, (), run, captures.ready(name))
         launched = time.perf_counter()
         self.wait()
         ended = time.perf_counter()
@@ -382,13 +387,16 @@ def main() -> None:
     parser.add_argument("--variants", nargs="*", default=PLAIN, choices=VARIANTS, help="beside upstream's")
     parser.add_argument("--length", type=int, default=None, help="of the sequences; the size's own where left out")
     parser.add_argument("--recompute", action="store_true", help="every layer's activations, in the backward pass")
+    parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks, with sequence parallelism")
     parser.add_argument("--alone", action="store_true", help="without upstream's")
     parser.add_argument("--rounds", type=int, default=8, help=f"turns of each variant, of {STEPS_A_TURN} steps")
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--out", type=Path, default=None, help="JSON with every figure")
     options = parser.parse_args()
 
-    run = megatron_mimo.initialize(seed=1, graph_safe_rng=True)
+    run = megatron_mimo.initialize(options.tensor, seed=1, graph_safe_rng=True)
+    if run.world_size != options.tensor:
+        parser.error(f"{run.world_size} ranks, of which --tensor {options.tensor} take part")
     on_gpu = run.device.type == "cuda"
     quiet = launches_a_second() if on_gpu else None
     size = SMALL if options.small else SIZES[options.size]
@@ -396,7 +404,9 @@ def main() -> None:
     dtype = torch.bfloat16 if on_gpu else torch.float32
     backend = specs.choose_backend(options.backend)
     recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-    changes = recompute if options.recompute else None
+    changes: dict[str, Any] = recompute if options.recompute else {}
+    if run.world_size > 1:
+        changes |= dict(tensor_model_parallel_size=options.tensor, sequence_parallel=True)
     samples = recipe.RandomSamples(size.length, size.vocabulary, side=size.side)
     batch = recipe.collate([samples[index] for index in range(size.batch)])
     captures: Captures | None = Captures(len(WHOLE), 3, run.device) if on_gpu else None
@@ -415,11 +425,34 @@ def main() -> None:
     flops = step_flops(part_sizes([ours]), count_batch(batch, ours))
     marks = {each.name: Marks(each.modules, "images", "clip") for each in variants}
     results = measure(variants, Steps(on_gpu), marks, options.rounds, options.warmup, on_gpu)
+    if run.rank == 0:
+        report(options, run, size, backend, ours, flops, quiet, results)
+    megatron_mimo.shutdown()
 
-    device = torch.cuda.get_device_name() if on_gpu else "CPU"
-    peak = stated_peak(device) if on_gpu else None
+
+def report(
+    options: Namespace,
+    run: Run,
+    size: Size,
+    backend: specs.Backend,
+    ours: MimoModel,
+    flops: dict[str, float],
+    quiet: float | None,
+    results: list[Result],
+) -> None:
+    """Prints the tables, and writes the figures to `options.out`."""
+    on_gpu, name, peak = run.device.type == "cuda", "CPU", None
+    if on_gpu:
+        name = torch.cuda.get_device_name()
+        peak = stated_peak(name)
+    device = name if run.world_size == 1 else f"{run.world_size} x {name}"
+    peak = peak and peak * run.world_size
     parameters = sum(parameter.numel() for parameter in ours.parameters())
-    print(f"{device}, torch {torch.__version__}, layers by {backend}, {dtype}, {parameters / 1e9:.2f} B parameters")
+    dtype = next(ours.parameters()).dtype
+    each = "" if run.world_size == 1 else " a rank"
+    print(
+        f"{device}, torch {torch.__version__}, layers by {backend}, {dtype}, {parameters / 1e9:.2f} B parameters{each}"
+    )
     if quiet is not None:
         print(f"the host launches {quiet / 1e3:.0f} k small kernels a second")
     print("FLOPs that a step needs (TFLOP):", {part: round(value / 1e12, 3) for part, value in flops.items()})
@@ -427,7 +460,7 @@ def main() -> None:
     print(*table(results, flops, peak, size.batch * size.length), sep="\n")
     if on_gpu:
         print(*kinds_table(results), sep="\n")
-    print("loss of the first step:", {result.name: result.loss for result in results})
+    print("loss of the first step:", {result.name: result.loss for result in results}, flush=True)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         figures = {

@@ -121,6 +121,7 @@ def measure(name: str, run: Run, size: Size, batches: Sequence[dict], steps: int
 def main() -> None:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--small", action="store_true", help="toy sizes")
+    parser.add_argument("--size", choices=SIZES, default="1b", help="of the language model, in parameters")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--variants", nargs="+", default=None, help=f"some of {GRAPHED}, on a GPU")
     parser.add_argument("--out", type=Path, default=None, help="JSON with every figure")
@@ -130,7 +131,7 @@ def main() -> None:
     options = parser.parse_args()
     run = megatron_mimo.initialize(options.tensor, options.pipeline, seed=1, graph_safe_rng=True)
     speaks = run.rank == 0
-    size = SMALL if options.small else SIZES["1b"]
+    size = SMALL if options.small else SIZES[options.size]
     batches = batches_of(size)
     quiet, names = None, ["eager"]
     if run.device.type == "cuda":
@@ -148,11 +149,13 @@ def main() -> None:
         if speaks:
             print(
                 f"{name:16s} {timed.step_ms:8.1f} ms a step, device busy {timed.busy_ms:7.1f} ms, "
-                f"{timed.replayed} replayed, last loss {timed.losses[-1]:.6f}"
+                f"{timed.replayed} replayed, last loss {timed.losses[-1]:.6f}",
+                flush=True,
             )
     if options.out and speaks:
         figures = {"launches_a_second": quiet, "results": [vars(timed) for timed in results]}
         options.out.write_text(json.dumps(figures, indent=1))
+    megatron_mimo.shutdown()
 
 
 if __name__ == "__main__":

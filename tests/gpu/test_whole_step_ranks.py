@@ -3,7 +3,7 @@
 import pytest
 
 from tests.gpu.two_gpus import run_on_two
-from tests.gpu.whole_step_ranks import EXACT
+from tests.gpu.whole_step_ranks import EXACT, UNENDED
 
 pytestmark = pytest.mark.gpu
 
@@ -16,3 +16,7 @@ def test_replayed_steps_of_changing_batches_equal_eager_ones_bit_by_bit(name):
 def test_attention_over_a_shared_sequence_is_replayed():
     pytest.importorskip("transformer_engine", reason="attention over a split sequence is TransformerEngine's")
     run_on_two("tests.gpu.whole_step_ranks", "cp2-attention")
+
+
+def test_a_program_that_leaves_its_graphs_ends():
+    run_on_two("tests.gpu.whole_step_ranks", UNENDED)

@@ -1,6 +1,7 @@
 """What Megatron does to a modality's modules by the language model's configuration; gradients: cases/marks.py."""
 
 from argparse import Namespace
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ class Layer(nn.Linear):
         super().__init__(tiny.PIXELS, 16)
         self.is_first_microbatch = True
         self.seen: list[bool] = []
-        self.told: list[object] = ["as built"]
+        self.told: list[Any] = ["as built"]
         self.kept = self.weight.detach().clone()
 
     def finish_init(self, quantization_config) -> None:

@@ -98,7 +98,8 @@ def reference(setting: Setting) -> Reference:
         optimizer.zero_grad()
         loss = torch.zeros(())
         for arguments in batch:
-            part = loss_of(model, *model(**arguments), counts)
+            outputs, loss_mask = model(**arguments)
+            part = loss_of(model, outputs, loss_mask, counts)
             part.backward()
             loss += part.detach()
         losses.append(loss)
