@@ -129,7 +129,8 @@ def main() -> None:
     parser.add_argument("--pipeline", type=int, default=1, help="pipeline stages")
     parser.add_argument("--microbatches", type=int, default=1, help="of a rank in a step")
     options = parser.parse_args()
-    run = megatron_mimo.initialize(options.tensor, options.pipeline, seed=1, graph_safe_rng=True)
+    begin = partial(megatron_mimo.initialize, options.tensor, options.pipeline, seed=1, graph_safe_rng=True)
+    run = begin()
     speaks = run.rank == 0
     size = SMALL if options.small else SIZES[options.size]
     batches = batches_of(size)
@@ -141,6 +142,8 @@ def main() -> None:
             print(f"{device}; the host launches {quiet / 1e3:.0f} k small kernels a second")
     results = []
     for name in names:
+        megatron_mimo.shutdown()
+        run = begin()  # the same weights, whatever was drawn before
         results.append(measure(name, run, size, batches, options.steps, options.microbatches))
         gc.collect()
         if run.device.type == "cuda":

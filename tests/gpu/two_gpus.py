@@ -8,8 +8,8 @@ import pytest
 import torch
 
 
-def run_on_two(module: str, *arguments: str) -> None:
-    """Runs a module on two ranks of NCCL; the test is skipped where there are fewer GPUs."""
+def run_on_two(module: str, *arguments: str) -> str:
+    """What a module prints on two ranks of NCCL; the test is skipped where there are fewer GPUs."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -23,3 +23,4 @@ def run_on_two(module: str, *arguments: str) -> None:
     )
     print(job.stdout)
     assert job.returncode == 0, job.stdout[-6000:]
+    return job.stdout

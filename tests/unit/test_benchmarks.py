@@ -30,6 +30,15 @@ def test_a_training_step_gives_upstreams_loss(tmp_path):
     assert ours["loss"] == everywhere["loss"] == pytest.approx(upstream["loss"], rel=1e-6)
 
 
+def test_a_training_step_on_two_ranks_gives_upstreams_loss(tmp_path):
+    out = tmp_path / "step.json"
+    arguments = ("--small", "--tensor", 2, "--variants", "ours", "--rounds", "1", "--warmup", "1", "--out", out)
+    job = warm.ranks(2, "-m", "benchmarks.step", *arguments)
+    assert job.returncode == 0, job.stderr[-4000:]
+    upstream, ours = json.loads(out.read_text())["results"]
+    assert ours["loss"] == pytest.approx(upstream["loss"], rel=1e-6) and job.stdout.count("loss of the first step") == 1
+
+
 def test_a_step_of_a_trainer(tmp_path):
     run("benchmarks.trainer_step", "--small", "--steps", "1", "--out", str(tmp_path / "trainer.json"))
     (eager,) = json.loads((tmp_path / "trainer.json").read_text())["results"]
