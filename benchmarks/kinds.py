@@ -10,6 +10,7 @@ import torch
 
 # The first kind of which a kernel's name has a mark, as CUDA 13, cuDNN 9, Triton 3 and TransformerEngine 2 name them.
 KINDS = {
+    "collectives": r"nccl",  # the wait for the other ranks too
     "copies": r"memcpy|memset|copy_kernel|CatArrayBatchedCopy",
     "attention": r"flash|fmha|sdpa|attention|fused_attn|cudnn_generated",
     "rope": r"rope|rotary",
@@ -32,6 +33,8 @@ def kind_of(kernel: str) -> str:
     Example:
         >>> kind_of("nvjet_sm90_tst_128x256_64x4"), kind_of("at::native::vectorized_elementwise_kernel")
         ('GEMM', 'elementwise')
+        >>> kind_of("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)")
+        'collectives'
     """
     return next((kind for kind, marks in KINDS.items() if re.search(marks, kernel, re.IGNORECASE)), OTHER)
 
