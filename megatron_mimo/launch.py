@@ -325,7 +325,6 @@ def _build_groups(
     # Not at the top of the file: Megatron-Core warns about absent extensions when imported, and importing this
     # package says nothing.
     from megatron.core import parallel_state
-    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel import (
         get_cuda_rng_tracker,
         is_graph_safe_cuda_rng_tracker,
@@ -351,15 +350,49 @@ def _build_groups(
         seed + 100 * pipeline_rank, use_cudagraphable_rng=graph_safe, force_reset_rng=other_kind
     )
     seed_draws(seed, parallel_state.get_data_parallel_rank())
+    return _described(layout, local_rank, device, backend, seed, timeout_s, graph_safe_rng)
+
+
+def run_over_megatrons_groups(layout: Layout, seed: int, timeout_s: float) -> Run:
+    """The `Run` of process groups, device and random numbers that other code has set up, as `megatron.training` does.
+
+    Collective over all ranks; it is not the run that `initialize` gives and `shutdown` ends.
+
+    Args:
+        layout: that the groups have.
+        seed: what the random numbers started from.
+        timeout_s: of collectives between hosts.
+    """
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker, is_graph_safe_cuda_rng_tracker
+
+    on_cpu = cpu_backend_enabled()
+    local_rank = 0 if on_cpu else torch.cuda.current_device()
+    device = torch.device("cpu") if on_cpu else torch.device("cuda", local_rank)
+    graph_safe = is_graph_safe_cuda_rng_tracker(get_cuda_rng_tracker())
+    return _described(layout, local_rank, device, dist.get_backend(), seed, timeout_s, graph_safe)
+
+
+def _described(
+    layout: Layout,
+    local_rank: int,
+    device: torch.device,
+    backend: str,
+    seed: int,
+    timeout_s: float,
+    graph_safe_rng: bool,
+) -> Run:
+    """The run whose process groups Megatron has; new groups of hosts beside NCCL's."""
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
     groups = ProcessGroupCollection.use_mpu_process_groups()
     made = backend == "nccl"
-    hosts = HostGroups.made(groups, timedelta(seconds=timeout_s)) if made else HostGroups.of(groups)
     return Run(
         layout=layout,
         rank=dist.get_rank(),
         local_rank=local_rank,
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-        pipeline_rank=pipeline_rank,
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         data_rank=parallel_state.get_data_parallel_rank(),
         context_rank=parallel_state.get_context_parallel_rank(),
         expert_rank=parallel_state.get_expert_model_parallel_rank(),
@@ -367,7 +400,7 @@ def _build_groups(
         backend=backend,
         seed=seed,
         groups=groups,
-        hosts=hosts,
+        hosts=HostGroups.made(groups, timedelta(seconds=timeout_s)) if made else HostGroups.of(groups),
         graph_safe_rng=graph_safe_rng,
     )
 

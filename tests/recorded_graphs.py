@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import FakeWork, Work
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from megatron_mimo.training.parts import graphed, whole_step
 
@@ -34,7 +34,7 @@ class RecordedGraph:
         """Runs the recorded operations and leaves their results where the capture's were."""
         sent: list[Work] = []  # messages that go out together are waited for together
         with torch.no_grad():
-            for function, args, kwargs, results, places in self.steps:
+            for function, args, kwargs, results in self.steps:
                 if function in MESSAGES:
                     sent.append(_work_of(function(*args, **kwargs)))
                     continue
@@ -44,10 +44,9 @@ class RecordedGraph:
                     _work_of(function(*args, **kwargs)).wait()
                     continue
                 again = tree_leaves(function(*args, **kwargs))
-                for kept, found, place in zip(tree_leaves(results), again, places, strict=True):
-                    # One that has another place has become another tensor since (`tensor.data = other`).
-                    if isinstance(kept, Tensor) and kept.data_ptr() == place != found.data_ptr():
-                        kept.data.copy_(found)
+                for kept, found in zip(tree_leaves(results), again, strict=True):
+                    if isinstance(kept, Tensor) and kept.data_ptr() != found.data_ptr():
+                        kept.copy_(found)
         for work in sent:
             work.wait()
 
@@ -66,16 +65,19 @@ class _Recording(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "c10d":
             results = _unmoved(function, args)
-            self.graph.steps.append((function, args, kwargs or {}, results, ()))
+            self._record(function, args, kwargs, results)
             return results
         for given, argument in zip(args, function._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write and isinstance(given, Tensor):
                 whole = given.detach().new_empty(0).set_(given.untyped_storage())
                 self.before.setdefault(whole.data_ptr(), (whole, whole.clone()))
         results = function(*args, **(kwargs or {}))
-        places = [leaf.data_ptr() if isinstance(leaf, Tensor) else None for leaf in tree_leaves(results)]
-        self.graph.steps.append((function, args, kwargs or {}, results, places))
+        self._record(function, args, kwargs, results)
         return results
+
+    def _record(self, function: OpOverload, args: tuple, kwargs: dict | None, results: object) -> None:
+        """Keeps the memory that tensors have now: one may become another (`tensor.data = other`)."""
+        self.graph.steps.append((function, *tree_map_only(Tensor, Tensor.detach, (args, kwargs or {}, results))))
 
 
 def _unmoved(function: OpOverload, args: tuple) -> object:

@@ -62,6 +62,41 @@ def train_step_by(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> I
 
 
 @contextmanager
+def full_iterations_by(wrapper: Callable[..., Any]) -> Iterator[None]:
+    """Within it, Megatron's loop runs its schedules through ``wrapper(schedule, **options)`` with --cuda-graph-impl
+    full_iteration, in training and in evaluations.
+
+    Undocumented: `megatron.training.training.FullCudaGraphWrapper`, looked up in that module where the loop begins and
+    in each evaluation; what it makes is called with the schedule's arguments, all by name.
+    Reason: Megatron's knows one shape, and copies no placement into what it replays.
+    When it goes: wrap `get_forward_backward_func` of that module.
+    """
+    from megatron.training import training
+
+    with _replaced(training, "FullCudaGraphWrapper", wrapper):
+        yield
+
+
+def full_iteration_wrapper() -> Callable[..., Any]:
+    """What Megatron's loop runs full iterations by now; see `full_iterations_by`."""
+    from megatron.training import training
+
+    return training.FullCudaGraphWrapper
+
+
+def full_iteration_stream() -> Any:
+    """The stream in which Megatron wraps models for full iterations, and in which they have to be captured.
+
+    Undocumented: `megatron.core.full_cuda_graph.get_shared_capture_stream`.
+    Reason: what autograd keeps of a parameter remembers the stream where DDP hooked it.
+    When it goes: see in which stream `megatron.training.training.get_model` wraps chunks.
+    """
+    from megatron.core.full_cuda_graph import get_shared_capture_stream
+
+    return get_shared_capture_stream()
+
+
+@contextmanager
 def compiled_dataset_helpers() -> Iterator[None]:
     """Within it, Megatron takes its dataset helpers as they are where they are compiled.
 

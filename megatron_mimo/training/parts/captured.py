@@ -57,12 +57,13 @@ class Captures[Result]:
         limit: at most this many graphs. Each keeps its inputs; what the function works with is shared.
         warmup: runs of a shape before it is captured.
         device: where it runs.
+        stream: where it is captured and replayed; None for a new one.
     """
 
-    def __init__(self, limit: int, warmup: int, device: torch.device) -> None:
+    def __init__(self, limit: int, warmup: int, device: torch.device, stream: torch.cuda.Stream | None = None) -> None:
         self.counts = GraphCounts()
         self._limit, self._warmup, self._device = limit, warmup, device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = (stream or torch.cuda.Stream(device)) if device.type == "cuda" else None
         self._pool = torch.cuda.graph_pool_handle()
         self._captures: dict[Hashable, _Capture[Result]] = {}
         self._seen: dict[Hashable, int] = {}

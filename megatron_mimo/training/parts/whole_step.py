@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 
+import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -73,21 +74,33 @@ class StepGraphs:
         check_whole("StepGraphs: warmup", self.warmup, least=1)
 
     def check(
-        self, config: MimoModelConfig, run: Run, ddp: DistributedDataParallelConfig, control: TrainingControl
+        self,
+        config: MimoModelConfig,
+        layout: Layout,
+        device: torch.device,
+        ddp: DistributedDataParallelConfig,
+        control: TrainingControl,
+        graph_safe_rng: bool,
     ) -> None:
         """Refuses what a step as one graph cannot be right with, naming it.
+
+        Args:
+            config: of the model.
+            layout: of the run; `device`: where it computes; `graph_safe_rng`: as `Run` has it.
+            ddp: of the run's wrappers.
+            control: which parts train, and how.
 
         Raises:
             ValueError: with what to change.
         """
-        _check_gpu(run)
+        _check_gpu(device)
         for modality in self.buckets:
             if modality not in config.special_token_ids:
                 raise ValueError(
                     f"graphs: buckets has {modality!r}, expected modalities that are read: "
                     f"{sorted(config.special_token_ids)}."
                 )
-        language, layout = config.language_config, run.layout
+        language = config.language_config
         fits = language.fp8 is None or language.fp8_recipe in FP8_RECIPES
         wanted = {
             **_between_stages(language, layout),
@@ -101,9 +114,9 @@ class StepGraphs:
             "check_for_nan_in_grad=False": not ddp.check_for_nan_in_grad,
             "check_for_large_grads=False": not ddp.check_for_large_grads,
             "graphed=() of TrainingControl: a step's graph has its encoders in it": not control.graphed,
-            "initialize(graph_safe_rng=True)": run.graph_safe_rng,
+            "initialize(graph_safe_rng=True)": graph_safe_rng,
             "NCCL_GRAPH_REGISTER=0 in the environment beside expandable_segments:True, or replayed collectives reach "
-            "for memory that has moved": run.world_size == 1 or not _moves_registered_memory(),
+            "for memory that has moved": layout.world_size == 1 or not _moves_registered_memory(),
         }
         wrong = [condition for condition, holds in wanted.items() if not holds]
         if wrong:
@@ -128,7 +141,7 @@ def captures_of(
     if settings is None and config.language_config.cuda_graph_impl != "full_iteration":
         return None
     settings = settings or StepGraphs()
-    settings.check(config, run, ddp, control)
+    settings.check(config, run.layout, run.device, ddp, control, run.graph_safe_rng)
     return Captures(settings.captures, settings.warmup, run.device)
 
 
@@ -171,7 +184,7 @@ class WholeSteps:
         captures: where.
         models: this rank's chunks.
         forward_step: reads microbatches and hands them to the schedule.
-        gradients: whose largest is looked at when a step has run.
+        gradients: whose largest is looked at when a step has run; None where nobody does.
         run: whose ranks run a step alike.
 
     Raises:
@@ -184,7 +197,7 @@ class WholeSteps:
         captures: Captures,
         models: Sequence[MimoModel],
         forward_step: ForwardStep,
-        gradients: Gradients,
+        gradients: Gradients | None,
         run: Run,
     ) -> None:
         self._settings, self._captures, self._models, self._run = settings, captures, models, run
@@ -226,10 +239,13 @@ class WholeSteps:
                 chunk.scale_mtp(own)
             with self._forward_step.given(given), self._recording() as self._brought[key]:
                 logged = schedule()
-            return logged, self._gradients.largest, auxiliary.reports()
+            largest = None if self._gradients is None else self._gradients.largest
+            return logged, largest, auxiliary.reports()
 
         inputs = [tensor for chunk in read for tensor in chunk.inputs]
-        logged, self._gradients.largest, reports = self._captures(key, inputs, run, graph)
+        logged, largest, reports = self._captures(key, inputs, run, graph)
+        if self._gradients is not None:
+            self._gradients.largest = largest
         auxiliary.report_again(reports)
         if not self._captures.captured(key):
             del self._brought[key]
@@ -271,6 +287,9 @@ def _moves_registered_memory() -> bool:
     return any("expandable_segments:True" in each for each in settings) and os.environ.get("NCCL_GRAPH_REGISTER") != "0"
 
 
-def _check_gpu(run: Run) -> None:
-    if run.device.type != "cuda":
-        raise ValueError(f"graphs: CUDA graphs need a GPU, found a run on {run.device}. Leave graphs out.")
+def _check_gpu(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise ValueError(
+            f"graphs: CUDA graphs need a GPU, found a run on {device}. Leave graphs out (and "
+            "cuda_graph_impl='full_iteration')."
+        )

@@ -59,6 +59,16 @@ def add_mimo_args(parser: ArgumentParser) -> ArgumentParser:
         "given before",
     )  # fmt: skip
     group.add_argument(
+        "--cuda-graph-buckets", nargs="+", type=_bucket, default=[], metavar="MODALITY=ITEMS",
+        help="with --cuda-graph-impl full_iteration: a microbatch's media items are rounded up to a multiple of so "
+        "many, by items of zeros that no position reads",
+    )  # fmt: skip
+    group.add_argument(
+        "--cuda-graph-label-rows", type=int, default=None, metavar="ROWS",
+        help="with --cuda-graph-impl full_iteration: the language loss reads a multiple of so many rows; a 32nd of the "
+        "positions by default",
+    )  # fmt: skip
+    group.add_argument(
         "--encoder-recompute-granularity", choices=["full", "selective"], default=None,
         help="activation recomputation of the encoders, as --recompute-granularity is the language model's",
     )  # fmt: skip
@@ -196,6 +206,14 @@ def once_each(option: str, pairs: Sequence[tuple[str, float]]) -> Mapping[str, f
         if names.count(name) > 1:
             raise ValueError(f"{option}: {name!r} is given {names.count(name)} times; give it once")
     return dict(pairs)
+
+
+def _bucket(text: str) -> tuple[str, int]:
+    """`"images=8"` -> `("images", 8)`; argparse reports what it raises."""
+    name, _, items = text.partition("=")
+    if not (name and items.isdecimal() and int(items)):
+        raise ValueError(f"expected MODALITY=ITEMS, found {text!r}")
+    return name, int(items)
 
 
 def _factor(text: str) -> tuple[str, float]:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Sequence
 
-from megatron_mimo.compat.megatron_training import arguments_of_checkpoint, optimizer_config_function
+from megatron_mimo.compat.megatron_training import (
+    arguments_of_checkpoint,
+    full_iteration_wrapper,
+    optimizer_config_function,
+)
 from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.training.best import check_term
 from megatron_mimo.training.checkpoints.loop import check_loadable
@@ -13,6 +17,7 @@ from megatron_mimo.training.checkpoints.trained import Trained, check_trained
 from megatron_mimo.training.memory import check_memory
 from megatron_mimo.training.parts.control import TrainingControl
 from megatron_mimo.training.pretraining.arguments import PartOverrides
+from megatron_mimo.training.pretraining.step_graphs import FULL_ITERATION, FullIterations
 from megatron_mimo.training.settings import check_decay, check_whole
 
 # Of Megatron's own datasets.
@@ -42,6 +47,13 @@ def check_in_effect(args: Namespace, logs_throughput: bool = False) -> None:
             f"{', '.join(map(_option, factors))}: Megatron makes its parameter groups without them. Parse the "
             "arguments and call pretrain() within `with megatron_mimo.training.adapt_megatron(model_config):`, or "
             "leave them out."
+        )
+    full_iteration = getattr(args, "cuda_graph_impl", "none") == FULL_ITERATION
+    if full_iteration and not isinstance(full_iteration_wrapper(), FullIterations):
+        raise ValueError(
+            f"--cuda-graph-impl {FULL_ITERATION}: Megatron's own capture knows no placements and would replay the "
+            "first step's. Parse the arguments and call pretrain() within `with "
+            "megatron_mimo.training.adapt_megatron(model_config):`, or leave it out."
         )
     if args.device_peak_tflops is not None and not logs_throughput:
         raise ValueError(

@@ -20,6 +20,7 @@ from megatron_mimo.compat.cuda_on_cpu import disable_cpu_backend, enable_cpu_bac
 from megatron_mimo.compat.megatron_training import (
     compiled_dataset_helpers,
     evaluations_told,
+    full_iterations_by,
     initialized_on_the_cpu,
     optimizer_config_by,
     saves_decided_by,
@@ -37,6 +38,7 @@ from megatron_mimo.training.pretraining.dataset import Recipe, check_recipe, dat
 from megatron_mimo.training.pretraining.packs import LoopData
 from megatron_mimo.training.pretraining.provider import forward_step, model_provider
 from megatron_mimo.training.pretraining.session import Session, end_session, session_of, use_hooks
+from megatron_mimo.training.pretraining.step_graphs import FullIterations, LoopSteps
 
 
 def pretrain(recipe: Recipe, defaults: dict[str, object] | None = None) -> None:
@@ -120,6 +122,7 @@ def adapt_megatron(model_config: ModelConfig, hooks: Hooks | None = None) -> Ite
         until_trained.enter_context(train_step_by(told))
         until_trained.enter_context(evaluations_told(_evaluated))
         until_trained.enter_context(saves_decided_by(saving))
+        until_trained.enter_context(full_iterations_by(FullIterations(_steps_of)))
         until_trained.enter_context(compiled_dataset_helpers())
         until_trained.enter_context(checkpoints.adapted(lambda: asked_for(_running_args()), _data, _ema))
         yield
@@ -133,6 +136,11 @@ def _data() -> LoopData:
 def _ema() -> Ema | None:
     """Averages of the weights of the run in progress."""
     return session_of(_running_args()).ema
+
+
+def _steps_of(schedule: Callable[..., Any]) -> LoopSteps:
+    """What runs the steps of the run in progress."""
+    return session_of(_running_args()).steps_of(schedule)
 
 
 def _evaluated(prefix: str, iteration: int, losses: dict[str, Any]) -> None:
@@ -173,4 +181,5 @@ def _initialize_cpu(args: Namespace) -> None:
         seed=args.seed,
         backend="gloo",
         timeout_s=60.0 * args.distributed_timeout_minutes,
+        graph_safe_rng=args.cuda_graph_impl != "none",
     )

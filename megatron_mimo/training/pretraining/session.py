@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.data.step import Counts
+from megatron_mimo.graphs import end_graphs
 from megatron_mimo.layout import check_layout
 from megatron_mimo.modality.marks import check_orthogonalized
 from megatron_mimo.model import MimoModel
@@ -26,6 +28,7 @@ from megatron_mimo.training.pretraining.arguments import (
 )
 from megatron_mimo.training.pretraining.checks import check_comparing, check_in_effect, check_resumed, check_supported
 from megatron_mimo.training.pretraining.packs import LoopData, check_data
+from megatron_mimo.training.pretraining.step_graphs import LoopSteps, check_step_graphs
 from megatron_mimo.training.pretraining.telling import Telling
 from megatron_mimo.training.speed.flops import PartSize, part_sizes
 from megatron_mimo.training.speed.throughput import Throughput, log_to_megatron, peak_of_all
@@ -63,6 +66,7 @@ class Session:
         self._sizes: dict[str, PartSize] = {}
         self._counts: Counts = {}
         self._weights: Mapping[str, float] = {}
+        self._steps: LoopSteps | None = None
         #: What takes part in the run.
         self.hooks = _hooks
 
@@ -86,6 +90,7 @@ class Session:
             control.check(model)
             check_resumed(self.args, control, model)
             check_comparing(self.args, model, [each.name for each in self._further_losses])
+            check_step_graphs(self.args, model, layout, control)
             check_hooks(self._callbacks, self._further_losses, list(model.modality_submodules))
             self._asked = model_config, Asked(model, control)
         return self._asked[1]
@@ -118,6 +123,23 @@ class Session:
             sources=lambda: self.data.source_names,
             stages=self.telling.stages,
         )
+
+    def steps_of(self, schedule: Callable[..., Any]) -> LoopSteps:
+        """What runs training steps by CUDA graphs; the loop's, since an evaluation asks for one of its own."""
+        if self._steps is None:
+            self._steps = LoopSteps(schedule, self.args, layout_from_args(self.args), self.forward_step)
+        return self._steps
+
+    def tell_graphs(self) -> None:
+        """Prints how training steps ran, where any were to be captured."""
+        if self._steps is not None:
+            from megatron.training import print_rank_0  # configures logging
+
+            counts = self._steps.counts
+            print_rank_0(
+                f"training steps as one CUDA graph: {counts.captured} captured, {counts.replayed} replayed, "
+                f"{counts.eager} launched kernel by kernel"
+            )
 
     @cached_property
     def telling(self) -> Telling:
@@ -177,5 +199,8 @@ def end_session() -> None:
     global _session
     ended, _session = _session, None
     use_hooks(Hooks())
+    end_graphs()
+    if ended is not None:
+        ended.tell_graphs()
     if ended is not None and "telling" in vars(ended):
         ended.telling.end()

@@ -1,0 +1,115 @@
+"""Megatron's own loop replays its steps, with --cuda-graph-impl full_iteration; captures are recordings here."""
+
+import re
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from examples.recipes import any_to_any_small
+from examples.recipes.any_to_any_small import Sample
+from megatron_mimo.launch import Run, shutdown
+from tests.distributed.cases.pretrain import losses, run_recipe
+from tests.distributed.harness import case, shared_directory
+from tests.recorded_graphs import record_graphs
+
+STEPS = 6
+#: One step launched, one captured and replayed, the others replayed.
+GRAPHS = [
+    "--cuda-graph-impl", "full_iteration", "--no-check-for-nan-in-loss-and-grad", "--cuda-graph-warmup-steps", "1",
+]  # fmt: skip
+KINDS = ("seen", "drawn", "heard", "sung")
+LAYOUTS = {
+    "two ranks of the data": ["--overlap-grad-reduce", "--calculate-per-token-loss"],
+    "tensor": ["--tensor-model-parallel-size", "2", "--sequence-parallel"],
+    "pipeline": ["--pipeline-model-parallel-size", "2", "--calculate-per-token-loss"],
+    "interleaved": [
+        "--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1", "--num-layers", "4",
+        "--overlap-p2p-communication-warmup-flush", "--calculate-per-token-loss",
+    ],
+}  # fmt: skip
+
+
+class Alike(Sequence[Sample]):
+    """Samples that read and write a picture and a tone each, in one order: a recording on the CPU has one shape."""
+
+    def __init__(self, length: int, offset: int) -> None:
+        self._length, self._offset = length, offset
+
+    def __len__(self) -> int:
+        return 4 * STEPS
+
+    def __getitem__(self, index: int) -> Sample:
+        generator = torch.Generator().manual_seed(self._offset + index)
+        sample, ids, learned = Sample(torch.empty(0), torch.empty(0)), [], []
+        for kind in KINDS:
+            turn = Sample(torch.empty(0), torch.empty(0))
+            while not getattr(turn, kind):
+                turn = Sample(torch.empty(0), torch.empty(0))
+                said, answers = any_to_any_small._turn(turn, generator, self._length)
+            ids += said
+            learned += answers
+            getattr(sample, kind).extend(getattr(turn, kind))
+        room = self._length - len(ids)
+        sample.ids = torch.tensor(ids + [any_to_any_small.TOKEN["<pad>"]] * room)
+        sample.learned = torch.tensor(learned + [0] * room, dtype=torch.float32)
+        return sample
+
+
+def datasets(args: Namespace, samples: Sequence[int | None]) -> tuple[Alike, Alike, None]:
+    del samples
+    return Alike(args.seq_length, 0), Alike(args.seq_length, 1000), None
+
+
+RECIPE = Namespace(model_config=any_to_any_small.model_config, datasets=datasets, collate=any_to_any_small.collate)
+
+
+@contextmanager
+def recorded() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        record_graphs(patch)
+        yield
+
+
+@case(ranks=2, timeout_s=240)
+def replayed_steps_of_megatrons_loop_log_what_launched_ones_do_and_evaluations_draw_alike(run: Run) -> None:
+    shutdown()
+    where = shared_directory() / "graphs"
+    evaluations = ["--eval-iters", "1", "--eval-interval", "2"]
+    for name, layout in LAYOUTS.items():
+        given = [*layout, *evaluations]
+        eager = run_recipe(where / name / "eager", *given, steps=STEPS, recipe=RECIPE)
+        told: list[str] = []
+        with recorded(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr("megatron.training.print_rank_0", lambda text, *more: told.append(text))
+            graphed = run_recipe(where / name / "graphed", *given, *GRAPHS, steps=STEPS, recipe=RECIPE)
+        assert losses(graphed) == losses(eager), name
+        assert {tag: values for tag, values in graphed.items() if "validation" in tag or tag == "grad-norm"} == {
+            tag: values for tag, values in eager.items() if "validation" in tag or tag == "grad-norm"
+        }, name
+        (line,) = [text for text in told if text.startswith("training steps as one CUDA graph")]
+        assert line.endswith(f": 1 captured, {STEPS - 1} replayed, 1 launched kernel by kernel"), (name, line)
+
+
+REFUSED = {
+    "--cuda-graph-buckets and --cuda-graph-label-rows shape steps": ["--cuda-graph-buckets", "images=4"],
+    "buckets has 'imagse', expected modalities that are read": [*GRAPHS, "--cuda-graph-buckets", "imagse=4"],
+    "overlap_param_gather=False": [
+        *GRAPHS, "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"
+    ],
+    "--save-wgrads-interval with --cuda-graph-impl full_iteration": [*GRAPHS, "--save-wgrads-interval", "2"],
+    "graphed=() of TrainingControl": [*GRAPHS, "--graph-encoders", "images/encoders"],
+}  # fmt: skip
+
+
+@case(ranks=2)
+def what_a_step_as_one_graph_cannot_be_right_with_is_refused_by_its_argument(run: Run) -> None:
+    shutdown()
+    with recorded():
+        for message, arguments in REFUSED.items():
+            with pytest.raises(ValueError, match=re.escape(message)):
+                run_recipe(shared_directory(), *arguments)
+    with pytest.raises(ValueError, match="CUDA graphs need a GPU"):
+        run_recipe(shared_directory(), *GRAPHS)
