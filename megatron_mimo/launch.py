@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -18,52 +17,12 @@ from megatron_mimo.compat.torch import pretend_world
 from megatron_mimo.draws import seed_draws
 from megatron_mimo.exits import exit_on_error
 from megatron_mimo.graphs import end_graphs
-from megatron_mimo.hosts import HostGroups
+from megatron_mimo.run import Run, described
 from megatron_mimo.torchrun import torchrun_number, under_torchrun, world_size
-
-if TYPE_CHECKING:
-    from megatron.core.process_groups_config import ProcessGroupCollection
 
 __all__ = ["Layout", "Run", "exit_on_error", "initialize", "shutdown"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Run:
-    """What `initialize` set up, seen from this rank.
-
-    Attributes:
-        layout: the size of every parallel axis.
-        rank: this rank in the world; `local_rank` is its place on this host.
-        tensor_rank, pipeline_rank, data_rank, context_rank, expert_rank: its place on each axis.
-        device: where this rank's tensors live.
-        backend: ``"nccl"`` or ``"gloo"``.
-        seed: what the random numbers started from.
-        groups: Megatron's process groups, to hand to models and optimizers.
-        hosts: groups of the same ranks for what lies on the host; over them nobody waits for a GPU.
-        graph_safe_rng: whether CUDA graphs can draw from Megatron's random numbers.
-    """
-
-    layout: Layout
-    rank: int
-    local_rank: int
-    tensor_rank: int
-    pipeline_rank: int
-    data_rank: int
-    context_rank: int
-    expert_rank: int
-    device: torch.device
-    backend: str
-    seed: int
-    groups: "ProcessGroupCollection"
-    hosts: HostGroups
-    graph_safe_rng: bool = False
-
-    @property
-    def world_size(self) -> int:
-        """Ranks in this run."""
-        return self.layout.world_size
 
 
 @dataclass(frozen=True)
@@ -350,59 +309,7 @@ def _build_groups(
         seed + 100 * pipeline_rank, use_cudagraphable_rng=graph_safe, force_reset_rng=other_kind
     )
     seed_draws(seed, parallel_state.get_data_parallel_rank())
-    return _described(layout, local_rank, device, backend, seed, timeout_s, graph_safe_rng)
-
-
-def run_over_megatrons_groups(layout: Layout, seed: int, timeout_s: float) -> Run:
-    """The `Run` of process groups, device and random numbers that other code has set up, as `megatron.training` does.
-
-    Collective over all ranks; it is not the run that `initialize` gives and `shutdown` ends.
-
-    Args:
-        layout: that the groups have.
-        seed: what the random numbers started from.
-        timeout_s: of collectives between hosts.
-    """
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker, is_graph_safe_cuda_rng_tracker
-
-    on_cpu = cpu_backend_enabled()
-    local_rank = 0 if on_cpu else torch.cuda.current_device()
-    device = torch.device("cpu") if on_cpu else torch.device("cuda", local_rank)
-    graph_safe = is_graph_safe_cuda_rng_tracker(get_cuda_rng_tracker())
-    return _described(layout, local_rank, device, dist.get_backend(), seed, timeout_s, graph_safe)
-
-
-def _described(
-    layout: Layout,
-    local_rank: int,
-    device: torch.device,
-    backend: str,
-    seed: int,
-    timeout_s: float,
-    graph_safe_rng: bool,
-) -> Run:
-    """The run whose process groups Megatron has; new groups of hosts beside NCCL's."""
-    from megatron.core import parallel_state
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    made = backend == "nccl"
-    return Run(
-        layout=layout,
-        rank=dist.get_rank(),
-        local_rank=local_rank,
-        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        data_rank=parallel_state.get_data_parallel_rank(),
-        context_rank=parallel_state.get_context_parallel_rank(),
-        expert_rank=parallel_state.get_expert_model_parallel_rank(),
-        device=device,
-        backend=backend,
-        seed=seed,
-        groups=groups,
-        hosts=HostGroups.made(groups, timedelta(seconds=timeout_s)) if made else HostGroups.of(groups),
-        graph_safe_rng=graph_safe_rng,
-    )
+    return described(layout, local_rank, device, backend, seed, timeout_s, graph_safe_rng)
 
 
 def _tear_down(disable_cpu: bool) -> None:

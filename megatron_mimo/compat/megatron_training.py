@@ -62,9 +62,9 @@ def train_step_by(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> I
 
 
 @contextmanager
-def full_iterations_by(wrapper: Callable[..., Any]) -> Iterator[None]:
-    """Within it, Megatron's loop runs its schedules through ``wrapper(schedule, **options)`` with --cuda-graph-impl
-    full_iteration, in training and in evaluations.
+def full_iterations_by(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Within it, Megatron's loop runs its schedules through ``wrap(its own class)(schedule, **options)`` with
+    --cuda-graph-impl full_iteration, in training and in evaluations.
 
     Undocumented: `megatron.training.training.FullCudaGraphWrapper`, looked up in that module where the loop begins and
     in each evaluation; what it makes is called with the schedule's arguments, all by name.
@@ -73,7 +73,7 @@ def full_iterations_by(wrapper: Callable[..., Any]) -> Iterator[None]:
     """
     from megatron.training import training
 
-    with _replaced(training, "FullCudaGraphWrapper", wrapper):
+    with _replaced(training, "FullCudaGraphWrapper", wrap(training.FullCudaGraphWrapper)):
         yield
 
 

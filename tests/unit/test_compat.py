@@ -101,6 +101,11 @@ NAMES = {
     "megatron_training.train_step_by": (
         "megatron.training.training.train_step", ["forward_step_func", "data_iterator", "model", "optimizer"]
     ),
+    "megatron_training.full_iterations_by": (
+        "megatron.training.training.FullCudaGraphWrapper", ["forward_backward_func", "cuda_graph_warmup_steps"]
+    ),
+    "megatron_training.full_iteration_wrapper": ("megatron.training.training.FullCudaGraphWrapper", []),
+    "megatron_training.full_iteration_stream": ("megatron.core.full_cuda_graph.get_shared_capture_stream", []),
     "megatron_training.evaluations_told": (
         "megatron.training.training.evaluate_and_print_results",
         ["prefix", "forward_step_func", "data_iterator", "model", "iteration"],
@@ -530,6 +535,7 @@ def test_embeddings_have_the_options_that_alignment_asks_about(single_process) -
     [
         (megatron_training.optimizer_config_by, "megatron.training.training", "get_megatron_optimizer_config"),
         (megatron_training.train_step_by, "megatron.training.training", "train_step"),
+        (megatron_training.full_iterations_by, "megatron.training.training", "FullCudaGraphWrapper"),
     ],
 )
 def test_a_function_of_the_loop_is_ours_meanwhile_and_looked_up_in_its_module(enter, module: str, name: str) -> None:

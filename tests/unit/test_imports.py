@@ -60,6 +60,7 @@ ROOMS = [
     "exits",
     "hosts",
     "torchrun",
+    "run",
     "launch",
     "layout",
     "pretrained",

@@ -258,9 +258,13 @@ def args_of(*given: str) -> Namespace:
             args_of("--weight-decay-factor", "decoders=2", "--train-embedding-rows", "3"),
             "--weight-decay-factor, --train-embedding-rows: Megatron makes",
         ),
+        (
+            Namespace(**vars(args_of()), cuda_graph_impl="full_iteration"),
+            "--cuda-graph-impl full_iteration: Megatron's own capture knows no placements .*adapt_megatron",
+        ),
         (args_of("--device-peak-tflops", "1"), "--device-peak-tflops: only megatron_mimo.training.pretrain logs"),
     ],
-    ids=["no arguments", "a factor", "two", "peak"],
+    ids=["no arguments", "a factor", "two", "full iterations", "peak"],
 )
 def test_arguments_that_nothing_would_follow_in_a_script_of_ones_own_are_refused(args, message):
     with pytest.raises(ValueError, match=message):
@@ -305,6 +309,7 @@ def test_what_the_arguments_ask_for_is_worked_out_and_checked_once_a_run(single_
         **{f"{axis}_model_parallel_size".replace("context_model", "context"): size for axis, size in sizes.items()},
         **dict(virtual_pipeline_model_parallel_size=None, expert_tensor_parallel_size=None, world_size=1),
         **dict(mtp_num_layers=None, seq_length=16, load=None, pretrained_checkpoint=None, finetune=False),
+        **dict(cuda_graph_impl="none"),
     }.items():
         setattr(args, name, value)
     asked = []

@@ -122,7 +122,7 @@ def adapt_megatron(model_config: ModelConfig, hooks: Hooks | None = None) -> Ite
         until_trained.enter_context(train_step_by(told))
         until_trained.enter_context(evaluations_told(_evaluated))
         until_trained.enter_context(saves_decided_by(saving))
-        until_trained.enter_context(full_iterations_by(FullIterations(_steps_of)))
+        until_trained.enter_context(full_iterations_by(lambda theirs: FullIterations(_steps_of)))
         until_trained.enter_context(compiled_dataset_helpers())
         until_trained.enter_context(checkpoints.adapted(lambda: asked_for(_running_args()), _data, _ema))
         yield

@@ -20,15 +20,23 @@ from megatron_mimo.axes import Layout
 from megatron_mimo.batch import Batch
 from megatron_mimo.compat.megatron_training import full_iteration_stream
 from megatron_mimo.config import MimoModelConfig
-from megatron_mimo.launch import run_over_megatrons_groups
+from megatron_mimo.run import run_over_megatrons_groups
 from megatron_mimo.training.forward import ForwardStep
 from megatron_mimo.training.parts.captured import Captures, GraphCounts
 from megatron_mimo.training.parts.control import TrainingControl
 from megatron_mimo.training.parts.whole_step import StepGraphs, WholeSteps
 
 FULL_ITERATION = "full_iteration"
-#: Arguments of Megatron's that would look into a pass, of which a replay has none.
-LOOKS = ("save_activations_interval", "save_dgrads_interval", "save_tokens_per_expert_interval", "save_wgrads_interval")
+_NO_HOOKS = "a replay calls no hook that could look into a pass"
+#: Arguments of Megatron's -> why not.
+NOT_BESIDE = {
+    "save_activations_interval": _NO_HOOKS,
+    "save_dgrads_interval": _NO_HOOKS,
+    "save_tokens_per_expert_interval": _NO_HOOKS,
+    "save_wgrads_interval": _NO_HOOKS,
+    "timing_log_level": "its timers wait for the device within the step, which no capture can",
+    "optimizer_cuda_graph": "it was not tried beside another graph",
+}
 
 
 def step_graphs_from_args(args: Namespace) -> StepGraphs | None:
@@ -45,12 +53,13 @@ def step_graphs_from_args(args: Namespace) -> StepGraphs | None:
                 f"--cuda-graph-impl {args.cuda_graph_impl}. Give --cuda-graph-impl {FULL_ITERATION}, or leave them out."
             )
         return None
-    beside = [name for name in (*LOOKS, "optimizer_cuda_graph") if getattr(args, name, None)]
-    if beside:
-        raise ValueError(
-            f"--{beside[0].replace('_', '-')} with --cuda-graph-impl {FULL_ITERATION}: a replayed step calls no hook "
-            "and was not tried beside other graphs. Leave one of the two out."
-        )
+    for name, why in NOT_BESIDE.items():
+        if value := getattr(args, name, None):
+            given = "" if value is True else f" {value}"
+            raise ValueError(
+                f"--{name.replace('_', '-')}{given} with --cuda-graph-impl {FULL_ITERATION}: {why}. Leave one of the "
+                "two out."
+            )
     return StepGraphs(buckets, rows, warmup=args.cuda_graph_warmup_steps)
 
 

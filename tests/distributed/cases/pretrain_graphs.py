@@ -11,7 +11,7 @@ import torch
 from examples.recipes import any_to_any_small
 from examples.recipes.any_to_any_small import Sample
 from megatron_mimo.launch import Run, shutdown
-from tests.distributed.cases.pretrain import losses, run_recipe
+from tests.distributed.cases.pretrain import Curves, run_recipe
 from tests.distributed.harness import case, shared_directory
 from tests.recorded_graphs import record_graphs
 
@@ -22,9 +22,12 @@ GRAPHS = [
 ]  # fmt: skip
 KINDS = ("seen", "drawn", "heard", "sung")
 LAYOUTS = {
-    "two ranks of the data": ["--overlap-grad-reduce", "--calculate-per-token-loss"],
+    "experts": [
+        "--overlap-grad-reduce", "--calculate-per-token-loss", "--num-experts", "4", "--moe-router-topk", "2",
+        "--moe-token-dispatcher-type", "alltoall", "--moe-expert-capacity-factor", "1",
+        "--moe-pad-expert-input-to-capacity", "--moe-aux-loss-coeff", "0.01", "--disable-bias-linear",
+    ],
     "tensor": ["--tensor-model-parallel-size", "2", "--sequence-parallel"],
-    "pipeline": ["--pipeline-model-parallel-size", "2", "--calculate-per-token-loss"],
     "interleaved": [
         "--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1", "--num-layers", "4",
         "--overlap-p2p-communication-warmup-flush", "--calculate-per-token-loss",
@@ -66,6 +69,11 @@ def datasets(args: Namespace, samples: Sequence[int | None]) -> tuple[Alike, Ali
 RECIPE = Namespace(model_config=any_to_any_small.model_config, datasets=datasets, collate=any_to_any_small.collate)
 
 
+def told_of_steps(curves: Curves) -> Curves:
+    """What is logged but for times: losses of training and of evaluations, auxiliary ones, norms, rates of learning."""
+    return {tag: values for tag, values in curves.items() if not tag.startswith("throughput") and "time" not in tag}
+
+
 @contextmanager
 def recorded() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
@@ -85,10 +93,8 @@ def replayed_steps_of_megatrons_loop_log_what_launched_ones_do_and_evaluations_d
         with recorded(), pytest.MonkeyPatch.context() as patch:
             patch.setattr("megatron.training.print_rank_0", lambda text, *more: told.append(text))
             graphed = run_recipe(where / name / "graphed", *given, *GRAPHS, steps=STEPS, recipe=RECIPE)
-        assert losses(graphed) == losses(eager), name
-        assert {tag: values for tag, values in graphed.items() if "validation" in tag or tag == "grad-norm"} == {
-            tag: values for tag, values in eager.items() if "validation" in tag or tag == "grad-norm"
-        }, name
+        assert told_of_steps(graphed) == told_of_steps(eager), name
+        assert run.rank == 0 or {"text loss", "images/pixels loss validation", "grad-norm"} <= graphed.keys()
         (line,) = [text for text in told if text.startswith("training steps as one CUDA graph")]
         assert line.endswith(f": 1 captured, {STEPS - 1} replayed, 1 launched kernel by kernel"), (name, line)
 
@@ -100,6 +106,7 @@ REFUSED = {
         *GRAPHS, "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"
     ],
     "--save-wgrads-interval with --cuda-graph-impl full_iteration": [*GRAPHS, "--save-wgrads-interval", "2"],
+    "--timing-log-level 1 with --cuda-graph-impl full_iteration": [*GRAPHS, "--timing-log-level", "1"],
     "graphed=() of TrainingControl": [*GRAPHS, "--graph-encoders", "images/encoders"],
 }  # fmt: skip
 
