@@ -1,19 +1,26 @@
 """CUDA graphs on the CPU: what runs within a capture is recorded, and a replay runs it again on the same memory.
 
-Collectives and messages of a capture move nothing, as on a GPU, and those of a replay do.
+Collectives and messages of a capture move nothing, as on a GPU, and those of a replay do. Like a real one, a graph
+keeps what it made itself alone: memory from outside that is gone when it is replayed fails the test.
 """
 
-from collections.abc import Iterator
+import gc
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import wraps
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import FakeWork, Work
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from megatron_mimo.placement import Placement
+from megatron_mimo.tally import HostFacts
 from megatron_mimo.training.parts import graphed, whole_step
 
 #: Messages that ranks send each other: each would wait for its counterpart.
@@ -34,7 +41,8 @@ class RecordedGraph:
         """Runs the recorded operations and leaves their results where the capture's were."""
         sent: list[Work] = []  # messages that go out together are waited for together
         with torch.no_grad():
-            for function, args, kwargs, results in self.steps:
+            for step in self.steps:
+                function, args, kwargs, results = tree_map_only(_Outside, _Outside.tensor, step)
                 if function in MESSAGES:
                     sent.append(_work_of(function(*args, **kwargs)))
                     continue
@@ -51,16 +59,44 @@ class RecordedGraph:
             work.wait()
 
 
+class _Outside:
+    """A tensor on memory that the graph does not keep, but while it is recorded."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._memory, self._meta = StorageWeakRef(tensor.untyped_storage()), torch.empty(0, dtype=tensor.dtype)
+        self._place = (tensor.storage_offset(), tensor.size(), tensor.stride())
+        self._held: Tensor | None = tensor.detach()
+
+    def settle(self) -> None:
+        """Gives up the memory, but where nobody else has it: then the capture made it, by what is not dispatched."""
+        assert self._held is not None
+        if _holders(self._held) > 0:
+            self._held = None
+
+    def tensor(self) -> Tensor:
+        storage = torch.UntypedStorage._new_with_weak_ptr(self._memory.cdata)
+        assert storage is not None, f"a replayed graph reads {[*self._place[1]]} of {self._meta.dtype} that are gone"
+        return self._meta.new_empty(0).set_(storage, *self._place)
+
+
 class _Recording(TorchDispatchMode):
     def __init__(self, graph: RecordedGraph) -> None:
         super().__init__()
         self.graph = graph
+        self.made: set[int] = set()  # within the capture, by storage; what it recorded holds them
+        self.outside: dict[int, list[_Outside]] = {}
         self.before: dict[int, tuple[Tensor, Tensor]] = {}  # by memory: what was written to, and what it held
 
     def undo(self) -> None:
         """Memory is as it was: a capture computes nothing."""
         for written, held in self.before.values():
             written.copy_(held)
+        self.before.clear()
+        gc.collect()
+        for uses in self.outside.values():
+            for each in uses[1:]:
+                each._held = None
+            uses[0].settle()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "c10d":
@@ -77,7 +113,28 @@ class _Recording(TorchDispatchMode):
 
     def _record(self, function: OpOverload, args: tuple, kwargs: dict | None, results: object) -> None:
         """Keeps the memory that tensors have now: one may become another (`tensor.data = other`)."""
-        self.graph.steps.append((function, *tree_map_only(Tensor, Tensor.detach, (args, kwargs or {}, results))))
+        given = {_memory_of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        found = {_memory_of(leaf) for leaf in tree_leaves(results) if isinstance(leaf, Tensor)}
+        self.made |= found - given
+        self.graph.steps.append((function, *tree_map_only(Tensor, self._kept, (args, kwargs or {}, results))))
+
+    def _kept(self, tensor: Tensor) -> Tensor | _Outside:
+        if _memory_of(tensor) in self.made:
+            return tensor.detach()
+        found = _Outside(tensor)
+        self.outside.setdefault(_memory_of(tensor), []).append(found)
+        return found
+
+
+def _memory_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _holders(tensor: Tensor) -> int:
+    """Tensors beside this one that have its memory."""
+    alone = torch.empty(0)
+    counts = [torch._C._storage_Use_Count(each.untyped_storage()._cdata) for each in (tensor, alone)]
+    return counts[0] - counts[1]
 
 
 def _unmoved(function: OpOverload, args: tuple) -> object:
@@ -105,6 +162,17 @@ def _capture(graph: RecordedGraph, pool: object, stream: object = None, *, captu
     recording.undo()
 
 
+def _on_the_host(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Of which no graph would have anything."""
+
+    @wraps(function)
+    def unrecorded(*given: Any, **named: Any) -> Any:
+        with _disable_current_modes():
+            return function(*given, **named)
+
+    return unrecorded
+
+
 def record_graphs(patch: pytest.MonkeyPatch) -> None:
     """Until `patch` is undone, captures of encoders and of steps are recordings."""
     for name, stand_in in {
@@ -121,3 +189,5 @@ def record_graphs(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(graphed, "_check", lambda encoder: None)  # which asks for a GPU
     patch.setattr(whole_step, "_check_gpu", lambda run: None)
     patch.setattr(graphed, "clear_cublas_workspaces", lambda: None)
+    patch.setattr(HostFacts, "spans", _on_the_host(HostFacts.spans))
+    patch.setattr(Placement, "_check_predecessors", _on_the_host(Placement._check_predecessors))

@@ -85,6 +85,20 @@ def gradient_buffers(chunk: nn.Module) -> list[torch.Tensor]:
     return [buffer.grad_data for buffer in buffers]
 
 
+def shared_buffers() -> list[object]:
+    """Buffers in which this process gathers tensors, each replaced once it is too small; empty without a run.
+
+    Undocumented: `GlobalMemoryBuffer.buffer`, `(name, dtype)` -> tensor.
+    Reason: what was captured on one writes where it was.
+    When it goes: see where a sequence-parallel linear layer gathers its input.
+    """
+    from megatron.core import parallel_state
+
+    if not parallel_state.is_initialized():
+        return []
+    return list(parallel_state.get_global_memory_buffer().buffer.values())
+
+
 def is_tied_copy(parameter: nn.Parameter) -> bool:
     """Whether an output weight is the last stage's copy of a tied embedding.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_mimo.compat.megatron import tracker_without_forks
 from megatron_mimo.generation.sampling import Sampler
-from megatron_mimo.graphs import new_graph
+from megatron_mimo.graphs import capture, new_graph
 
 logger = logging.getLogger(__name__)
 
@@ -167,8 +167,7 @@ class Recorder:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = new_graph()
-        # Other threads, such as NCCL's watchdog, may call CUDA meanwhile.
-        with tracker_without_forks(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with tracker_without_forks(), capture(graph, self._pool):
             step()
         # What trial runs left in the cache, the replay overwrites.
         for buffer, content in zip(changing, kept):

@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parents[2] / "megatron_mimo"
 ROOMS = [
     "moved",
     "axes",
-    "graphs",
     "compat",
+    "graphs",
     "fp8",
     "config",
     "losses",

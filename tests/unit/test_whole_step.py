@@ -1,6 +1,7 @@
 """A training step as one CUDA graph: what it computes, what it serves, what it refuses. Captures are recordings here;
 `tests/gpu/test_whole_step_gpu.py` holds the same on a GPU."""
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -168,6 +169,42 @@ def test_evaluation_generation_and_a_second_model_run_beside_a_graphed_one(recor
         ]
         assert said[0][0].ids == said[1][0].ids
     assert graphed.graphs.counts.replayed == other.graphs.counts.replayed == 3
+
+
+def test_what_a_replay_reads_outlives_any_number_of_other_lengths(recorded):
+    """Megatron's rotary tables lie in a cache of 32, which models of a process share."""
+    eager, graphed = pair(recorded, StepGraphs(warmup=1))
+    assert_same_steps(eager, graphed, lambda step: [batch_of(step)], 2)
+    for length in range(25, 95):
+        for trainer in (eager, graphed):
+            trainer.evaluate(lambda *_: [batch_of(50, 0, length)])
+    assert_same_steps(eager, graphed, lambda step: [batch_of(step)], 4)
+    assert graphed.graphs.counts.replayed == 5
+
+
+def _move(trainer: Trainer) -> None:
+    for weight in trainer.models[0].parameters():
+        weight.data = weight.data.clone()
+
+
+def _freeze(trainer: Trainer) -> None:
+    trainer.models[0].modality_submodules["images"].requires_grad_(False)
+
+
+def _weigh(trainer: Trainer) -> None:
+    trainer.models[0].mimo_config.modality_loss_weights["text"] = 3.0
+
+
+@pytest.mark.parametrize("change", [_move, _freeze, _weigh])
+def test_a_step_whose_weights_moved_froze_or_weigh_otherwise_is_captured_again(recorded, change):
+    eager, graphed = pair(recorded, StepGraphs(warmup=1))
+    assert_same_steps(eager, graphed, lambda step: [batch_of(step)], 3)
+    for trainer in (eager, graphed):
+        change(trainer)
+    gc.collect()
+    assert_same_steps(eager, graphed, lambda step: [batch_of(step)], 3)
+    counts = graphed.graphs.counts
+    assert (counts.captured, counts.replayed, counts.eager) == (2, 4, 2)
 
 
 def test_megatrons_own_switch_captures_the_step(recorded):

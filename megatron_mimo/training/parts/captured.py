@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_mimo.compat.megatron import generators_of_tracker
-from megatron_mimo.graphs import new_graph
+from megatron_mimo.graphs import capture, new_graph
 
 logger = logging.getLogger(__name__)
 
@@ -93,14 +93,14 @@ class Captures[Result]:
             if not graph:
                 self.counts.eager += 1
                 return run(inputs)
-            capture = self._captures.get(key)
-            if capture is None:
-                capture = self._captures[key] = self._capture(inputs, run)
-            for static, tensor in zip(capture.inputs, inputs, strict=True):
+            captured = self._captures.get(key)
+            if captured is None:
+                captured = self._captures[key] = self._capture(inputs, run)
+            for static, tensor in zip(captured.inputs, inputs, strict=True):
                 static.copy_(tensor, non_blocking=True)
-            capture.graph.replay()
+            captured.graph.replay()
             self.counts.replayed += 1
-            return capture.result
+            return captured.result
 
     def captured(self, key: Hashable) -> bool:
         """Whether there is a graph for calls with `key`."""
@@ -138,7 +138,7 @@ class Captures[Result]:
         for generator in generators_of_tracker():
             graph.register_generator_state(generator)
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+        with capture(graph, self._pool, self._stream):
             result = run(statics)
         torch.cuda.synchronize()
         self.counts.captured += 1

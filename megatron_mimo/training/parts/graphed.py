@@ -29,7 +29,7 @@ from torch.func import functional_call
 from megatron_mimo.compat.megatron import tracker_without_forks
 from megatron_mimo.compat.torch import clear_cublas_workspaces, flatten, unflatten
 from megatron_mimo.cudnn import check_one_cudnn
-from megatron_mimo.graphs import new_graph
+from megatron_mimo.graphs import capture, new_graph
 from megatron_mimo.idle import gather_parameters
 from megatron_mimo.training.parts.compiled import CompiledForward
 
@@ -76,29 +76,29 @@ class GraphedForward:
             return self._forward(*args, **keywords)
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self._parameters)
         key = (trains, self._encoder.training, *inputs.key)
-        capture = self._free(key, inputs, trains)
-        if capture is None:
-            if not any(capture.key == key for capture in self._captures):
+        free = self._free(key, inputs, trains)
+        if free is None:
+            if not any(made.key == key for made in self._captures):
                 return self._forward(*args, **keywords)
             with tracker_without_forks():
                 return self._captured_forward(*args, **keywords)
         if not trains:
-            return capture.replay(inputs.tensors).clone()
-        return _Replay.apply(capture, len(inputs.tensors), *inputs.tensors, *self._parameters)
+            return free.replay(inputs.tensors).clone()
+        return _Replay.apply(free, len(inputs.tensors), *inputs.tensors, *self._parameters)
 
     def _free(self, key: tuple, inputs: _Inputs, trains: bool) -> _Capture | None:
         """A capture of this key whose last forward pass is done with, made if there is room."""
-        for capture in self._captures:
-            if capture.key == key and not capture.busy:
-                return capture
+        for made in self._captures:
+            if made.key == key and not made.busy:
+                return made
         if len(self._captures) == self._limit:
             return None
 
         logger.info("capturing an encoder of inputs %s", [list(t.shape) for t in inputs.tensors])
         call = _Call(self._encoder, self._captured_forward, inputs)
-        capture = _Capture(key, call, inputs.tensors, self._parameters if trains else ())
-        self._captures.append(capture)
-        return capture
+        made = _Capture(key, call, inputs.tensors, self._parameters if trains else ())
+        self._captures.append(made)
+        return made
 
 
 class _Inputs:
@@ -169,7 +169,7 @@ class _Capture:
         with tracker_without_forks(), torch.set_grad_enabled(bool(self._trained)):
             forward = partial(functional_call, call, aliases)
             kept = self._warm_up(forward)
-            with torch.cuda.graph(self._forward, pool, capture_error_mode="thread_local"):
+            with capture(self._forward, pool):
                 # The pool begins with one block for all that a forward pass keeps: grown piece by piece,
                 # a segment for each tensor, it would be larger.
                 torch.empty(kept, dtype=torch.uint8, device=self._inputs[0].device)
@@ -177,7 +177,7 @@ class _Capture:
             self._output = output.detach()
             if self._trained:
                 self._gradient = torch.empty_like(output)
-                with torch.cuda.graph(self._backward, pool, capture_error_mode="thread_local"):
+                with capture(self._backward, pool):
                     self._gradients = torch.autograd.grad(output, self._trained, self._gradient, allow_unused=True)
 
     def replay(self, inputs: Sequence[Tensor]) -> Tensor:

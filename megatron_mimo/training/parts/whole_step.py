@@ -203,6 +203,7 @@ class WholeSteps:
         self._settings, self._captures, self._models, self._run = settings, captures, models, run
         self._forward_step, self._gradients = forward_step, gradients
         self._brought: dict[Hashable, list] = {}
+        self._parameters = [parameter for model in models for parameter in model.parameters()]
         check_one_cudnn("graphs")
 
     @property
@@ -224,7 +225,7 @@ class WholeSteps:
         """
         rounded = self._settings.buckets, self._settings.label_rows
         read = [ChunkStep.read(batches, model, self._forward_step, *rounded) for model in self._models]
-        key: Hashable | None = tuple(chunk.key for chunk in read)
+        key: Hashable | None = (self._taken_for_granted(), *(chunk.key for chunk in read))
         if not all(chunk.captured for chunk in read):
             key = None
         brought = self._brought[key] if self._captures.captured(key) else [()] * read[0].microbatches
@@ -250,6 +251,11 @@ class WholeSteps:
         if not self._captures.captured(key):
             del self._brought[key]
         return logged
+
+    def _taken_for_granted(self) -> Hashable:
+        """What a capture has of the models: where their weights lie, which of them train, how losses are weighted."""
+        weights = tuple((parameter.data_ptr(), parameter.requires_grad) for parameter in self._parameters)
+        return weights, *(tuple(self._forward_step.weights(model).items()) for model in self._models)
 
     def _together(self, ready: bool, error: Exception | None) -> bool:
         """Whether all ranks run the step by a graph, as where each is ready. Raises what any of them found."""

@@ -162,6 +162,26 @@ def experts_of_fixed_capacity_are_replayed_and_report_their_losses(run: Run) -> 
     recording(run, lambda run: assert_replayed(run, 8, **EXPERTS))
 
 
+@case(ranks=2, **TENSOR)
+@case(ranks=2, **CONTEXT)
+def what_a_replay_reads_outlives_longer_batches_and_any_number_of_lengths(run: Run) -> None:
+    """Sequence-parallel layers gather in a buffer that a longer batch replaces, and shards lie in a cache of 64."""
+
+    def check(run: Run) -> None:
+        eager, graphed = pair(run)
+        for length in [16, 16, 48, 48, 16, *range(52, 52 + 4 * 70, 4), 16]:
+            data = lambda at, rank, size: microbatches(at, rank, size, length)  # noqa: E731
+            if length in (16, 48):
+                expected, found = (each.train_step(data) for each in (eager, graphed))
+                assert dict(found.losses) == dict(expected.losses), length
+            else:
+                assert graphed.evaluate(data) == eager.evaluate(data)
+        counts = graphed.graphs.counts
+        assert (counts.captured, counts.replayed, counts.eager) == (2, 4, 2)
+
+    recording(run, check)
+
+
 @case(ranks=2)
 def a_step_that_one_rank_cannot_replay_runs_without_a_graph_on_all(run: Run) -> None:
     def check(run: Run) -> None:

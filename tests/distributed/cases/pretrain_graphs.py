@@ -105,7 +105,7 @@ REFUSED = {
     "overlap_param_gather=False": [
         *GRAPHS, "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"
     ],
-    "--save-wgrads-interval with --cuda-graph-impl full_iteration": [*GRAPHS, "--save-wgrads-interval", "2"],
+    "--save-wgrads-interval 2 with --cuda-graph-impl full_iteration": [*GRAPHS, "--save-wgrads-interval", "2"],
     "--timing-log-level 1 with --cuda-graph-impl full_iteration": [*GRAPHS, "--timing-log-level", "1"],
     "graphed=() of TrainingControl": [*GRAPHS, "--graph-encoders", "images/encoders"],
 }  # fmt: skip
