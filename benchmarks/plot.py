@@ -58,15 +58,13 @@ def draw(files: Sequence[Path], out: Path) -> None:
                 panel.bar(name, milliseconds, bottom=below, color=colour, label=kind)
                 below += milliseconds
             step = figures["results"][place]["step_ms"]
-            panel.text(
-                place,
-                below,
-                f"{step:.0f} ms\n{100 * operations / step * 1e3 / figures['peak']:.1f} %",
-                ha="center",
-                va="bottom",
-            )
+            said = f"{step:.0f} ms"
+            if figures["peak"]:
+                said += f"\n{100 * operations / step * 1e3 / figures['peak']:.1f} %"
+            panel.text(place, below, said, ha="center", va="bottom")
         quiet = figures["launches_a_second"]
-        panel.set_title(f"{path.stem}: {figures['device']}\n{quiet / 1e3:.0f} k launches a second")
+        host = f"\n{quiet / 1e3:.0f} k launches a second" if quiet else ""
+        panel.set_title(f"{path.stem}: {figures['device']}{host}")
         panel.set_ylabel("ms a step; above: MFU")
         panel.margins(y=0.15)
     handles = {

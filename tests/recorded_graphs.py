@@ -41,8 +41,10 @@ class RecordedGraph:
         """Runs the recorded operations and leaves their results where the capture's were."""
         sent: list[Work] = []  # messages that go out together are waited for together
         with torch.no_grad():
-            for step in self.steps:
-                function, args, kwargs, results = tree_map_only(_Outside, _Outside.tensor, step)
+            for has_outside, *step in self.steps:
+                function, args, kwargs, results = (
+                    tree_map_only(_Outside, _Outside.tensor, step) if has_outside else step
+                )
                 if function in MESSAGES:
                     sent.append(_work_of(function(*args, **kwargs)))
                     continue
@@ -116,7 +118,8 @@ class _Recording(TorchDispatchMode):
         given = {_memory_of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         found = {_memory_of(leaf) for leaf in tree_leaves(results) if isinstance(leaf, Tensor)}
         self.made |= found - given
-        self.graph.steps.append((function, *tree_map_only(Tensor, self._kept, (args, kwargs or {}, results))))
+        kept = tree_map_only(Tensor, self._kept, (args, kwargs or {}, results))
+        self.graph.steps.append((not given | found <= self.made, function, *kept))
 
     def _kept(self, tensor: Tensor) -> Tensor | _Outside:
         if _memory_of(tensor) in self.made:
