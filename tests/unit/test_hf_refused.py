@@ -405,6 +405,7 @@ def test_pretrain_begins_from_the_directory_that_its_command_line_names(source, 
         finetune=False,
         seed=1,
         optimizer="adam",
+        cuda_graph_impl="none",
     )
     expected = load_file(source / WEIGHTS)["model.norm.weight"]
     for options in ([], ["--pretrained", str(source)]):

@@ -3,6 +3,7 @@
 
 import gc
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -102,6 +103,18 @@ def test_a_step_that_no_graph_fits_runs_eagerly_and_is_counted(recorded):
     counts = graphed.graphs.counts
     assert (counts.captured, counts.replayed, counts.eager) == (1, 3, 4)
     assert len(graphed.graphs._brought) == 1  # nothing is kept of shapes that got no graph
+
+
+def test_a_step_that_raises_is_no_warm_up(recorded, monkeypatch):
+    trainer = trainer_of(recorded, StepGraphs(warmup=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(trainer.models[0].language_model), "forward", Mock(side_effect=RuntimeError("no memory")))
+        with pytest.raises(RuntimeError, match="no memory"):
+            trainer.train_step(lambda *_: [batch_of(0)])
+    for step in range(3):
+        trainer.train_step(lambda *_: [batch_of(step)])
+    counts = trainer.graphs.counts
+    assert (counts.captured, counts.replayed, counts.eager) == (1, 2, 2)
 
 
 def test_how_many_labels_count_is_part_of_the_shape(recorded):

@@ -69,7 +69,7 @@ class Captures[Result]:
         self._seen: dict[Hashable, int] = {}
 
     def ready(self, key: Hashable | None) -> bool:
-        """Whether the call that comes may run by a graph; asked once a call, since shapes that come again are captured.
+        """Whether the call that comes may run by a graph: of a shape that was captured, or has warmed up.
 
         Args:
             key: of the call; None where no graph may serve it.
@@ -92,7 +92,9 @@ class Captures[Result]:
         with self.stream():
             if not graph:
                 self.counts.eager += 1
-                return run(inputs)
+                result = run(inputs)
+                self._warmed_up(key)
+                return result
             captured = self._captures.get(key)
             if captured is None:
                 captured = self._captures[key] = self._capture(inputs, run)
@@ -119,18 +121,18 @@ class Captures[Result]:
         outside.wait_stream(self._stream)
 
     def _may_capture(self, key: Hashable | None) -> bool:
+        warm = key is not None and self._seen.get(key, 0) >= self._warmup
+        return warm and len(self._captures) < self._limit
+
+    def _warmed_up(self, key: Hashable | None) -> None:
+        """Counts a call that ran to its end without a graph."""
         if key is None:
-            return False
+            return
         seen = self._seen[key] = self._seen.pop(key, 0) + 1
         if len(self._seen) > KEPT_SHAPES:
             del self._seen[next(iter(self._seen))]
-        if seen <= self._warmup:
-            return False
-        if len(self._captures) < self._limit:
-            return True
-        if seen == self._warmup + 1:
+        if seen == self._warmup + 1 and len(self._captures) == self._limit:
             logger.info("a shape beyond the %d that are captured runs without a CUDA graph", self._limit)
-        return False
 
     def _capture(self, inputs: Sequence[Tensor], run: Callable[[Sequence[Tensor]], Result]) -> _Capture[Result]:
         statics = [tensor.clone() for tensor in inputs]
