@@ -22,15 +22,15 @@ GRAPHS = [
 ]  # fmt: skip
 KINDS = ("seen", "drawn", "heard", "sung")
 LAYOUTS = {
-    "experts": [
-        "--overlap-grad-reduce", "--calculate-per-token-loss", "--num-experts", "4", "--moe-router-topk", "2",
+    "tensor parallelism, experts": [
+        "--tensor-model-parallel-size", "2", "--sequence-parallel", "--calculate-per-token-loss",
+        "--num-experts", "4", "--moe-router-topk", "2", "--moe-aux-loss-coeff", "0.01", "--disable-bias-linear",
         "--moe-token-dispatcher-type", "alltoall", "--moe-expert-capacity-factor", "1",
-        "--moe-pad-expert-input-to-capacity", "--moe-aux-loss-coeff", "0.01", "--disable-bias-linear",
+        "--moe-pad-expert-input-to-capacity",
     ],
-    "tensor": ["--tensor-model-parallel-size", "2", "--sequence-parallel"],
-    "interleaved": [
+    "interleaved stages": [
         "--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1", "--num-layers", "4",
-        "--overlap-p2p-communication-warmup-flush", "--calculate-per-token-loss",
+        "--overlap-p2p-communication-warmup-flush",
     ],
 }  # fmt: skip
 
