@@ -59,6 +59,7 @@ class Session:
         self.state: Rows | None = None
         self._open: ExitStack | None = None
         self._held = (0, 0)
+        self._places: tuple[int, ...] = ()
         check_cacheable(model)
         reason = unrecordable(model, self.stage)
         if graphs and reason is not None:
@@ -80,14 +81,15 @@ class Session:
         Raises:
             ValueError: they do not fit.
         """
+        places = tuple(weight.data_ptr() for weight in self.model.parameters())  # which graphs know
         if self._open is not None and self.state is not None:
-            if rows == self._held[0] and slots <= self._held[1]:
+            if rows == self._held[0] and slots <= self._held[1] and places == self._places:
                 return self.state, self._held[1]
             self.close()
         self._check_memory(rows, slots)
         opened = ExitStack()
         opened.enter_context(borrowed(self.model, self.turn, rows, slots))
-        self._open, self._held = opened, (rows, slots)
+        self._open, self._held, self._places = opened, (rows, slots), places
         self.state = Rows(rows, self.stage.hidden_size, self.stage.dtype, self.stage.device)
         if self._compiled:
             language = self.model.language_model

@@ -1,5 +1,7 @@
 """The fast ways of a decode step say what the plain one says: fused layers, and graphs that are captured once."""
 
+import gc
+
 import pytest
 import torch
 from megatron.core.transformer import transformer_block, transformer_layer
@@ -105,6 +107,18 @@ def test_replayed_steps_say_what_run_ones_say_and_serve_the_next_call(single_pro
             # Prompts of as many positions are recorded the second time that they come, and so are two encoders.
             assert session.recorder is not None and len(session.recorder) == (1, 2, 4, 4)[number]
     assert [o.ids for o in expected[0]] != [o.ids for o in expected[1]]
+
+
+def test_a_session_whose_model_s_weights_moved_records_them_anew(single_process, recorded):
+    model = model_of("groups")
+    with Session(model, graphs=True) as session:
+        model.generate(prompts(), NEW, modalities=(), session=session)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.data = weight.data * 1.5
+        gc.collect()
+        found = model.generate(prompts(), NEW, modalities=(), session=session)
+    same(found, model.generate(prompts(), NEW, modalities=()))
 
 
 def test_each_way_to_draw_has_a_graph_and_a_penalty_has_none(single_process, recorded):

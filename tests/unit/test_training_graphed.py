@@ -45,6 +45,30 @@ def test_replays_give_the_outputs_and_add_up_the_gradients_of_the_encoder_itself
     assert len(kept) == 1
 
 
+def test_weights_that_moved_or_train_otherwise_are_captured_again(captures):
+    encoder = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 3))
+    forward, _ = captures(encoder, trains=True)
+    changes = [
+        lambda: None,
+        lambda: [setattr(weight, "data", weight.data * 2) for weight in encoder.parameters()],
+        lambda: encoder[0].requires_grad_(False),
+        lambda: encoder[0].requires_grad_(True),
+    ]
+    for change in changes:
+        change()
+        encoder.zero_grad()
+        images = torch.randn(5, 4)
+        forward(images).sum().backward()
+        found = [weight.grad for weight in encoder.parameters()]
+        itself = copy.deepcopy(encoder)
+        itself.zero_grad()
+        itself(images).sum().backward()
+        for mine, other in zip(found, itself.parameters(), strict=True):
+            assert (mine is None) == (other.grad is None)
+            if mine is not None:
+                torch.testing.assert_close(mine, other.grad)
+
+
 def test_a_second_forward_pass_before_the_backward_pass_leaves_the_first_ones_memory_alone(captures):
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4))

@@ -67,6 +67,7 @@ class GraphedForward:
         self._parts, self._parameters = tuple(encoder.modules()), tuple(encoder.parameters())
         self._limit = captures
         self._captures: list[_Capture] = []
+        self._places = self._places_of_weights()
 
     def __call__(self, *args, **keywords):
         """The encoder's output for these inputs."""
@@ -74,6 +75,9 @@ class GraphedForward:
         inputs = _Inputs(args, keywords)
         if torch.cuda.is_current_stream_capturing() or not inputs.fit_a_graph(self._parameters):
             return self._forward(*args, **keywords)
+        if (places := self._places_of_weights()) != self._places:  # captures know those of before
+            self._captures.clear()
+            self._places = places
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self._parameters)
         key = (trains, self._encoder.training, *inputs.key)
         free = self._free(key, inputs, trains)
@@ -85,6 +89,10 @@ class GraphedForward:
         if not trains:
             return free.replay(inputs.tensors).clone()
         return _Replay.apply(free, len(inputs.tensors), *inputs.tensors, *self._parameters)
+
+    def _places_of_weights(self) -> tuple[tuple[int, bool], ...]:
+        """Where each weight lies, and whether it trains."""
+        return tuple((parameter.data_ptr(), parameter.requires_grad) for parameter in self._parameters)
 
     def _free(self, key: tuple, inputs: _Inputs, trains: bool) -> _Capture | None:
         """A capture of this key whose last forward pass is done with, made if there is room."""
