@@ -17,7 +17,7 @@ from megatron_mimo.compat.torch import pretend_world
 from megatron_mimo.draws import seed_draws
 from megatron_mimo.exits import exit_on_error
 from megatron_mimo.graphs import end_graphs
-from megatron_mimo.run import Run, described
+from megatron_mimo.run import Run, described, place_on_host
 from megatron_mimo.torchrun import torchrun_number, under_torchrun, world_size
 
 __all__ = ["Layout", "Run", "exit_on_error", "initialize", "shutdown"]
@@ -125,7 +125,7 @@ def initialize(
             "initialize: torch.distributed is initialised already, by other code than megatron_mimo. Remove that call: "
             "initialize() builds every process group itself."
         )
-    local_rank = torchrun_number("LOCAL_RANK", 0, 0) if under_torchrun() else 0
+    local_rank = place_on_host()
     backend = _choose_backend(backend, local_rank)
 
     enabled_here = False
@@ -141,7 +141,7 @@ def initialize(
     _notices.__enter__()
     try:
         _join_world(backend, timeout_s)
-        run = _build_groups(layout, local_rank, device, backend, seed, timeout_s, graph_safe_rng)
+        run = _build_groups(layout, device, seed, timeout_s, graph_safe_rng)
     except BaseException:
         _tear_down(enabled_here)
         raise
@@ -165,7 +165,7 @@ def pretended(layout: Layout, rank: int = 0) -> Iterator[Run]:
     _notices.__enter__()
     try:
         pretend_world(rank, layout.world_size)
-        run = _build_groups(layout, 0, torch.device("cpu"), "fake", 0, 600.0, False)
+        run = _build_groups(layout, torch.device("cpu"), 0, 600.0, False)
         _current = _Current(run, enabled_here, _world())
         yield run
     finally:
@@ -271,15 +271,7 @@ def _join_world(backend: str, timeout_s: float) -> None:
     )
 
 
-def _build_groups(
-    layout: Layout,
-    local_rank: int,
-    device: torch.device,
-    backend: str,
-    seed: int,
-    timeout_s: float,
-    graph_safe_rng: bool,
-) -> Run:
+def _build_groups(layout: Layout, device: torch.device, seed: int, timeout_s: float, graph_safe_rng: bool) -> Run:
     """Builds Megatron's process groups, seeds its random numbers and describes the result."""
     # Not at the top of the file: Megatron-Core warns about absent extensions when imported, and importing this
     # package says nothing.
@@ -298,7 +290,7 @@ def _build_groups(
         expert_model_parallel_size=layout.expert_model_parallel_size,
         expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
         distributed_timeout_minutes=timeout_s / 60,
-        create_gloo_process_groups=backend != "fake",  # of `pretended`
+        create_gloo_process_groups=dist.get_backend() != "fake",  # of `pretended`
     )
     pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
     graph_safe = graph_safe_rng and device.type == "cuda"
@@ -309,7 +301,7 @@ def _build_groups(
         seed + 100 * pipeline_rank, use_cudagraphable_rng=graph_safe, force_reset_rng=other_kind
     )
     seed_draws(seed, parallel_state.get_data_parallel_rank())
-    return described(layout, local_rank, device, backend, seed, timeout_s, graph_safe_rng)
+    return described(layout, device, seed, timeout_s, graph_safe_rng)
 
 
 def _tear_down(disable_cpu: bool) -> None:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron_mimo.axes import Layout
 from megatron_mimo.compat.cuda_on_cpu import cpu_backend_enabled
 from megatron_mimo.hosts import HostGroups
+from megatron_mimo.torchrun import torchrun_number, under_torchrun
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -54,6 +55,11 @@ class Run:
         return self.layout.world_size
 
 
+def place_on_host() -> int:
+    """This process's place on its host; 0 where torchrun did not start it."""
+    return torchrun_number("LOCAL_RANK", 0, 0) if under_torchrun() else 0
+
+
 def run_over_megatrons_groups(layout: Layout, seed: int, timeout_s: float) -> Run:
     """The `Run` of process groups, device and random numbers that other code has set up, as `megatron.training` does.
 
@@ -66,32 +72,27 @@ def run_over_megatrons_groups(layout: Layout, seed: int, timeout_s: float) -> Ru
     """
     from megatron.core.tensor_parallel import get_cuda_rng_tracker, is_graph_safe_cuda_rng_tracker
 
-    on_cpu = cpu_backend_enabled()
-    local_rank = 0 if on_cpu else torch.cuda.current_device()
-    device = torch.device("cpu") if on_cpu else torch.device("cuda", local_rank)
-    graph_safe = is_graph_safe_cuda_rng_tracker(get_cuda_rng_tracker())
-    return described(layout, local_rank, device, dist.get_backend(), seed, timeout_s, graph_safe)
+    device = torch.device("cpu") if cpu_backend_enabled() else torch.device("cuda", torch.cuda.current_device())
+    return described(layout, device, seed, timeout_s, is_graph_safe_cuda_rng_tracker(get_cuda_rng_tracker()))
 
 
-def described(
-    layout: Layout,
-    local_rank: int,
-    device: torch.device,
-    backend: str,
-    seed: int,
-    timeout_s: float,
-    graph_safe_rng: bool,
-) -> Run:
-    """The run whose process groups Megatron has, with new groups of hosts beside NCCL's. Collective over all ranks."""
+def described(layout: Layout, device: torch.device, seed: int, timeout_s: float, graph_safe_rng: bool) -> Run:
+    """The run whose process groups Megatron has, with new groups of hosts beside NCCL's. Collective over all ranks.
+
+    Args:
+        layout, device, seed, graph_safe_rng: as `Run` has them.
+        timeout_s: of collectives between hosts.
+    """
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
+    backend = dist.get_backend()
     groups = ProcessGroupCollection.use_mpu_process_groups()
     made = backend == "nccl"
     return Run(
         layout=layout,
         rank=dist.get_rank(),
-        local_rank=local_rank,
+        local_rank=place_on_host(),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         data_rank=parallel_state.get_data_parallel_rank(),

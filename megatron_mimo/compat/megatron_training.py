@@ -68,7 +68,7 @@ def full_iterations_by(wrap: Callable[[Callable[..., Any]], Callable[..., Any]])
 
     Undocumented: `megatron.training.training.FullCudaGraphWrapper`, looked up in that module where the loop begins and
     in each evaluation; what it makes is called with the schedule's arguments, all by name.
-    Reason: Megatron's knows one shape, and copies no placement into what it replays.
+    Reason: Megatron's knows one shape, and copies tensors of dicts and lists alone into what it replays.
     When it goes: wrap `get_forward_backward_func` of that module.
     """
     from megatron.training import training

@@ -15,6 +15,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_mimo import training
+from megatron_mimo.axes import Layout
 from megatron_mimo.compat.megatron import writers_report_here
 from megatron_mimo.compat.megatron_training import with_printable_help
 from megatron_mimo.training import TrainingControl, language_spec_from_args
@@ -27,7 +28,9 @@ from megatron_mimo.training.pretraining.checks import (
     check_supported,
 )
 from megatron_mimo.training.pretraining.session import end_session, session_of
+from megatron_mimo.training.pretraining.step_graphs import ready_for_step_graphs
 from tests import tiny, warm
+from tests.recorded_graphs import record_graphs
 
 ROOT = Path(__file__).parents[2]
 
@@ -260,7 +263,7 @@ def args_of(*given: str) -> Namespace:
         ),
         (
             Namespace(**vars(args_of()), cuda_graph_impl="full_iteration"),
-            "--cuda-graph-impl full_iteration: Megatron's own capture knows no placements .*adapt_megatron",
+            "--cuda-graph-impl full_iteration: Megatron's own capture knows one shape.*adapt_megatron",
         ),
         (args_of("--device-peak-tflops", "1"), "--device-peak-tflops: only megatron_mimo.training.pretrain logs"),
     ],
@@ -300,6 +303,16 @@ def test_megatron_calls_the_model_provider_as_its_own():
     given = list(inspect.signature(partial(training.model_provider, None)).parameters)
     assert given == ["pre_process", "post_process", "vp_stage", "config", "pg_collection"]
     assert list(inspect.signature(training.forward_step).parameters) == ["data_iterator", "model"]
+
+
+def test_stages_send_without_a_wait_where_steps_are_captured(monkeypatch):
+    record_graphs(monkeypatch)
+    given = dict(cuda_graph_warmup_steps=1, overlap_param_gather=False, check_for_nan_in_loss_and_grad=False)
+    for impl, waits in (("none", True), ("full_iteration", False)):
+        config = tiny.mimo_config()
+        args = Namespace(**vars(args_of()), **given, check_for_large_grads=False, cuda_graph_impl=impl)
+        ready_for_step_graphs(args, config, Layout(2, pipeline_model_parallel_size=2), TrainingControl())
+        assert config.language_config.batch_p2p_sync is waits
 
 
 def test_what_the_arguments_ask_for_is_worked_out_and_checked_once_a_run(single_process):

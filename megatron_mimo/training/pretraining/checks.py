@@ -51,8 +51,8 @@ def check_in_effect(args: Namespace, logs_throughput: bool = False) -> None:
     full_iteration = getattr(args, "cuda_graph_impl", "none") == FULL_ITERATION
     if full_iteration and not isinstance(full_iteration_wrapper(), FullIterations):
         raise ValueError(
-            f"--cuda-graph-impl {FULL_ITERATION}: Megatron's own capture knows no placements and would replay the "
-            "first step's. Parse the arguments and call pretrain() within `with "
+            f"--cuda-graph-impl {FULL_ITERATION}: Megatron's own capture knows one shape, and no placement of "
+            "media. Parse the arguments and call pretrain() within `with "
             "megatron_mimo.training.adapt_megatron(model_config):`, or leave it out."
         )
     if args.device_peak_tflops is not None and not logs_throughput:

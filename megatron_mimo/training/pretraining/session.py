@@ -28,7 +28,7 @@ from megatron_mimo.training.pretraining.arguments import (
 )
 from megatron_mimo.training.pretraining.checks import check_comparing, check_in_effect, check_resumed, check_supported
 from megatron_mimo.training.pretraining.packs import LoopData, check_data
-from megatron_mimo.training.pretraining.step_graphs import LoopSteps, check_step_graphs
+from megatron_mimo.training.pretraining.step_graphs import LoopSteps, ready_for_step_graphs
 from megatron_mimo.training.pretraining.telling import Telling
 from megatron_mimo.training.speed.flops import PartSize, part_sizes
 from megatron_mimo.training.speed.throughput import Throughput, log_to_megatron, peak_of_all
@@ -90,7 +90,7 @@ class Session:
             control.check(model)
             check_resumed(self.args, control, model)
             check_comparing(self.args, model, [each.name for each in self._further_losses])
-            check_step_graphs(self.args, model, layout, control)
+            ready_for_step_graphs(self.args, model, layout, control)
             check_hooks(self._callbacks, self._further_losses, list(model.modality_submodules))
             self._asked = model_config, Asked(model, control)
         return self._asked[1]

@@ -63,10 +63,10 @@ def step_graphs_from_args(args: Namespace) -> StepGraphs | None:
     return StepGraphs(buckets, rows, warmup=args.cuda_graph_warmup_steps)
 
 
-def check_step_graphs(args: Namespace, config: MimoModelConfig, layout: Layout, control: TrainingControl) -> None:
-    """Refuses what a step as one graph cannot be right with; before any process group is built.
+def ready_for_step_graphs(args: Namespace, config: MimoModelConfig, layout: Layout, control: TrainingControl) -> None:
+    """Refuses what a step as one graph cannot be right with, and has stages send without a wait of the host's.
 
-    Stages send their messages without a wait of the host's, of which Megatron has no argument.
+    Of that wait Megatron has no argument. Nothing happens where the command line asks for no graphs.
 
     Raises:
         ValueError: as `step_graphs_from_args` and `StepGraphs.check`.
@@ -138,6 +138,7 @@ class LoopSteps:
             self._steps = self._made(chunks)
         self._forward_step.start_evaluation()  # the one that comes next
         of_chunks = data_iterator if isinstance(data_iterator, list) else [data_iterator]
+        # Every chunk goes through the same batches, by an iterator of its own, which has to move on.
         read = [_microbatches(iterator, num_microbatches) for iterator in of_chunks]
         return self._steps(read[0], partial(schedule, data_iterator=[iter(()) for _ in chunks]))
 

@@ -2,8 +2,7 @@
 
 import re
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -74,13 +73,6 @@ def told_of_steps(curves: Curves) -> Curves:
     return {tag: values for tag, values in curves.items() if not tag.startswith("throughput") and "time" not in tag}
 
 
-@contextmanager
-def recorded() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        record_graphs(patch)
-        yield
-
-
 @case(ranks=2, timeout_s=240)
 def replayed_steps_of_megatrons_loop_log_what_launched_ones_do_and_evaluations_draw_alike(run: Run) -> None:
     shutdown()
@@ -90,7 +82,8 @@ def replayed_steps_of_megatrons_loop_log_what_launched_ones_do_and_evaluations_d
         given = [*layout, *evaluations]
         eager = run_recipe(where / name / "eager", *given, steps=STEPS, recipe=RECIPE)
         told: list[str] = []
-        with recorded(), pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch:
+            record_graphs(patch)
             patch.setattr("megatron.training.print_rank_0", lambda text, *more: told.append(text))
             graphed = run_recipe(where / name / "graphed", *given, *GRAPHS, steps=STEPS, recipe=RECIPE)
         assert told_of_steps(graphed) == told_of_steps(eager), name
@@ -114,7 +107,8 @@ REFUSED = {
 @case(ranks=2)
 def what_a_step_as_one_graph_cannot_be_right_with_is_refused_by_its_argument(run: Run) -> None:
     shutdown()
-    with recorded():
+    with pytest.MonkeyPatch.context() as patch:
+        record_graphs(patch)
         for message, arguments in REFUSED.items():
             with pytest.raises(ValueError, match=re.escape(message)):
                 run_recipe(shared_directory(), *arguments)
