@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Self, cast
 
-import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.inference.utils import InferenceMode
 from megatron.core.models.gpt import GPTModel
@@ -26,6 +25,7 @@ from megatron_mimo.fp8 import check_fp8_layers, check_fp8_widths
 from megatron_mimo.multi_token import LaterRows, embedding_handed_to
 from megatron_mimo.plan import Learned, Plan
 from megatron_mimo.rotary import GridGPT
+from megatron_mimo.segments import turned
 from megatron_mimo.sharding import SequenceShard
 from megatron_mimo.token_loss import TokenLoss, only_counted
 
@@ -213,6 +213,7 @@ class LanguageCall:
         self._model, self._parallel_output = model, parallel_output
         self._loss_where_counted = loss_where_counted
         self._takes = inspect.signature(model.forward).parameters.keys()
+        self._positions = getattr(model, "position_embedding_type", None)
         self._experts = model.config.num_moe_experts is not None
         self._predicts_more = bool(model.config.mtp_num_layers) and model.post_process
 
@@ -268,6 +269,9 @@ class LanguageCall:
             later = self._later_rows(rows, plan, packed_seq_params)
             more = embedding_handed_to(self._model.mtp, later)
             known["loss_mask"] = later.text if learned.loss_mask is None else learned.loss_mask
+        turn = None
+        if packed_seq_params is not None and inference_context is None:
+            turn = turn_of(self._positions, plan.shard, plan.positions)
         with HiddenStates(self._model.decoder) as states, more:
             output = self._run(
                 learned,
@@ -276,7 +280,7 @@ class LanguageCall:
                 position_ids=positions,
                 attention_mask=attention_mask,
                 decoder_input=decoder_input,
-                packed_seq_params=_with_int32(packed_seq_params),
+                packed_seq_params=turned(packed_seq_params, turn),
                 inference_context=inference_context,
                 **known,
             )
@@ -327,14 +331,18 @@ class LanguageCall:
         return padding if plan.shard.is_whole else padding.index_select(1, plan.shard.positions).contiguous()
 
 
-def _with_int32(packed: PackedSeqParams | None) -> PackedSeqParams | None:
-    """The same boundaries as int32, which is what attention kernels read them as."""
-    if packed is None:
-        return None
-    given = {field.name: getattr(packed, field.name) for field in dataclasses.fields(packed)}
-    wide = {name: x.int() for name, x in given.items() if isinstance(x, Tensor) and x.dtype == torch.int64}
-    bounds = {name: value for name, value in wide.items() if name.startswith("cu_seqlens")}
-    return dataclasses.replace(packed, **bounds) if bounds else packed
+def turn_of(kind: str | None, shard: SequenceShard, positions: Tensor) -> Tensor | None:
+    """Which row of a language model's rotary angles turns each of this rank's positions of a pack, int64 `[S / CP]`.
+
+    Args:
+        kind: its `position_embedding_type`. Angles count from 0 in each sequence; those of sections ("mrope") are
+            given for every position of the pack. None for any other.
+        shard: of the rank.
+        positions: int64 `[1, S]`, or `[k, 1, S]` for sections; global.
+    """
+    if kind == "mrope":
+        return shard.whole_cp.positions
+    return shard.cut(positions)[0] if kind in ("rope", "yarn") else None
 
 
 class HiddenStates:

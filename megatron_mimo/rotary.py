@@ -17,6 +17,8 @@ from megatron.core.models.common.embeddings.rope_utils import get_pos_emb_on_thi
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
+from megatron_mimo.packed_rotary import turned_by, turns_packs
+
 
 class GridRotary(nn.Module):
     """Angles of positions with several sections, in place of Megatron's `MultimodalRotaryEmbedding`.
@@ -90,7 +92,8 @@ class GridGPT(GPTModel):
     All other arguments are `GPTModel`'s.
 
     Raises:
-        ValueError: positions of another kind, or a fused rotary kernel, which counts packed sequences anew.
+        ValueError: positions of another kind, or a fused rotary kernel in layers that leave packed sequences to it: it
+            counts them anew.
     """
 
     def __init__(self, *args, mrope_interleaved: bool = False, **kwargs) -> None:
@@ -100,10 +103,10 @@ class GridGPT(GPTModel):
                 f"GridGPT: expected position_embedding_type='mrope', found {self.position_embedding_type!r}; GPTModel "
                 "does the others"
             )
-        if self.config.apply_rope_fusion:
+        if self.config.apply_rope_fusion and not turns_packs(self.decoder):
             raise ValueError(
-                "GridGPT: expected apply_rope_fusion=False, found True: the fused kernel gives every packed "
-                "sequence the positions of the first"
+                "GridGPT: expected apply_rope_fusion=False, found True beside layers of Megatron's: the fused kernel "
+                "gives every packed sequence the positions of the first. Build them with specs.language_layer_spec"
             )
         frequencies = cast(Tensor, self.get_submodule("rotary_pos_emb").inv_freq)
         self.rotary_pos_emb: GridRotary = GridRotary(
@@ -112,6 +115,12 @@ class GridGPT(GPTModel):
 
     @functools.wraps(GPTModel.forward)  # MimoModel goes by the signature
     def forward(self, *args, packed_seq_params=None, **kwargs) -> Tensor:
+        if packed_seq_params is not None and self.config.apply_rope_fusion and not turned_by(packed_seq_params):
+            raise ValueError(
+                "GridGPT with apply_rope_fusion=True: expected packed sequences as MimoModel hands them on, found "
+                f"{type(packed_seq_params).__name__} without angles of positions. Give MimoModel a PackedSeqParams or "
+                "what segments.segmented makes"
+            )
         self.rotary_pos_emb.packed = packed_seq_params is not None
         return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
 

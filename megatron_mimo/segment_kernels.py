@@ -20,25 +20,26 @@ BLOCK = 128
 """Queries and keys of a block of scores: torch's own default."""
 
 
-def takes_varlen(query: Tensor) -> bool:
-    """Whether torch's variable-length attention can take these queries: half precision on a GPU.
+def takes_varlen(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether torch's variable-length attention can take queries: half precision on a GPU.
 
     Args:
-        query: `[S, heads, d]`.
+        device, dtype: of the queries.
+        width: of a head.
     """
-    width = query.shape[-1]
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    return query.is_cuda and half and width % 8 == 0 and width <= 256 and _varlen() is not None
+    half = dtype in (torch.float16, torch.bfloat16)
+    return device.type == "cuda" and half and width % 8 == 0 and width <= 256 and _varlen() is not None
 
 
-def takes_flexible(query: Tensor) -> bool:
-    """Whether the compiled kernel of `flexible` can take these queries: on a GPU, heads of 16 and more.
+def takes_flexible(device: torch.device, width: int) -> bool:
+    """Whether the compiled kernel of `flexible` can take queries: on a GPU, heads of 16 and more.
 
     Args:
-        query: `[S, heads, d]`.
+        device: of the queries.
+        width: of a head.
     """
     told = "seq_lengths" in inspect.signature(BlockMask.from_kv_blocks).parameters  # torch 2.8 and later
-    return query.is_cuda and query.shape[-1] >= 16 and told
+    return device.type == "cuda" and width >= 16 and told
 
 
 def varlen(

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -33,17 +33,21 @@ class SegmentedParams(PackedSeqParams):
     """Megatron's boundaries of packed sequences, with what the host knows of them. Make it with `segmented`.
 
     Args:
-        boundaries: padded boundaries as numbers, so that no device is asked for them.
+        boundaries: padded boundaries as numbers, so that no device is asked for them; None where nobody told, empty
+            where the host shall make nothing of them (`on_device`).
         spans: int32 `[S]`, -1 at positions that see what is before them, else a number for each span whose positions
             see the whole of it; None: all is causal. Rank-local along heads, global along the sequence.
         spanned: for each sequence whether it has such a span.
         blocks: of `segment_kernels.block_lists`; None without spans.
+        turn: int64 `[S / CP]`, rank-local, which row of the rotary angles turns each position; None where Megatron
+            finds it by the boundaries. Set by the model.
     """
 
-    boundaries: tuple[int, ...] = ()
+    boundaries: tuple[int, ...] | None = None
     spans: Tensor | None = None
     spanned: tuple[bool, ...] = ()
     blocks: Tensor | None = None
+    turn: Tensor | None = None
     # Made by the first layer of a microbatch, taken by all others.
     _mask: BlockMask | None = None
 
@@ -99,6 +103,65 @@ def segmented(
         spanned=_spanned(spans, boundaries),
         blocks=None if spans is None else segment_kernels.block_lists(boundaries, spans),
     )
+
+
+def on_device(params: SegmentedParams, sequences: int) -> SegmentedParams:
+    """The same packed sequences, of which the host knows little: packs that differ in where samples begin are alike.
+
+    Empty sequences behind the last make their number a multiple, and the longest is told as a power of two.
+
+    Args:
+        params: on the CPU.
+        sequences: their number becomes a multiple of this.
+
+    Example:
+        >>> params = on_device(segmented(torch.tensor([0, 3, 5]), torch.tensor([0, 4, 8])), 4)
+        >>> params.cu_seqlens_q.tolist(), params.cu_seqlens_q_padded.tolist(), params.max_seqlen_q, params.boundaries
+        ([0, 3, 5, 5, 5], [0, 4, 8, 8, 8], 4, ())
+    """
+    own, padded = params.cu_seqlens_q, padded_boundaries(params)
+    length, longest = int(padded[-1]), cast(int, params.max_seqlen_q)
+    longest = min(1 << (longest - 1).bit_length(), length)
+    own, padded = with_empty(own, sequences), with_empty(padded, sequences)
+    return replace(
+        params,
+        cu_seqlens_q=own,
+        cu_seqlens_kv=own,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        boundaries=(),
+        spanned=(any(params.spanned),),
+    )
+
+
+def with_empty(boundaries: Tensor, sequences: int) -> Tensor:
+    """Boundaries with empty sequences behind, so that their number is a multiple of `sequences`.
+
+    Example:
+        >>> with_empty(torch.tensor([0, 3, 5]), 4)
+        tensor([0, 3, 5, 5, 5])
+    """
+    more = -(len(boundaries) - 1) % sequences
+    return torch.cat([boundaries, boundaries[-1:].expand(more)])
+
+
+def turned(params: PackedSeqParams | None, turn: Tensor | None) -> PackedSeqParams | None:
+    """Packed sequences as attention takes them: int32 boundaries, and what turns each position.
+
+    Args:
+        params: of the batch. Of a class of its own they keep to Megatron's way of turning.
+        turn: as `SegmentedParams` has it.
+    """
+    if params is None:
+        return None
+    given = {field.name: getattr(params, field.name) for field in fields(params)}
+    given |= {name: x.int() for name, x in given.items() if name.startswith("cu_seqlens") and isinstance(x, Tensor)}
+    kind = type(params)
+    if turn is not None and kind in (PackedSeqParams, SegmentedParams):
+        kind, given = SegmentedParams, given | {"turn": turn}
+    return kind(**given)
 
 
 def padded_boundaries(params: PackedSeqParams) -> Tensor:
@@ -177,11 +240,11 @@ class SegmentAttention(DotProductAttention):
             return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias)
         self._check_packed()
         scale = self.softmax_scale * (self.layer_number if self.config.apply_query_key_layer_scaling else 1)
-        boundaries, spans, spanned = _host_facts(packed_seq_params)
         causal = (attn_mask_type or self.attn_mask_type) not in (AttnMaskType.no_mask, AttnMaskType.padding)
         fused = self._fused(query, key, value, packed_seq_params, scale, causal)
         if fused is not None:
             return fused.flatten(1)
+        boundaries, spans, spanned = _host_facts(packed_seq_params)
         outputs = []
         # As Megatron's: tensor-parallel ranks drop out their own heads, each with its own stream.
         apart = contextlib.nullcontext() if self.config.sequence_parallel else get_cuda_rng_tracker().fork()
@@ -209,19 +272,31 @@ class SegmentAttention(DotProductAttention):
         self, query: Tensor, key: Tensor, value: Tensor, params: PackedSeqParams, scale: float, causal: bool
     ) -> Tensor | None:
         """One kernel's output for all sequences, None where none can do it, such as on a CPU or with dropout."""
-        boundaries, spans, spanned = _host_facts(params)
-        if not self.one_kernel or (self.training and self.attention_dropout.p):
+        spanned = isinstance(params, SegmentedParams) and any(params.spanned)
+        if (spanned and not causal) or not self.takes_boundaries(query.device, spanned, query.dtype):
             return None
-        if spans is not None and any(spanned):
-            if not causal or not segment_kernels.takes_flexible(query):
-                return None
-            assert isinstance(params, SegmentedParams)  # no other has spans
-            return segment_kernels.flexible(query, key, value, params.block_mask(), scale=scale)
-        if not segment_kernels.takes_varlen(query):
-            return None
-        longest = max((stop - start for start, stop in pairwise(boundaries)), default=0)
+        if spanned:
+            mask = cast(SegmentedParams, params).block_mask()
+            return segment_kernels.flexible(query, key, value, mask, scale=scale)
         bounds = padded_boundaries(params).to(query.device)
+        told = isinstance(params, SegmentedParams) and params.boundaries is not None
+        longest = params.max_seqlen_q if told else len(query)  # others may count without the padding
         return segment_kernels.varlen(query, key, value, bounds, longest, scale=scale, causal=causal)
+
+    def takes_boundaries(self, device: torch.device, spanned: bool, dtype: torch.dtype | None = None) -> bool:
+        """Whether one kernel does all sequences, which reads their boundaries on the device.
+
+        Args:
+            device: where attention runs.
+            spanned: whether any sequence has a span that sees the whole of itself.
+            dtype: of the queries; None for that of the weights.
+        """
+        if not self.one_kernel or (self.training and self.attention_dropout.p):
+            return False
+        width = self.hidden_size_per_attention_head
+        if spanned:
+            return segment_kernels.takes_flexible(device, width)
+        return segment_kernels.takes_varlen(device, dtype or self.config.params_dtype, width)
 
     def _check_packed(self) -> None:
         if self.config.window_size is not None or self.config.softmax_type != "vanilla":
@@ -264,14 +339,39 @@ def blind_to_spans(stack: nn.Module) -> str | None:
     return next((type(core).__name__ for core in cores if not isinstance(core, SegmentAttention)), None)
 
 
+def reads_boundaries_there(stack: nn.Module, params: SegmentedParams, device: torch.device) -> bool:
+    """Whether all attention of a stack reads the boundaries of a pack on the device, and none as the host's numbers.
+
+    Args:
+        stack: the transformer layers of a pipeline stage.
+        params: of the pack.
+        device: where the stack runs.
+
+    Example:
+        >>> reads_boundaries_there(nn.Identity(), segmented(torch.tensor([0, 3])), torch.device("cpu"))
+        True
+    """
+    spanned = any(params.spanned)
+
+    def reads(core: nn.Module) -> bool:
+        if isinstance(core, SegmentAttention):
+            return core.takes_boundaries(device, spanned)
+        return type(core).__module__ == "megatron.core.extensions.transformer_engine"
+
+    return all(reads(module.core_attention) for module in stack.modules() if isinstance(module, Attention))
+
+
 def _host_facts(params: PackedSeqParams) -> tuple[Sequence[int], Tensor | None, Sequence[bool]]:
     """Boundaries as numbers, spans, and which sequences have any.
 
     Raises:
         ValueError: the boundaries lie on a device and the host does not know them.
     """
+    spans, spanned = None, ()
     if isinstance(params, SegmentedParams):
-        return params.boundaries, params.spans, params.spanned
+        spans, spanned = params.spans, params.spanned
+        if params.boundaries:
+            return params.boundaries, spans, spanned
     padded = padded_boundaries(params)
     if padded.device.type != "cpu":
         raise ValueError(
@@ -279,4 +379,5 @@ def _host_facts(params: PackedSeqParams) -> tuple[Sequence[int], Tensor | None, 
             "Make packed_seq_params with megatron_mimo.segments.segmented in the collator, or use "
             "backend='transformer_engine'."
         )
-    return padded.tolist(), None, ()
+    boundaries = padded.tolist()
+    return boundaries, spans, spanned if len(spanned) == len(boundaries) - 1 else _spanned(spans, boundaries)

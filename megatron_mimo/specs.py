@@ -18,7 +18,7 @@ from megatron.core.models.vision import vit_layer_specs
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
@@ -28,6 +28,7 @@ from megatron_mimo.attention import FusedAttention
 from megatron_mimo.cached_attention import CachedAttention
 from megatron_mimo.compat.hybrid import StackWithNorm, stack_layers
 from megatron_mimo.compat.megatron import norms_chosen_at_import
+from megatron_mimo.packed_rotary import PackedSelfAttention
 from megatron_mimo.segments import SegmentAttention, stays_plain
 
 __all__ = [
@@ -356,10 +357,12 @@ def clip_vit_spec(
 
 
 def _of_backend(node: Any, backend: Backend, config: TransformerConfig) -> Any:
-    """`node`, the specs of a language model's layers, with the backend's norm and core attention in their places."""
+    """`node`, the specs of a language model's layers, with the backend's norm and attention in their places."""
     attention = core_attention(backend, config)
 
     def attend(part: Any) -> Any:
+        if isinstance(part, ModuleSpec) and part.module is SelfAttention:
+            return replace(part, module=PackedSelfAttention)
         return replace(part, core_attention=attention) if isinstance(part, SelfAttentionSubmodules) else part
 
     return _each(_with_norm(node, norm(backend, config.normalization)), attend)

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from megatron_mimo.cached_attention import CachedAttention, Step
 from megatron_mimo.compat.torch import has_output_hooks
 from megatron_mimo.generation.borrow import RotaryAt
+from megatron_mimo.packed_rotary import PackedSelfAttention
 
 
 class Norm(NamedTuple):
@@ -238,7 +239,7 @@ def _against(layer: Any) -> str | None:
     if type(layer) is not TransformerLayer:
         return f"layers of {type(layer).__name__}"
     attention, mlp = layer.self_attention, layer.mlp
-    if type(attention) is not SelfAttention or type(mlp) is not MLP:
+    if type(attention) not in (SelfAttention, PackedSelfAttention) or type(mlp) is not MLP:
         return f"{type(attention).__name__} and {type(mlp).__name__}"
     if not isinstance(layer.cross_attention, IdentityOp):
         return "cross attention"

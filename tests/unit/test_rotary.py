@@ -2,17 +2,24 @@
 
 import itertools
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
-from megatron.core.models.common.embeddings import apply_rotary_pos_emb
-from megatron.core.models.common.embeddings.rotary_pos_embedding import MultimodalRotaryEmbedding
+from megatron.core.models.common.embeddings import apply_rotary_pos_emb, rope_utils
+from megatron.core.models.common.embeddings.rotary_pos_embedding import MultimodalRotaryEmbedding, RotaryEmbedding
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import SelfAttention
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
-from megatron_mimo import MimoModel
+from megatron_mimo import MimoModel, specs
+from megatron_mimo.language import turn_of
+from megatron_mimo.packed import default_positions
+from megatron_mimo.packed_rotary import turns_packs
 from megatron_mimo.rotary import GridGPT, GridRotary
 from megatron_mimo.segments import segmented
+from megatron_mimo.sharding import sequence_shard
 from tests import tiny
 
 DIM = 32
@@ -119,7 +126,75 @@ def test_what_it_cannot_turn_is_refused(single_process):
         GridRotary(frequencies(), interleaved=True)(torch.zeros(2, 4), [6, 5, 5])
     with pytest.raises(ValueError, match="position_embedding_type='mrope'"):
         model_of(language(True, position_embedding_type="rope"))
-    with pytest.raises(ValueError, match="apply_rope_fusion=False"):
-        spec = language(True)
-        spec.params["config"].apply_rope_fusion = True
-        model_of(spec)
+    with pytest.raises(ValueError, match="apply_rope_fusion=False, found True beside layers of Megatron's"):
+        model_of(fused(language(True, transformer_layer_spec=megatrons_layers())))
+    language_model = model_of(fused(language(True))).language_model
+    bounds = torch.tensor([0, 4, 8], dtype=torch.int32)
+    with pytest.raises(ValueError, match="packed sequences as MimoModel hands them on, found PackedSeqParams without"):
+        params = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
+        language_model(torch.zeros(1, 8, dtype=torch.long), drawn(8, 1), None, packed_seq_params=params)
+
+
+def fused(spec):
+    """As if TransformerEngine, without which Megatron refuses to build it, had the kernel."""
+    spec.params["config"].apply_rope_fusion = True
+    return spec
+
+
+def megatrons_layers():
+    layers = specs.language_layer_spec(tiny.language_config(), "torch")
+    for layer in layers.submodules.layer_specs:
+        layer.submodules.self_attention.module = SelfAttention
+    return layers
+
+
+@pytest.mark.parametrize("kind", ["rope", "some layers without", "part of a head", "sections"])
+def test_packs_turn_as_megatron_turns_them_and_ask_for_no_boundaries(single_process, monkeypatch, kind):
+    """Bit by bit, and gradients too."""
+    if kind == "sections":
+        changed, theirs = language(True), language(True, transformer_layer_spec=megatrons_layers())
+    else:
+        config = dict(no_rope_freq=[1, 0]) if kind == "some layers without" else {}
+        more = dict(rotary_percent=0.5) if kind == "part of a head" else {}
+        changed, theirs = (
+            tiny.language_spec(tiny.language_config(**config), position_embedding_type="rope", **more, **layers)
+            for layers in ({}, {"transformer_layer_spec": megatrons_layers()})
+        )
+    model, expected = model_of(changed), model_of(theirs)
+    expected.load_state_dict(model.state_dict())
+    assert turns_packs(model.language_model.decoder) and not turns_packs(expected.language_model.decoder)
+    ids = torch.randint(0, 60, (1, 14), generator=torch.Generator().manual_seed(1))
+    positions = drawn(14, 1) if kind == "sections" else None
+    params = segmented(torch.tensor([0, 4, 9], dtype=torch.int32), torch.tensor([0, 5, 14], dtype=torch.int32))
+
+    def gradients_of(model: MimoModel) -> list[torch.Tensor]:
+        found, _ = model(ids, position_ids=positions, packed_seq_params=params)
+        return [found, *torch.autograd.grad(found.square().sum(), [*model.parameters()])]
+
+    theirs = gradients_of(expected)
+    with monkeypatch.context() as patch:
+        patch.setattr(rope_utils, "_apply_rotary_pos_emb_thd", Mock(side_effect=AssertionError("asks for boundaries")))
+        ours = gradients_of(model)
+        with pytest.raises(AssertionError, match="asks for boundaries"):
+            gradients_of(expected)
+    assert all(map(torch.equal, ours, theirs))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_packs_cut_over_context_parallel_ranks_turn_as_megatron_turns_them(single_process, rank):
+    bounds = torch.tensor([0, 8, 24, 24], dtype=torch.int32)
+    config = SimpleNamespace(apply_rope_fusion=False, rotary_interleaved=False, multi_latent_attention=False)
+    shard = sequence_shard(24, cp_rank=rank, cp_size=2, tp_size=2, tp_rank=1, cu_seqlens=bounds)
+    angles = RotaryEmbedding(DIM, 1.0, use_cpu_initialization=True)(16, packed_seq=True)
+    rows = torch.randn(12, 2, DIM, generator=torch.Generator().manual_seed(3))
+    turn = turn_of("rope", shard, default_positions(torch.zeros(1, 24, dtype=torch.long), bounds))
+    found = apply_rotary_pos_emb(rows[:, None], angles[turn], config=config, cp_group=Ranks(rank, 2))[:, 0]
+    expected = apply_rotary_pos_emb(rows, angles, config=config, cu_seqlens=bounds, cp_group=Ranks(rank, 2))
+    assert torch.equal(found, expected)
+    sections = GridRotary(frequencies(), interleaved=True, cp_group=Ranks(rank, 2))
+    sections.packed = True
+    whole = sections(drawn(24, 1), [6, 5, 5])
+    turn = turn_of("mrope", shard, drawn(24, 1))
+    found = apply_rotary_pos_emb(rows[:, None], whole[turn], config=config, cp_group=Ranks(rank, 2))[:, 0]
+    expected = apply_rotary_pos_emb(rows, whole, config=config, cu_seqlens=bounds, cp_group=Ranks(rank, 2))
+    assert torch.equal(found, expected)

@@ -82,5 +82,5 @@ def test_lists_of_a_pack_are_small_and_the_mask_needs_spans() -> None:
 
 
 def test_no_fused_kernel_is_asked_for_on_the_cpu() -> None:
-    queries = torch.zeros(4, 2, 16, dtype=torch.bfloat16)
-    assert not takes_varlen(queries) and not takes_flexible(queries)
+    cpu = torch.device("cpu")
+    assert not takes_varlen(cpu, torch.bfloat16, 16) and not takes_flexible(cpu, 16)

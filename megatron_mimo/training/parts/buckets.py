@@ -1,17 +1,70 @@
-"""Media and labels in buckets of fixed size, so that batches with other numbers of them run by one CUDA graph."""
+"""Media, labels and packed sequences in buckets of fixed size, so that batches with other numbers of them run by one
+CUDA graph."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_mimo.batch import Batch, Nested
 from megatron_mimo.model import MimoModel
+from megatron_mimo.segments import SegmentedParams, on_device, reads_boundaries_there, with_empty
 from megatron_mimo.training.speed import counts as names
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the numbers of a batch are rounded up to; `StepGraphs` says what each is.
+
+    Args:
+        buckets, label_rows, packed_sequences: as `StepGraphs` has them.
+    """
+
+    buckets: Mapping[str, int]
+    label_rows: int | None
+    packed_sequences: int
+
+    def fit(self, batch: Batch, model: MimoModel) -> Batch:
+        """The batch in shapes that others of its kind have too, for a pipeline stage.
+
+        Args:
+            batch: tensors on the CPU.
+            model: of the stage.
+
+        Raises:
+            ValueError: as `in_buckets`.
+        """
+        batch = with_packs_alike(batch, self.packed_sequences, model)
+        if self.buckets and model.pre_process:
+            batch = in_buckets(batch, self.buckets, model)
+        if self.label_rows is not None and model.post_process:
+            batch = with_label_rows(batch, self.label_rows, model)
+        return batch
+
+
+def with_packs_alike(batch: Batch, sequences: int, model: MimoModel) -> Batch:
+    """The batch, whose host knows nothing of where its packed sequences begin, where the model's attention needs not.
+
+    Args:
+        batch: tensors on the CPU.
+        sequences: their number is a multiple of this, by empty ones.
+        model: whose attention runs.
+    """
+    packed = batch.get("packed_seq_params")
+    stack, device = cast(nn.Module, model.language_model.decoder), next(model.parameters()).device
+    if not isinstance(packed, SegmentedParams) or model.config.mtp_num_layers:
+        return batch
+    if not reads_boundaries_there(stack, packed, device):
+        return batch
+    alike: Batch = {**batch, "packed_seq_params": on_device(packed, sequences)}
+    placement = batch.get("placement")
+    if placement is not None and placement.cu_seqlens is not None:
+        alike["placement"] = replace(placement, cu_seqlens=with_empty(placement.cu_seqlens, sequences))
+    return alike
 
 
 def in_buckets(batch: Batch, buckets: Mapping[str, int], model: MimoModel) -> Batch:

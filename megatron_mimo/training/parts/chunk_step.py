@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_mimo.batch import Batch
 from megatron_mimo.compat.torch import flatten, unflatten
@@ -23,11 +23,13 @@ from megatron_mimo.data.step import Counts
 from megatron_mimo.data.transfer import Manifest, Record, Slot, from_bytes
 from megatron_mimo.decoders.prepared import Prepared
 from megatron_mimo.model import MimoModel
+from megatron_mimo.packed_rotary import turns_packs
 from megatron_mimo.placement import Placement
+from megatron_mimo.segments import SegmentedParams
 from megatron_mimo.tally import HostFacts
 from megatron_mimo.training import auxiliary
 from megatron_mimo.training.forward import Ahead, ForwardStep
-from megatron_mimo.training.parts.buckets import in_buckets, with_label_rows
+from megatron_mimo.training.parts.buckets import Shapes
 from megatron_mimo.training.scale import StepScale, ToldScale, numbers_of, told_of
 from megatron_mimo.training.speed import counts as names
 
@@ -59,8 +61,7 @@ class ChunkStep:
         batches: Iterable[Batch],
         model: MimoModel,
         forward_step: ForwardStep,
-        buckets: Mapping[str, int],
-        label_rows: int | None,
+        shapes: Shapes,
     ) -> ChunkStep:
         """The step's microbatches, checked, on the device, with their targets prepared.
 
@@ -68,17 +69,12 @@ class ChunkStep:
             batches: on the CPU; looked at on rank 0 of the tensor-parallel group alone.
             model: the chunk.
             forward_step: reads them.
-            buckets: modality -> its media items are rounded up to a multiple of this.
-            label_rows: so are rows of the language loss; None leaves them as they are.
+            shapes: that they are brought into.
 
         Raises:
             ValueError: a bad batch.
         """
-        if buckets and model.pre_process:
-            batches = (in_buckets(batch, buckets, model) for batch in batches)
-        if label_rows is not None and model.post_process:
-            batches = (with_label_rows(batch, label_rows, model) for batch in batches)
-        step, scale = forward_step.read(iter(batches), model)
+        step, scale = forward_step.read((shapes.fit(batch, model) for batch in batches), model)
         each = [step.next_bytes() for _ in range(len(step))]
         manifests = [manifest for manifest, _, _ in each]
         buffers = [buffer for _, buffer, _ in each]
@@ -135,9 +131,19 @@ class ChunkStep:
 
     @property
     def captured(self) -> bool:
-        """Whether a graph may be captured: Megatron cuts packed tokens on the host for multi-token prediction."""
-        packed = any("packed_seq_params" in cast(Any, manifest.tree) for manifest in self._manifests)
-        return not (packed and self.model.config.mtp_num_layers)
+        """Whether a graph may be captured: nothing asks the device for boundaries of packed sequences.
+
+        Megatron does for multi-token prediction, layers of another's may, and TransformerEngine where it is not told
+        what lies between sequences, as `segments.segmented` tells.
+        """
+        packed = [tree["packed_seq_params"] for tree in self._trees if "packed_seq_params" in tree]
+        told = all(isinstance(one, Record) and one.kind is SegmentedParams for one in packed)
+        alone = turns_packs(cast(nn.Module, self.model.language_model.decoder)) and not self.model.config.mtp_num_layers
+        return not packed or (told and alone)
+
+    @property
+    def _trees(self) -> list[Mapping[str, Any]]:
+        return [cast(Mapping[str, Any], manifest.tree) for manifest in self._manifests]
 
     def recheck(self, brought: Sequence[Sequence[tuple[str, int, tuple[int, ...] | None]]]) -> None:
         """Holds the rows that a replay will make against the tokens of this step's microbatches.

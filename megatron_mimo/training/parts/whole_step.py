@@ -32,6 +32,7 @@ from megatron_mimo.training import auxiliary
 from megatron_mimo.training.agreement import agreed, error_of, raise_together
 from megatron_mimo.training.finite import Gradients
 from megatron_mimo.training.forward import ForwardStep
+from megatron_mimo.training.parts.buckets import Shapes
 from megatron_mimo.training.parts.captured import Captures, GraphCounts
 from megatron_mimo.training.parts.chunk_step import ChunkStep
 from megatron_mimo.training.parts.control import TrainingControl
@@ -50,6 +51,9 @@ class StepGraphs:
             one leading dim of items. A modality that is not named is taken as it comes.
         label_rows: the language loss of a microbatch reads a multiple of so many rows on each context-parallel rank, by
             rows that do not count; None for a 32nd of the positions. Fewer shapes, more rows that nobody needs.
+        packed_sequences: the number of sequences in a pack is rounded up to a multiple of this, by empty ones, and the
+            longest to a power of two, where attention reads their boundaries on the device: packs whose samples begin
+            elsewhere then run by one graph.
         captures: at most this many graphs, one a shape.
         warmup: steps of a shape that run before it is captured.
 
@@ -62,6 +66,7 @@ class StepGraphs:
 
     buckets: Mapping[str, int] = field(default_factory=dict)
     label_rows: int | None = None
+    packed_sequences: int = 16
     captures: int = 4
     warmup: int = 2
 
@@ -70,6 +75,7 @@ class StepGraphs:
             check_whole(f"StepGraphs: buckets[{modality!r}]", size, least=1)
         if self.label_rows is not None:
             check_whole("StepGraphs: label_rows", self.label_rows, least=1)
+        check_whole("StepGraphs: packed_sequences", self.packed_sequences, least=1)
         check_whole("StepGraphs: captures", self.captures, least=1)
         check_whole("StepGraphs: warmup", self.warmup, least=1)
 
@@ -223,8 +229,8 @@ class WholeSteps:
         Raises:
             ValueError: a bad batch.
         """
-        rounded = self._settings.buckets, self._settings.label_rows
-        read = [ChunkStep.read(batches, model, self._forward_step, *rounded) for model in self._models]
+        shaped = Shapes(self._settings.buckets, self._settings.label_rows, self._settings.packed_sequences)
+        read = [ChunkStep.read(batches, model, self._forward_step, shaped) for model in self._models]
         key: Hashable | None = (self._taken_for_granted(), *(chunk.key for chunk in read))
         if not all(chunk.captured for chunk in read):
             key = None
