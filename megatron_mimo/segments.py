@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -123,17 +123,10 @@ def on_device(params: SegmentedParams, sequences: int) -> SegmentedParams:
     length, longest = int(padded[-1]), cast(int, params.max_seqlen_q)
     longest = min(1 << (longest - 1).bit_length(), length)
     own, padded = with_empty(own, sequences), with_empty(padded, sequences)
-    return replace(
-        params,
-        cu_seqlens_q=own,
-        cu_seqlens_kv=own,
-        cu_seqlens_q_padded=padded,
-        cu_seqlens_kv_padded=padded,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-        boundaries=(),
-        spanned=(any(params.spanned),),
-    )
+    changed: dict[str, Any] = {name: own for name in ("cu_seqlens_q", "cu_seqlens_kv")}
+    changed |= {name: padded for name in ("cu_seqlens_q_padded", "cu_seqlens_kv_padded")}
+    changed |= {name: longest for name in ("max_seqlen_q", "max_seqlen_kv")}
+    return replace(params, **changed, boundaries=(), spanned=(any(params.spanned),))
 
 
 def with_empty(boundaries: Tensor, sequences: int) -> Tensor:
@@ -367,7 +360,8 @@ def _host_facts(params: PackedSeqParams) -> tuple[Sequence[int], Tensor | None, 
     Raises:
         ValueError: the boundaries lie on a device and the host does not know them.
     """
-    spans, spanned = None, ()
+    spans: Tensor | None = None
+    spanned: tuple[bool, ...] = ()
     if isinstance(params, SegmentedParams):
         spans, spanned = params.spans, params.spanned
         if params.boundaries:

@@ -10,6 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from megatron_mimo import specs
 from megatron_mimo.hf.shares import check_tensor_size
@@ -74,7 +75,15 @@ def language_spec(
     if "num_moe_experts" not in settings:  # ranks that share out experts elsewhere are data-parallel ones here
         sizes = {**sizes, "expert_model_parallel_size": 1}
     config = TransformerConfig(
-        **(layers | precision(dtype) | _COMMON | dict(sizes) | _schedule(sizes, dtype) | dict(changes or {}))
+        **(
+            layers
+            | precision(dtype)
+            | _COMMON
+            | _kernels(layers, backend)
+            | dict(sizes)
+            | _schedule(sizes, dtype)
+            | dict(changes or {})
+        )
     )
     vocabulary, tensor = int(str(own["vocab_size"])), config.tensor_model_parallel_size
     padded = -(-vocabulary // tensor) * tensor
@@ -95,6 +104,16 @@ def precision(dtype: torch.dtype) -> dict[str, object]:
 
 
 _COMMON = {"hidden_dropout": 0.0, "bias_dropout_fusion": False, "calculate_per_token_loss": True}
+
+
+def _kernels(layers: Mapping[str, object], backend: specs.Backend) -> dict[str, object]:
+    """What TransformerEngine and Megatron have one kernel for, on a GPU: rotary angles, gated SiLU."""
+    if not torch.cuda.is_available() or specs.choose_backend(backend) != "transformer_engine":
+        return {}
+    found: dict[str, object] = {"apply_rope_fusion": True}
+    if layers.get("gated_linear_unit") and layers.get("activation_func") is F.silu:
+        found["bias_activation_fusion"] = True
+    return found
 
 
 def _schedule(sizes: Mapping[str, int | None], dtype: torch.dtype) -> dict[str, object]:

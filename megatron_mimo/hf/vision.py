@@ -109,4 +109,6 @@ def tower_spec(
     )
     # The groups come with the model that the tower is built into.
     params = {name: value for name, value in spec.params.items() if name != "pg_collection"}
+    if specs.choose_backend(backend) != "transformer_engine" and not config.attention_dropout:
+        params["transformer_layer_spec"] = specs.with_fused_attention(params["transformer_layer_spec"])
     return ModuleSpec(module=VisionTower, params=params | {"select": select, "final_norm": final_norm})

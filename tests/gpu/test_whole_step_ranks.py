@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.gpu.two_gpus import run_on_two
+from tests.gpu.launched import run_on
 from tests.gpu.whole_step_ranks import EXACT, UNENDED
 
 pytestmark = pytest.mark.gpu
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(scope="module")
 def printed() -> str:
     """By one start for all layouts, which ends where one of them fails."""
-    return run_on_two("tests.gpu.whole_step_ranks", *EXACT, UNENDED)
+    return run_on(2, "tests.gpu.whole_step_ranks", *EXACT, UNENDED)
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -25,4 +25,4 @@ def test_a_program_that_leaves_its_graphs_ends(printed):
 
 def test_attention_over_a_shared_sequence_is_replayed():
     pytest.importorskip("transformer_engine", reason="attention over a split sequence is TransformerEngine's")
-    run_on_two("tests.gpu.whole_step_ranks", "cp2-attention")
+    run_on(2, "tests.gpu.whole_step_ranks", "cp2-attention")

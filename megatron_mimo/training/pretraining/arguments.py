@@ -69,6 +69,11 @@ def add_mimo_args(parser: ArgumentParser) -> ArgumentParser:
         "positions by default",
     )  # fmt: skip
     group.add_argument(
+        "--cuda-graph-packed-sequences", type=int, default=None, metavar="SEQUENCES",
+        help="with --cuda-graph-impl full_iteration: the sequences of a pack are rounded up to a multiple of so many, "
+        "by empty ones; 16 by default",
+    )  # fmt: skip
+    group.add_argument(
         "--encoder-recompute-granularity", choices=["full", "selective"], default=None,
         help="activation recomputation of the encoders, as --recompute-granularity is the language model's",
     )  # fmt: skip

@@ -45,12 +45,15 @@ def step_graphs_from_args(args: Namespace) -> StepGraphs | None:
     Raises:
         ValueError: an argument without effect, or one that would look into a replay.
     """
-    buckets, rows = dict(args.cuda_graph_buckets), args.cuda_graph_label_rows
+    buckets, rows, sequences = (
+        dict(args.cuda_graph_buckets), args.cuda_graph_label_rows, args.cuda_graph_packed_sequences
+    )  # fmt: skip
     if args.cuda_graph_impl != FULL_ITERATION:
-        if buckets or rows is not None:
+        if buckets or (rows, sequences) != (None, None):
             raise ValueError(
-                "--cuda-graph-buckets and --cuda-graph-label-rows shape steps for their CUDA graph, found "
-                f"--cuda-graph-impl {args.cuda_graph_impl}. Give --cuda-graph-impl {FULL_ITERATION}, or leave them out."
+                "--cuda-graph-buckets, --cuda-graph-label-rows and --cuda-graph-packed-sequences shape steps for their "
+                f"CUDA graph, found --cuda-graph-impl {args.cuda_graph_impl}. Give --cuda-graph-impl {FULL_ITERATION}, "
+                "or leave them out."
             )
         return None
     for name, why in NOT_BESIDE.items():
@@ -60,7 +63,8 @@ def step_graphs_from_args(args: Namespace) -> StepGraphs | None:
                 f"--{name.replace('_', '-')}{given} with --cuda-graph-impl {FULL_ITERATION}: {why}. Leave one of the "
                 "two out."
             )
-    return StepGraphs(buckets, rows, warmup=args.cuda_graph_warmup_steps)
+    more = {} if sequences is None else {"packed_sequences": sequences}
+    return StepGraphs(buckets, rows, warmup=args.cuda_graph_warmup_steps, **more)
 
 
 def ready_for_step_graphs(args: Namespace, config: MimoModelConfig, layout: Layout, control: TrainingControl) -> None:

@@ -93,7 +93,8 @@ def replayed_steps_of_megatrons_loop_log_what_launched_ones_do_and_evaluations_d
 
 
 REFUSED = {
-    "--cuda-graph-buckets and --cuda-graph-label-rows shape steps": ["--cuda-graph-buckets", "images=4"],
+    "--cuda-graph-buckets, --cuda-graph-label-rows and --cuda-graph": ["--cuda-graph-buckets", "images=4"],
+    "--cuda-graph-packed-sequences shape steps": ["--cuda-graph-packed-sequences", "8"],
     "buckets has 'imagse', expected modalities that are read": [*GRAPHS, "--cuda-graph-buckets", "imagse=4"],
     "overlap_param_gather=False": [
         *GRAPHS, "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"

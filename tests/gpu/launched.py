@@ -1,4 +1,4 @@
-"""Programs on two GPUs, which tests start under torchrun."""
+"""Programs on one GPU or more, which tests start under torchrun."""
 
 import os
 import subprocess
@@ -8,11 +8,11 @@ import pytest
 import torch
 
 
-def run_on_two(module: str, *arguments: str) -> str:
-    """What a module prints on two ranks of NCCL; the test is skipped where there are fewer GPUs."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+def run_on(gpus: int, module: str, *arguments: str) -> str:
+    """What a module prints on so many ranks of NCCL; the test is skipped where there are fewer GPUs."""
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} GPUs")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
     job = subprocess.run(
         [*command, "-m", module, *arguments],
         env=os.environ | {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "1"},

@@ -1,0 +1,16 @@
+"""Megatron's own loop with --cuda-graph-impl full_iteration, on one GPU and on two."""
+
+import pytest
+
+from tests.distributed.cases.pretrain_graphs import LAYOUTS
+from tests.gpu.launched import run_on
+from tests.gpu.pretrain_graphs import ALONE
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize(("gpus", "names"), [(1, ALONE), (2, LAYOUTS)])
+def test_replayed_steps_of_megatrons_loop_log_what_launched_ones_do(gpus, names, tmp_path):
+    printed = run_on(gpus, "tests.gpu.pretrain_graphs", str(tmp_path))
+    for name in names:
+        assert f"{name}: training steps as one CUDA graph" in printed
