@@ -14,8 +14,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -107,11 +108,12 @@ def main() -> None:
     for name, loss in losses.items():
         if abs(loss - expected) > 2e-3 * abs(expected):
             raise RuntimeError(f"{name}: expected a loss of {expected}, found {loss}")
-    figures = {name: measure(model, batch, options.rounds, on_gpu) for name, model in models.items()}
+    calls = {name: partial(loss_of, model, batch) for name, model in models.items()}
+    figures = measure_calls(calls, list(first.parameters()), options.rounds, on_gpu)  # all have these weights
     device = torch.cuda.get_device_name() if on_gpu else "CPU"
     print(f"{device}, torch {torch.__version__}, layers by {backend}, {dtype}, {size}, {int(mask.sum())} labels count")
     print("| loss | step ms | x everywhere | peak GiB | loss |\n|---|---:|---:|---:|---:|")
-    for name, (milliseconds, peak) in figures.items():
+    for name, (milliseconds, peak, _) in figures.items():
         ratio = figures["everywhere"][0] / milliseconds
         print(f"| {name} | {milliseconds:.2f} | {ratio:.3f} | {peak:.2f} | {losses[name]:.5f} |")
 
@@ -162,8 +164,7 @@ def heads(
             weight, states[picked[:, 1], picked[:, 0]], labels[picked[:, 0], picked[:, 1]]
         )
     print("| output layer and loss alone | ms | peak GiB | loss |\n|---|---:|---:|---:|")
-    for name, call in calls.items():
-        milliseconds, peak, loss = measure_call(call, [states, weight], rounds, on_gpu)
+    for name, (milliseconds, peak, loss) in measure_calls(calls, [states, weight], rounds, on_gpu).items():
         print(f"| {name} | {milliseconds:.2f} | {peak:.2f} | {loss:.5f} |", flush=True)
 
 
@@ -181,34 +182,40 @@ def loss_of(model: MimoModel, batch: dict) -> Tensor:
     return (losses.float() * mask).sum() / mask.sum()
 
 
-def measure(model: MimoModel, batch: dict, rounds: int, on_gpu: bool) -> tuple[float, float]:
-    """Median milliseconds of a step, and the peak of allocated GiB beyond what lay there before."""
-    return measure_call(lambda: loss_of(model, batch), list(model.parameters()), rounds, on_gpu)[:2]
+def measure_calls(
+    calls: Mapping[str, Callable[[], Tensor]], leaves: Sequence[Tensor], rounds: int, on_gpu: bool
+) -> dict[str, tuple[float, float, float]]:
+    """Of each call: median milliseconds with its backward pass, the peak of GiB beyond what lay there before, its loss.
 
-
-def measure_call(
-    call: Callable[[], Tensor], leaves: Sequence[Tensor], rounds: int, on_gpu: bool
-) -> tuple[float, float, float]:
-    """Median milliseconds of `call` and its backward pass, the peak of GiB beyond what lay there before, its loss."""
-    taken = []
+    They take turns, forwards and backwards, so that none has the device as another warmed it.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    peaks, losses = dict.fromkeys(calls, 0.0), dict.fromkeys(calls, 0.0)
     for index in range(rounds + 2):
-        for leaf in leaves:
-            leaf.grad = None
-        if on_gpu:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        began = time.perf_counter()
-        loss = call()
-        loss.backward()
-        if on_gpu:
-            torch.cuda.synchronize()
-        if index >= 2:
-            taken.append(time.perf_counter() - began)
+        for name in list(calls)[:: -1 if index % 2 else 1]:
+            took, peak, losses[name] = _once(calls[name], leaves, on_gpu)
+            if index >= 2:
+                taken[name].append(took)
+                peaks[name] = max(peaks[name], peak)
+    return {name: (statistics.median(taken[name]) * 1e3, peaks[name], losses[name]) for name in calls}
+
+
+def _once(call: Callable[[], Tensor], leaves: Sequence[Tensor], on_gpu: bool) -> tuple[float, float, float]:
+    """Seconds, GiB and loss of one call and its backward pass."""
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    began = time.perf_counter()
+    loss = call()
+    loss.backward()
+    if on_gpu:
+        torch.cuda.synchronize()
+    took = time.perf_counter() - began
     peak = (torch.cuda.max_memory_allocated() - before) / 2**30 if on_gpu else float("nan")
     for leaf in leaves:
         leaf.grad = None
-    return statistics.median(taken) * 1e3, peak, float(loss.detach())
+    return took, peak, float(loss.detach())
 
 
 if __name__ == "__main__":
