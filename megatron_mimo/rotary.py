@@ -42,6 +42,8 @@ class GridRotary(nn.Module):
     ) -> None:
         super().__init__()
         self._frequencies, self._interleaved, self._group = inverse_frequencies, interleaved, cp_group
+        # Copied to a device once: a copy from the host waits, and no CUDA graph can hold it.
+        self._there: dict[tuple[torch.device, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
         self.packed = False
 
     def forward(
@@ -62,8 +64,10 @@ class GridRotary(nn.Module):
                 f"expected position_ids of [{len(mrope_section)}, B, S] for mrope_section={list(mrope_section)}, found "
                 f"{list(position_ids.shape)}. SampleProcessor(sections={len(mrope_section)}) makes them."
             )
-        frequencies = self._frequencies.to(position_ids.device)
-        chosen = self._section_of(mrope_section, frequencies.device)
+        device, sizes = position_ids.device, tuple(mrope_section)
+        if (device, sizes) not in self._there:
+            self._there[device, sizes] = self._frequencies.to(device), self._section_of(sizes, device)
+        frequencies, chosen = self._there[device, sizes]
         # Each frequency turns with the position of its section.
         angles = position_ids.float()[chosen].permute(2, 1, 0) * frequencies
         angles = torch.cat([angles, angles], dim=-1)[:, :, None]
@@ -115,7 +119,7 @@ class GridGPT(GPTModel):
 
     @functools.wraps(GPTModel.forward)  # MimoModel goes by the signature
     def forward(self, *args, packed_seq_params=None, **kwargs) -> Tensor:
-        if packed_seq_params is not None and self.config.apply_rope_fusion and not turned_by(packed_seq_params):
+        if packed_seq_params is not None and self.config.apply_rope_fusion and turned_by(packed_seq_params) is None:
             raise ValueError(
                 "GridGPT with apply_rope_fusion=True: expected packed sequences as MimoModel hands them on, found "
                 f"{type(packed_seq_params).__name__} without angles of positions. Give MimoModel a PackedSeqParams or "

@@ -123,9 +123,9 @@ def on_device(params: SegmentedParams, sequences: int) -> SegmentedParams:
     length, longest = int(padded[-1]), cast(int, params.max_seqlen_q)
     longest = min(1 << (longest - 1).bit_length(), length)
     own, padded = with_empty(own, sequences), with_empty(padded, sequences)
-    changed: dict[str, Any] = {name: own for name in ("cu_seqlens_q", "cu_seqlens_kv")}
-    changed |= {name: padded for name in ("cu_seqlens_q_padded", "cu_seqlens_kv_padded")}
-    changed |= {name: longest for name in ("max_seqlen_q", "max_seqlen_kv")}
+    changed: dict[str, Any] = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_kv"), own)
+    changed |= dict.fromkeys(("cu_seqlens_q_padded", "cu_seqlens_kv_padded"), padded)
+    changed |= dict.fromkeys(("max_seqlen_q", "max_seqlen_kv"), longest)
     return replace(params, **changed, boundaries=(), spanned=(any(params.spanned),))
 
 

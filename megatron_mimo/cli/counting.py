@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER, OptimizerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
 from PIL import Image
+from torch.nn import functional as F
 
 from megatron_mimo.axes import Layout
 from megatron_mimo.batch import Batch
@@ -110,6 +112,8 @@ def footprints(place: Place, step: Step) -> list[Footprint]:
         # Ranks of a stage lie together; those of the next begin after all of them.
         with pretended(step.layout, stage * step.tensor * step.context * step.data) as run:
             config = _config(place, step)
+            if backend == "transformer_engine":
+                _with_its_kernels(config.language_config, step)
             batch = batch or _batch(place, config, step)
             shared = step.distributed_optimizer
             try:
@@ -148,6 +152,16 @@ def operations(place: Place, step: Step) -> Mapping[str, float]:
 def _config(place: Place, step: Step) -> MimoModelConfig:
     model = model_of(place).model_copy(update={"dtype": step.dtype, "backend": "torch"})
     return model_config(model, Settings(transformer=step.transformer), sequence_parallel=step.sequence_parallel)
+
+
+def _with_its_kernels(config: TransformerConfig, step: Step) -> None:
+    """Has layers of plain torch keep what `hf.language` lets those of TransformerEngine keep of a gated SiLU."""
+    if (
+        config.gated_linear_unit
+        and config.activation_func is F.silu
+        and "bias_activation_fusion" not in step.transformer
+    ):
+        config.bias_activation_fusion = True
 
 
 def check_step(step: Step) -> None:

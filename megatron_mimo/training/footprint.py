@@ -132,7 +132,8 @@ def footprint(
     packed = batch.get("packed_seq_params") is not None
     batches = placed_batches(iter([batch]), model)
     part = part_for(next(iter(batches)) if batches is not None else batch, model)
-    with gpu_without_memory(), _OneKernelEach(model, fused, packed), held:
+    launched = torch.compiler.set_stance("force_eager")  # of Megatron's fused activations nothing else is kept
+    with gpu_without_memory(), _OneKernelEach(model, fused, packed), launched, held:
         kept, highest = _passes(model, wrapped, part, held)
     on_their_way = min(microbatches, run.layout.pipeline_model_parallel_size - run.pipeline_rank)
     spread = run.layout.data_parallel_size * run.layout.context_parallel_size

@@ -9,6 +9,8 @@ from pathlib import Path
 from unittest import mock
 
 import megatron.training
+import pytest
+from megatron.core.tensor_parallel import random
 
 from tests.distributed.cases.pretrain import run_recipe
 from tests.distributed.cases.pretrain_graphs import GRAPHS, LAYOUTS, RECIPE, STEPS, told_of_steps
@@ -20,7 +22,11 @@ EVALUATIONS = ["--eval-iters", "1", "--eval-interval", "2"]
 def replayed(where: Path, name: str, layout: list[str]) -> str:
     """What the loop tells of its graphs, once it has logged what it logs without."""
     given, told = [*layout, *EVALUATIONS], []
+    random.initialize_rng_tracker(force_reset=True)
     eager = run_recipe(where / name / "eager", *given, steps=STEPS, recipe=RECIPE)
+    with pytest.raises(ValueError, match="the process had random numbers before Megatron read its arguments"):
+        run_recipe(where / name / "refused", *given, *GRAPHS, steps=STEPS, recipe=RECIPE)
+    random.initialize_rng_tracker(use_cudagraphable_rng=True, force_reset=True)  # as in a process of its own
     with mock.patch.object(megatron.training, "print_rank_0", lambda text, *more: told.append(text)):
         graphed = run_recipe(where / name / "graphed", *given, *GRAPHS, steps=STEPS, recipe=RECIPE)
     assert told_of_steps(graphed) == told_of_steps(eager), (name, told_of_steps(graphed), told_of_steps(eager))

@@ -15,13 +15,15 @@ from megatron_mimo.training.footprint import Footprint
 from tests.checkpoints import language_config, written
 from tests.commands import command, parts
 
-HEADS, GROUPS, WIDE, LAYERS, LENGTH = 8, 4, 32, 2, 2048
+HEADS, GROUPS, WIDE, INNER, LAYERS, LENGTH = 8, 4, 32, 96, 2, 2048
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """A language model whose attention outweighs the rest, with a tokenizer."""
-    sizes = dict(hidden_size=HEADS * WIDE, num_attention_heads=HEADS, num_key_value_heads=GROUPS)
+    sizes = dict(
+        hidden_size=HEADS * WIDE, num_attention_heads=HEADS, num_key_value_heads=GROUPS, intermediate_size=INNER
+    )
     directory = tmp_path_factory.mktemp("model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(parts()[0])
     tokenizer.save_pretrained(directory)
@@ -35,14 +37,20 @@ def counted(place: Place, backend: str, **options: object) -> Footprint:
 
 
 def test_layers_of_transformer_engine_hold_less_than_those_of_plain_torch_but_in_float32(model: Path, no_run) -> None:
-    engine, plain = (counted(find(str(model)), backend) for backend in ("transformer_engine", "torch"))
+    apart = {"bias_activation_fusion": False}
+    engine = counted(find(str(model)), "transformer_engine", transformer=apart)
+    plain = counted(find(str(model)), "torch")
     assert (engine.weights, engine.gradients) == (plain.weights, plain.gradients)
     # Of query, key and value it has copies; plain torch's value is a view, which keeps what all three are cut from.
     kept = LENGTH * WIDE * 2 * LAYERS
     assert plain.activations - engine.activations == pytest.approx(kept * (HEADS + GROUPS), rel=0.1)
     # In float32 the language model's attention is the same one on both.
-    engine, plain = (counted(find(str(model)), name, dtype="float32") for name in ("transformer_engine", "torch"))
-    assert engine.activations == plain.activations
+    full = counted(find(str(model)), "transformer_engine", dtype="float32", transformer=apart)
+    assert full.activations == counted(find(str(model)), "torch", dtype="float32").activations
+    # Its gated SiLU is one kernel, which keeps no more than its input.
+    for dtype, unfused, size in (("bfloat16", engine, 2), ("float32", full, 4)):
+        fused = counted(find(str(model)), "transformer_engine", dtype=dtype)
+        assert unfused.activations - fused.activations == pytest.approx(LENGTH * INNER * size * LAYERS, rel=0.1)
 
 
 def test_adam_is_torchs_own_where_neither_library_is_there(model: Path, no_run, monkeypatch) -> None:

@@ -10,6 +10,7 @@ from megatron.core.models.common.embeddings import apply_rotary_pos_emb, rope_ut
 from megatron.core.models.common.embeddings.rotary_pos_embedding import MultimodalRotaryEmbedding, RotaryEmbedding
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
+from torch.overrides import TorchFunctionMode
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
@@ -83,6 +84,21 @@ def test_packed_sequences_cut_over_ranks_turn_by_their_own_positions(single_proc
     torch.testing.assert_close(found, whole[mine], rtol=0, atol=1e-6)
 
 
+def test_what_does_not_change_is_copied_to_a_device_once():
+    """A copy from the host waits for the device, and no CUDA graph can hold one."""
+    rotary = GridRotary(frequencies(), interleaved=True)
+    positions = drawn()
+    first = rotary(positions, [6, 5, 5])
+
+    class Copied(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            assert function not in (torch.tensor, torch.arange, torch.Tensor.to), function
+            return function(*args, **(kwargs or {}))
+
+    with Copied():
+        assert torch.equal(rotary(positions, [6, 5, 5]), first)
+
+
 def test_a_batch_that_is_not_packed_is_cut_here():
     group = Ranks(1, 2)
     whole = GridRotary(frequencies(), interleaved=True)(drawn(), [6, 5, 5])
@@ -128,7 +144,11 @@ def test_what_it_cannot_turn_is_refused(single_process):
         model_of(language(True, position_embedding_type="rope"))
     with pytest.raises(ValueError, match="apply_rope_fusion=False, found True beside layers of Megatron's"):
         model_of(fused(language(True, transformer_layer_spec=megatrons_layers())))
-    language_model = model_of(fused(language(True))).language_model
+    fusing = model_of(fused(language(True)))
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    with pytest.raises(AssertionError, match="apply_rope_fusion is not available"):  # as far as the kernel itself
+        fusing(ids, position_ids=drawn(8, 1), packed_seq_params=segmented(torch.tensor([0, 4, 8], dtype=torch.int32)))
+    language_model = fusing.language_model
     bounds = torch.tensor([0, 4, 8], dtype=torch.int32)
     with pytest.raises(ValueError, match="packed sequences as MimoModel hands them on, found PackedSeqParams without"):
         params = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
