@@ -113,7 +113,7 @@ def footprints(place: Place, step: Step) -> list[Footprint]:
         with pretended(step.layout, stage * step.tensor * step.context * step.data) as run:
             config = _config(place, step)
             if backend == "transformer_engine":
-                _with_its_kernels(config.language_config, step)
+                _with_its_kernels(config.language_config)
             batch = batch or _batch(place, config, step)
             shared = step.distributed_optimizer
             try:
@@ -154,7 +154,7 @@ def _config(place: Place, step: Step) -> MimoModelConfig:
     return model_config(model, Settings(transformer=step.transformer), sequence_parallel=step.sequence_parallel)
 
 
-def _with_its_kernels(config: TransformerConfig, step: Step) -> None:
+def _with_its_kernels(config: TransformerConfig) -> None:
     """Has layers of plain torch keep what `hf.language` lets those of TransformerEngine keep of a gated SiLU."""
     if (
         config.gated_linear_unit
