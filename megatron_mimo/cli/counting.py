@@ -156,11 +156,7 @@ def _config(place: Place, step: Step) -> MimoModelConfig:
 
 def _with_its_kernels(config: TransformerConfig) -> None:
     """Has layers of plain torch keep what `hf.language` lets those of TransformerEngine keep of a gated SiLU."""
-    if (
-        config.gated_linear_unit
-        and config.activation_func is F.silu
-        and "bias_activation_fusion" not in step.transformer
-    ):
+    if config.gated_linear_unit and config.activation_func is F.silu:
         config.bias_activation_fusion = True
 
 
