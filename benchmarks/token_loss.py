@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 import megatron_mimo
+from benchmarks.kinds import device_times
 from megatron_mimo import MimoModel, MimoModelConfig, specs
 from megatron_mimo.sharding import sequence_shard
 from megatron_mimo.token_loss import TokenLoss, counted_labels, rows_of_labels
@@ -112,10 +113,15 @@ def main() -> None:
     figures = measure_calls(calls, list(first.parameters()), options.rounds, on_gpu)  # all have these weights
     device = torch.cuda.get_device_name() if on_gpu else "CPU"
     print(f"{device}, torch {torch.__version__}, layers by {backend}, {dtype}, {size}, {int(mask.sum())} labels count")
-    print("| loss | step ms | x everywhere | peak GiB | loss |\n|---|---:|---:|---:|---:|")
+    busy = {name: device_ms(call, list(first.parameters())) if on_gpu else float("nan") for name, call in calls.items()}
+    print("| loss | step ms | x everywhere | device ms | x everywhere | peak GiB | loss |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
     for name, (milliseconds, peak, _) in figures.items():
-        ratio = figures["everywhere"][0] / milliseconds
-        print(f"| {name} | {milliseconds:.2f} | {ratio:.3f} | {peak:.2f} | {losses[name]:.5f} |")
+        ratios = figures["everywhere"][0] / milliseconds, busy["everywhere"] / busy[name]
+        print(
+            f"| {name} | {milliseconds:.2f} | {ratios[0]:.3f} | {busy[name]:.2f} | {ratios[1]:.3f} | {peak:.2f} | "
+            f"{losses[name]:.5f} |"
+        )
 
     heads(first, batch, ids, mask, size, dtype, options.rounds, on_gpu)
 
@@ -198,6 +204,17 @@ def measure_calls(
                 taken[name].append(took)
                 peaks[name] = max(peaks[name], peak)
     return {name: (statistics.median(taken[name]) * 1e3, peaks[name], losses[name]) for name in calls}
+
+
+def device_ms(call: Callable[[], Tensor], leaves: Sequence[Tensor]) -> float:
+    """Milliseconds in which the device does anything, of a call and its backward pass, whatever the host takes."""
+
+    def step() -> None:
+        call().backward()
+        for leaf in leaves:
+            leaf.grad = None
+
+    return device_times(step, 3)[1]
 
 
 def _once(call: Callable[[], Tensor], leaves: Sequence[Tensor], on_gpu: bool) -> tuple[float, float, float]:

@@ -4,6 +4,9 @@ A graph knows addresses. What it reads and did not make itself has to stay where
 do, but what a cache of the process gave may be dropped from it while other lengths pass through. So a graph keeps
 what caches held around its capture.
 
+Nor may anything be destroyed while a graph is captured: an old graph or its memory that Python's collector happens upon
+then ends the capture. So what is garbage goes before, and nothing is collected meanwhile.
+
 A graph that holds collectives keeps NCCL's communicators busy: `destroy_process_group` waits for ever for one that is
 still there.
 """
@@ -46,9 +49,21 @@ def capture(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream | 
     """
     kept = _made[graph]
     kept += _in_caches()
-    with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+    with _nothing_collected(), torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
         yield
     kept += _in_caches()
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def end_graphs() -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from unittest import mock
 
 import megatron.training
-import pytest
 from megatron.core.tensor_parallel import random
 
 from tests.distributed.cases.pretrain import run_recipe
@@ -24,8 +23,6 @@ def replayed(where: Path, name: str, layout: list[str]) -> str:
     given, told = [*layout, *EVALUATIONS], []
     random.initialize_rng_tracker(force_reset=True)
     eager = run_recipe(where / name / "eager", *given, steps=STEPS, recipe=RECIPE)
-    with pytest.raises(ValueError, match="the process had random numbers before Megatron read its arguments"):
-        run_recipe(where / name / "refused", *given, *GRAPHS, steps=STEPS, recipe=RECIPE)
     random.initialize_rng_tracker(use_cudagraphable_rng=True, force_reset=True)  # as in a process of its own
     with mock.patch.object(megatron.training, "print_rank_0", lambda text, *more: told.append(text)):
         graphed = run_recipe(where / name / "graphed", *given, *GRAPHS, steps=STEPS, recipe=RECIPE)

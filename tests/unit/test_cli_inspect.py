@@ -51,10 +51,10 @@ def test_layers_of_transformer_engine_hold_less_than_those_of_plain_torch_but_in
     assert plain.activations - engine.activations == pytest.approx(kept * (HEADS + GROUPS), rel=0.1)
     # In float32 the language model's attention is the same one on both.
     assert full.activations == counted(find(str(model)), "torch", dtype="float32").activations
-    # Its gated SiLU is one kernel, which keeps no more than its input.
+    # Its gated SiLU is one kernel, which keeps its input; else what is activated and what it is multiplied by besides.
     for dtype, unfused, size in (("bfloat16", engine, 2), ("float32", full, 4)):
         fused = counted(find(str(model)), "transformer_engine", dtype=dtype)
-        assert unfused.activations - fused.activations == pytest.approx(LENGTH * INNER * size * LAYERS, rel=0.1)
+        assert unfused.activations - fused.activations == pytest.approx(2 * LENGTH * INNER * size * LAYERS, rel=0.1)
 
 
 def test_adam_is_torchs_own_where_neither_library_is_there(model: Path, no_run, monkeypatch) -> None:
