@@ -42,8 +42,9 @@ class PackedSelfAttention(SelfAttention):
         """
         turn = turned_by(packed_seq_params)
         if turn is not None and isinstance(rotary_pos_emb, Tensor):
-            turned = not (self.config.no_rope_freq and self.config.no_rope_freq[self.layer_number - 1])
-            self._angles = rotary_pos_emb.index_select(0, turn) if turned else None
+            if not (self.config.no_rope_freq and self.config.no_rope_freq[self.layer_number - 1]):
+                # A max_seqlen that leaves padding out gives fewer rows, and what lies behind them holds nothing.
+                self._angles = rotary_pos_emb.index_select(0, turn.clamp(max=len(rotary_pos_emb) - 1))
             rotary_pos_emb = None
         try:
             return super().forward(

@@ -61,8 +61,8 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
             raise Refused(f"megatron.{name}: set it with {_OF_RECIPE[name]} of the recipe")
         if name == "cuda_graph_impl" and value != "none":
             raise Refused(
-                f"megatron.{name}: expected 'none', found {value!r}: a recipe's steps hold other numbers of media, and a "
-                "graph replays one shape. Use Trainer(graphs=StepGraphs(buckets=...)), which rounds them up"
+                f"megatron.{name}: expected 'none', found {value!r}: a recipe's steps hold other numbers of media, and "
+                "a graph replays one shape. Use Trainer(graphs=StepGraphs(buckets=...)), which rounds them up"
             )
         if not any(name in names for names in known):
             raise Refused(f"megatron: {unknown('setting', name, set().union(*known) - _OF_RECIPE.keys())}")

@@ -200,6 +200,21 @@ def test_packs_turn_as_megatron_turns_them_and_ask_for_no_boundaries(single_proc
     assert all(map(torch.equal, ours, theirs))
 
 
+def test_a_longest_that_leaves_padding_out_is_enough(single_process):
+    """Of plain PackedSeqParams the host does not know whether it counts padding."""
+    model = model_of(tiny.language_spec(tiny.language_config(), position_embedding_type="rope"))
+    ids = torch.randint(0, 60, (1, 14), generator=torch.Generator().manual_seed(1))
+    own, padded = (torch.tensor(each, dtype=torch.int32) for each in ([0, 4, 9], [0, 5, 14]))
+    told = segmented(own, padded)
+    plain = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=own, cu_seqlens_kv=own, cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded, max_seqlen_q=5, max_seqlen_kv=5,
+    )  # fmt: skip
+    expected, found = (model(ids, packed_seq_params=params)[0] for params in (told, plain))
+    real = [0, 1, 2, 3, 5, 6, 7, 8, 9]
+    assert torch.equal(found[:, real], expected[:, real])
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_packs_cut_over_context_parallel_ranks_turn_as_megatron_turns_them(single_process, rank):
     bounds = torch.tensor([0, 8, 24, 24], dtype=torch.int32)
