@@ -23,8 +23,9 @@ from megatron_mimo.check.positions import PositionKind
 from megatron_mimo.compat.hybrid import with_output_processor
 from megatron_mimo.fp8 import check_fp8_layers, check_fp8_widths
 from megatron_mimo.multi_token import LaterRows, embedding_handed_to
+from megatron_mimo.packed import boundaries_of
 from megatron_mimo.plan import Learned, Plan
-from megatron_mimo.rotary import GridGPT
+from megatron_mimo.rotary import GridGPT, rotary_kind, turn_of
 from megatron_mimo.segments import turned
 from megatron_mimo.sharding import SequenceShard
 from megatron_mimo.token_loss import TokenLoss, only_counted
@@ -213,7 +214,6 @@ class LanguageCall:
         self._model, self._parallel_output = model, parallel_output
         self._loss_where_counted = loss_where_counted
         self._takes = inspect.signature(model.forward).parameters.keys()
-        self._positions = getattr(model, "position_embedding_type", None)
         self._experts = model.config.num_moe_experts is not None
         self._predicts_more = bool(model.config.mtp_num_layers) and model.post_process
 
@@ -271,7 +271,7 @@ class LanguageCall:
             known["loss_mask"] = later.text if learned.loss_mask is None else learned.loss_mask
         turn = None
         if packed_seq_params is not None and inference_context is None:
-            turn = turn_of(self._positions, plan.shard, plan.positions)
+            turn = turn_of(rotary_kind(self._model), plan.shard, boundaries_of(packed_seq_params))
         with HiddenStates(self._model.decoder) as states, more:
             output = self._run(
                 learned,
@@ -329,20 +329,6 @@ class LanguageCall:
             return None
         padding = plan.padding.expand(plan.batch_size, -1)
         return padding if plan.shard.is_whole else padding.index_select(1, plan.shard.positions).contiguous()
-
-
-def turn_of(kind: str | None, shard: SequenceShard, positions: Tensor) -> Tensor | None:
-    """Which row of a language model's rotary angles turns each of this rank's positions of a pack, int64 `[S / CP]`.
-
-    Args:
-        kind: its `position_embedding_type`. Angles count from 0 in each sequence; those of sections ("mrope") are
-            given for every position of the pack. None for any other.
-        shard: of the rank.
-        positions: int64 `[1, S]`, or `[k, 1, S]` for sections; global.
-    """
-    if kind == "mrope":
-        return shard.whole_cp.positions
-    return shard.cut(positions)[0] if kind in ("rope", "yarn") else None
 
 
 class HiddenStates:

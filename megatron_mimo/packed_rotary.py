@@ -6,13 +6,14 @@ wait, but lets every sample count from 0, whatever positions it has. Told for ea
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-from megatron.core.models.common.embeddings import apply_rotary_pos_emb
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import Attention, SelfAttention
 from torch import Tensor, nn
 
+from megatron_mimo.compat.megatron import turned_rows
 from megatron_mimo.segments import SegmentedParams
 
 
@@ -22,7 +23,9 @@ class PackedSelfAttention(SelfAttention):
     Without packs, and with boundaries alone, it is `SelfAttention`.
     """
 
-    _angles: Tensor | None = None
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._angles: Tensor | None = None
 
     def forward(
         self,
@@ -41,16 +44,14 @@ class PackedSelfAttention(SelfAttention):
             rotary_pos_emb: float `[rows, 1, 1, d]`, of which `SegmentedParams.turn` picks.
         """
         turn = turned_by(packed_seq_params)
-        if turn is not None and isinstance(rotary_pos_emb, Tensor):
-            if not (self.config.no_rope_freq and self.config.no_rope_freq[self.layer_number - 1]):
-                # A max_seqlen that leaves padding out gives fewer rows, and what lies behind them holds nothing.
-                self._angles = rotary_pos_emb.index_select(0, turn.clamp(max=len(rotary_pos_emb) - 1))
-            rotary_pos_emb = None
+        attend = functools.partial(super().forward, hidden_states, attention_mask, key_value_states, inference_context)
+        if turn is None or not isinstance(rotary_pos_emb, Tensor):
+            return attend(rotary_pos_emb, *more, packed_seq_params=packed_seq_params, **named)
+        if not (self.config.no_rope_freq and self.config.no_rope_freq[self.layer_number - 1]):
+            # A max_seqlen that leaves padding out gives fewer rows (`check_packed` holds it against the rest).
+            self._angles = rotary_pos_emb.index_select(0, turn.clamp(max=len(rotary_pos_emb) - 1))
         try:
-            return super().forward(
-                hidden_states, attention_mask, key_value_states, inference_context, rotary_pos_emb, *more,
-                packed_seq_params=packed_seq_params, **named,
-            )  # fmt: skip
+            return attend(None, *more, packed_seq_params=packed_seq_params, **named)
         finally:
             self._angles = None
 
@@ -60,12 +61,7 @@ class PackedSelfAttention(SelfAttention):
         if self._angles is None:
             return found
         query, key, *rest = found
-        return self._turned(query, self._angles), self._turned(key, self._angles), *rest
-
-    def _turned(self, rows: Tensor, angles: Tensor) -> Tensor:
-        return apply_rotary_pos_emb(
-            rows, angles, config=self.config, mscale=self._yarn_concentration_factor, cp_group=self.pg_collection.cp
-        )
+        return *(turned_rows(self, rows, self._angles) for rows in (query, key)), *rest
 
 
 def turned_by(packed: PackedSeqParams | None) -> Tensor | None:
@@ -74,7 +70,7 @@ def turned_by(packed: PackedSeqParams | None) -> Tensor | None:
 
 
 def turns_packs(stack: nn.Module) -> bool:
-    """Whether all that mixes positions in a transformer stack takes the angles of packs position by position.
+    """Whether all attention in a transformer stack takes the angles of packs position by position.
 
     Args:
         stack: the transformer layers of a pipeline stage.
@@ -83,10 +79,4 @@ def turns_packs(stack: nn.Module) -> bool:
         >>> turns_packs(nn.Identity())
         True
     """
-    mixers = (each for each in stack.modules() if isinstance(each, Attention) or _is_of_states(each))
-    return all(isinstance(each, PackedSelfAttention) for each in mixers)
-
-
-def _is_of_states(module: nn.Module) -> bool:
-    """Whether a module is one of Megatron's state-space layers, which read the boundaries in ways of their own."""
-    return type(module).__module__.startswith("megatron.core.ssm.")
+    return all(isinstance(each, PackedSelfAttention) for each in stack.modules() if isinstance(each, Attention))

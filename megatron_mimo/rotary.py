@@ -14,10 +14,16 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from megatron.core.models.common.embeddings.rope_utils import get_pos_emb_on_this_cp_rank
+from megatron.core.models.common.embeddings.rotary_pos_embedding import MultimodalRotaryEmbedding, RotaryEmbedding
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_mimo.compat.hybrid import keeps_states
+from megatron_mimo.packed import default_positions
 from megatron_mimo.packed_rotary import turned_by, turns_packs
+from megatron_mimo.sharding import SequenceShard
 
 
 class GridRotary(nn.Module):
@@ -131,3 +137,53 @@ class GridGPT(GPTModel):
 
 # MimoModel goes by the constructor's signature too, which is GPTModel's but for one argument.
 functools.update_wrapper(GridGPT.__init__, GPTModel.__init__, assigned=())
+
+
+# Which angles are whose ---------------------------------------------------------------
+
+_ROTARY = (RotaryEmbedding, YarnRotaryEmbedding, MultimodalRotaryEmbedding, GridRotary)
+
+
+def rotary_kind(model: nn.Module) -> str | None:
+    """How a language model's rotary angles are numbered, where it is told that: its `position_embedding_type`.
+
+    "rope" and "yarn" count from 0 in each sequence, "mrope" has angles for every position of the pack. "none" where
+    nothing turns; None for angles of another class, and for multi-latent attention, which has its own.
+    """
+    kind = getattr(model, "position_embedding_type", None)
+    if getattr(model.config, "multi_latent_attention", False):
+        return None
+    if kind in ("rope", "yarn", "mrope"):
+        return kind if type(getattr(model, "rotary_pos_emb", None)) in _ROTARY else None
+    return "none" if kind in ("learned_absolute", "none") else None
+
+
+def asks_for_no_boundaries(model: nn.Module) -> bool:
+    """Whether no layer of a language model asks the device where the samples of a pack begin; attention's core apart.
+
+    Args:
+        model: a pipeline stage's part. Megatron cuts packed tokens on the host for multi-token prediction.
+    """
+    stack, config, kind = cast(nn.Module, model.decoder), cast(TransformerConfig, model.config), rotary_kind(model)
+    if kind is None or config.mtp_num_layers or any(keeps_states(each) for each in stack.modules()):
+        return False
+    return kind == "none" or turns_packs(stack)
+
+
+def turn_of(kind: str | None, shard: SequenceShard, boundaries: Tensor | None) -> Tensor | None:
+    """Which row of a language model's rotary angles turns each of this rank's positions of a pack, int64 `[S / CP]`.
+
+    Args:
+        kind: of `rotary_kind`.
+        shard: of the rank.
+        boundaries: int `[sequences + 1]`, padded; None where nothing is packed.
+
+    Returns:
+        None where nothing turns, or Megatron finds out by what.
+    """
+    if boundaries is None or kind in (None, "none"):
+        return None
+    held = shard.whole_cp.positions
+    if kind == "mrope":
+        return held
+    return shard.cut(default_positions(held.new_empty(1, shard.sequence_length), boundaries.to(held)))[0]

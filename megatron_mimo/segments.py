@@ -9,8 +9,9 @@ and dtype let it. Nothing is the size of the pack squared.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar, cast
 
@@ -149,12 +150,20 @@ def turned(params: PackedSeqParams | None, turn: Tensor | None) -> PackedSeqPara
     """
     if params is None:
         return None
-    given = {field.name: getattr(params, field.name) for field in fields(params)}
-    given |= {name: x.int() for name, x in given.items() if name.startswith("cu_seqlens") and isinstance(x, Tensor)}
-    kind = type(params)
-    if turn is not None and kind in (PackedSeqParams, SegmentedParams):
-        kind, given = SegmentedParams, given | {"turn": turn}
-    return kind(**given)
+    wide = {
+        name: x.int() for name, x in vars(params).items()
+        if name.startswith("cu_seqlens") and isinstance(x, Tensor) and x.dtype is not torch.int32
+    }  # fmt: skip
+    turns = turn is not None and type(params) in (PackedSeqParams, SegmentedParams)
+    if not wide and not turns:
+        return params
+    # Not made anew: a constructor may be another's, and Megatron's would wait for the device.
+    made = copy.copy(params)
+    if turns and type(params) is PackedSeqParams:
+        made = SegmentedParams.__new__(SegmentedParams)
+    for name, value in (vars(params) | wide | ({"turn": turn} if turns else {})).items():
+        setattr(made, name, value)
+    return made
 
 
 def padded_boundaries(params: PackedSeqParams) -> Tensor:
@@ -272,8 +281,10 @@ class SegmentAttention(DotProductAttention):
             mask = cast(SegmentedParams, params).block_mask()
             return segment_kernels.flexible(query, key, value, mask, scale=scale)
         bounds = padded_boundaries(params).to(query.device)
-        told = isinstance(params, SegmentedParams) and params.boundaries is not None
-        longest = params.max_seqlen_q if told else len(query)  # others may count without the padding
+        longest = len(query)  # of what nobody told, whose max_seqlen may leave padding out
+        if isinstance(params, SegmentedParams) and params.boundaries is not None:
+            told = max((stop - start for start, stop in pairwise(params.boundaries)), default=params.max_seqlen_q)
+            longest = cast(int, told)
         return segment_kernels.varlen(query, key, value, bounds, longest, scale=scale, causal=causal)
 
     def takes_boundaries(self, device: torch.device, spanned: bool, dtype: torch.dtype | None = None) -> bool:

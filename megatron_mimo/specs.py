@@ -146,9 +146,8 @@ def norm(backend: Backend = "auto", normalization: str = "LayerNorm") -> type:
 def core_attention(backend: Backend = "auto", config: TransformerConfig | None = None, *, cached: bool = False) -> type:
     """The module between queries, keys and values and what attention gives, in every language layer of a backend.
 
-    The one place where it is chosen: `language_layer_spec` and `hybrid_stack_spec` put it into their layers, and
-    `generation.borrow` the `cached` one, which is one for all backends, for the time of a call. In float32, which
-    TransformerEngine's kernels for packed samples lack, it is the plain-torch one but under context parallelism.
+    `generation.borrow` takes the `cached` one, which is one for all backends. In float32, which TransformerEngine's
+    kernels for packed samples lack, it is the plain-torch one but under context parallelism.
 
     Raises:
         ValueError: `backend` is unknown or not installed.

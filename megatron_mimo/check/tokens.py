@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -151,8 +153,14 @@ def check_packed(packed_seq_params: PackedSeqParams, length: int, checks: Checks
             f"expected cu_seqlens_q of int32 [sequences + 1] with at least two boundaries, found {own.dtype} "
             f"{list(own.shape)}"
         )
+    longest = packed_seq_params.max_seqlen_q
     if padded is None:
-        checks.look(lambda: own, lambda bounds: verify_boundaries("cu_seqlens_q", bounds.tolist(), length), "own")
+
+        def verify_own(bounds: Tensor) -> None:
+            verify_boundaries("cu_seqlens_q", bounds.tolist(), length)
+            _verify_longest(bounds.tolist(), longest)
+
+        checks.look(lambda: own, verify_own, "own")
         return
     if padded.shape != own.shape:
         raise ValueError(
@@ -164,6 +172,7 @@ def check_packed(packed_seq_params: PackedSeqParams, length: int, checks: Checks
         inner, outer = both.tolist()
         verify_boundaries("cu_seqlens_q_padded", outer, length)
         verify_boundaries("cu_seqlens_q", inner, None)
+        _verify_longest(inner, longest)
         for index in range(len(inner) - 1):
             own_length, room = inner[index + 1] - inner[index], outer[index + 1] - outer[index]
             if own_length > room:
@@ -173,6 +182,16 @@ def check_packed(packed_seq_params: PackedSeqParams, length: int, checks: Checks
                 )
 
     checks.look(lambda: torch.stack([own.long(), padded.to(own.device).long()]), verify, "own and padded")
+
+
+def _verify_longest(bounds: Sequence[int], longest: int | None) -> None:
+    """Refuses a `max_seqlen_q` below a sequence's own length: kernels and rotary angles would leave its end out."""
+    found = max((stop - start for start, stop in pairwise(bounds)), default=0)
+    if longest is not None and found > longest:
+        raise ValueError(
+            f"max_seqlen_q is {longest}, but a packed sequence is {found} long (cu_seqlens_q). Give the longest one's "
+            "length, padding included where it has some."
+        )
 
 
 def check_spans(packed_seq_params: PackedSeqParams, blind: str | None, context_parallel: int) -> None:

@@ -24,6 +24,17 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor, nn
 
+
+def keeps_states(module: nn.Module) -> bool:
+    """Whether a module is one of Megatron's state-space layers.
+
+    Undocumented: that they live in `megatron.core.ssm`; its MLPLayer does too and keeps nothing.
+    Reason: they mix positions by states of their own, which neither generation nor packs of ours know.
+    When it goes: name the classes.
+    """
+    return type(module).__module__.startswith("megatron.core.ssm.") and not isinstance(module, MLPLayer)
+
+
 #: Letter of a pattern -> the layer that a stack spec holds for it.
 LAYERS = {"*": "attention_layer", "-": "mlp_layer", "E": "moe_layer"}
 

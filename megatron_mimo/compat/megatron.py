@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_mimo.compat.torch import forward_pre_hooks
 
@@ -324,3 +324,17 @@ def scaled_logits(model: Any, logits: torch.Tensor) -> torch.Tensor:
     When it goes: `logits * config.mup_output_mult` where `config.use_mup` is set.
     """
     return model._scale_logits(logits)
+
+
+def turned_rows(attention: nn.Module, rows: Tensor, angles: Tensor) -> Tensor:
+    """Queries or keys `[S, 1, heads, d]` turned by angles `[S, 1, 1, d]`, as a batch that is not packed.
+
+    Private: `Attention._yarn_concentration_factor`, which Megatron's own forward pass multiplies them by.
+    Reason: packs are turned position by position (`packed_rotary`), which Megatron does within its forward pass alone.
+    When it goes: pass on what `Attention.forward` gives `apply_rotary_pos_emb` as `mscale`.
+    """
+    from megatron.core.models.common.embeddings import apply_rotary_pos_emb
+
+    own: Any = attention
+    factor = own._yarn_concentration_factor
+    return apply_rotary_pos_emb(rows, angles, config=own.config, mscale=factor, cp_group=own.pg_collection.cp)

@@ -17,6 +17,7 @@ from megatron.core.transformer.multi_latent_attention import MultiLatentAttentio
 from torch import Tensor, nn
 
 from megatron_mimo.cached_attention import CachedAttention, Step, Turn, window_of
+from megatron_mimo.compat.hybrid import keeps_states
 from megatron_mimo.compat.megatron import gather_hooks
 from megatron_mimo.specs import core_attention
 
@@ -24,7 +25,6 @@ _SEQUENCE_PARALLEL = ("sequence_parallel", "scatter_to_sequence_parallel", "redu
 _RECOMPUTE = ("recompute_input_layernorm", "recompute_pre_mlp_layernorm", "recompute_mlp")
 #: What rows of any number cannot go through, and the value that is neutral.
 _CONFIG = {"sequence_parallel": False, "apply_rope_fusion": False, "fused_single_qkv_rope": False, "fp8": None}
-_STATEFUL = "megatron.core.ssm."
 
 
 def attentions_of(stack: nn.Module) -> list[Attention]:
@@ -43,7 +43,7 @@ def check_cacheable(model: Any) -> None:
     """
     language = model.language_model
     config, groups = language.config, model.pg_collection
-    stateful = sorted({type(m).__name__ for m in language.decoder.modules() if _is_stateful(m)})
+    stateful = sorted({type(m).__name__ for m in language.decoder.modules() if keeps_states(m)})
     if stateful:
         raise ValueError(
             f"generation: expected a pattern of attention ('*'), MLP ('-') and expert ('E') layers, found {stateful}, "
@@ -85,17 +85,6 @@ _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 def _found(name: str, config, groups) -> object:
     sizes = {"context_parallel_size": "cp", "expert_model_parallel_size": "ep"}
     return getattr(groups, sizes[name]).size() if name in sizes else getattr(config, name)
-
-
-def _is_stateful(module: nn.Module) -> bool:
-    # Its MLPLayer lives there too and keeps nothing.
-    return type(module).__module__.startswith(_STATEFUL) and not isinstance(module, _mlp_layer())
-
-
-def _mlp_layer() -> type:
-    from megatron.core.ssm.mlp_layer import MLPLayer
-
-    return MLPLayer
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def language_spec(
             layers
             | precision(dtype)
             | _COMMON
-            | _kernels(layers, backend)
+            | _kernels(layers, backend, changes or {})
             | dict(sizes)
             | _schedule(sizes, dtype)
             | dict(changes or {})
@@ -106,12 +106,13 @@ def precision(dtype: torch.dtype) -> dict[str, object]:
 _COMMON = {"hidden_dropout": 0.0, "bias_dropout_fusion": False, "calculate_per_token_loss": True}
 
 
-def _kernels(layers: Mapping[str, object], backend: specs.Backend) -> dict[str, object]:
+def _kernels(layers: Mapping[str, object], backend: specs.Backend, changes: Mapping[str, object]) -> dict[str, object]:
     """What TransformerEngine and Megatron have one kernel for, on a GPU: rotary angles, gated SiLU."""
     if not torch.cuda.is_available() or specs.choose_backend(backend) != "transformer_engine":
         return {}
     found: dict[str, object] = {"apply_rope_fusion": True}
-    if layers.get("gated_linear_unit") and layers.get("activation_func") is F.silu:
+    gated = layers.get("gated_linear_unit") and layers.get("activation_func") is F.silu
+    if gated and not changes.get("use_te_activation_func"):  # Megatron has one or the other
         found["bias_activation_fusion"] = True
     return found
 

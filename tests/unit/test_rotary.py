@@ -15,11 +15,10 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfi
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
 from megatron_mimo import MimoModel, specs
-from megatron_mimo.language import turn_of
-from megatron_mimo.packed import default_positions
+from megatron_mimo.packed import boundaries_of
 from megatron_mimo.packed_rotary import turns_packs
-from megatron_mimo.rotary import GridGPT, GridRotary
-from megatron_mimo.segments import segmented
+from megatron_mimo.rotary import GridGPT, GridRotary, asks_for_no_boundaries, rotary_kind, turn_of
+from megatron_mimo.segments import SegmentedParams, segmented, turned
 from megatron_mimo.sharding import sequence_shard
 from tests import tiny
 
@@ -215,6 +214,67 @@ def test_a_longest_that_leaves_padding_out_is_enough(single_process):
     assert torch.equal(found[:, real], expected[:, real])
 
 
+def test_a_longest_below_a_sequence_is_refused_and_turns_nothing_wrongly(single_process):
+    model = model_of(tiny.language_spec(tiny.language_config(), position_embedding_type="rope"))
+    bounds = torch.tensor([0, 4, 16], dtype=torch.int32)
+    params = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=4, max_seqlen_kv=4
+    )
+    with pytest.raises(ValueError, match="max_seqlen_q is 4, but a packed sequence is 12 long"):
+        model(torch.zeros(1, 16, dtype=torch.long), packed_seq_params=params)
+
+
+class PositionsOfThePack(RotaryEmbedding):
+    """A row for each position of the pack, which Megatron tells by their number."""
+
+    def forward(self, max_seq_len, offset=0, packed_seq=False, cp_group=None):
+        return self.get_emb(16, offset)
+
+
+def test_angles_of_another_class_are_left_to_megatron(single_process):
+    model = model_of(tiny.language_spec(tiny.language_config(), position_embedding_type="rope"))
+    language, params = model.language_model, segmented(torch.tensor([0, 4, 16], dtype=torch.int32))
+    assert rotary_kind(language) == "rope" and asks_for_no_boundaries(language)
+    language.rotary_pos_emb = PositionsOfThePack(8, 1.0, use_cpu_initialization=True)
+    assert rotary_kind(language) is None and not asks_for_no_boundaries(language)
+    ids = torch.randint(0, 60, (1, 16), generator=torch.Generator().manual_seed(1))
+    asked = Mock(wraps=rope_utils._apply_rotary_pos_emb_thd)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rope_utils, "_apply_rotary_pos_emb_thd", asked)
+        model(ids, packed_seq_params=params)
+    assert asked.called
+
+
+def test_what_is_not_packed_is_not_turned_as_if_it_were(single_process):
+    """Another format's angles are cut over context-parallel ranks already."""
+    params = PackedSeqParams(qkv_format="sbhd")
+    assert turn_of("rope", sequence_shard(8, cp_rank=0, cp_size=2), boundaries_of(params)) is None
+
+
+class Foreign(PackedSeqParams):
+    """With a constructor of its own."""
+
+    def __init__(self, bounds: torch.Tensor) -> None:
+        super().__init__(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=8, max_seqlen_kv=8)
+        self.told = "mine"
+
+
+def test_parameters_are_not_made_anew(monkeypatch):
+    turn, narrow = torch.arange(8), torch.tensor([0, 8], dtype=torch.int32)
+    given = Foreign(narrow)
+    assert turned(given, turn) is given and turned(None, turn) is None
+    found = turned(Foreign(narrow.long()), turn)
+    assert type(found) is Foreign and found.told == "mine" and found.cu_seqlens_q.dtype is torch.int32
+    plain = PackedSeqParams(qkv_format="thd", cu_seqlens_q=narrow, cu_seqlens_kv=narrow, max_seqlen_q=8)
+    plain.told = "mine"
+    monkeypatch.setattr(PackedSeqParams, "__post_init__", Mock(side_effect=AssertionError("waits")))
+    for params in (plain, turned(plain, turn)):
+        found = turned(params, turn)
+        assert (type(found), found.turn is turn, found.told) == (SegmentedParams, True, "mine")
+        assert found.cu_seqlens_q is narrow and found.boundaries is None
+    assert not hasattr(plain, "turn")
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_packs_cut_over_context_parallel_ranks_turn_as_megatron_turns_them(single_process, rank):
     bounds = torch.tensor([0, 8, 24, 24], dtype=torch.int32)
@@ -222,14 +282,14 @@ def test_packs_cut_over_context_parallel_ranks_turn_as_megatron_turns_them(singl
     shard = sequence_shard(24, cp_rank=rank, cp_size=2, tp_size=2, tp_rank=1, cu_seqlens=bounds)
     angles = RotaryEmbedding(DIM, 1.0, use_cpu_initialization=True)(16, packed_seq=True)
     rows = torch.randn(12, 2, DIM, generator=torch.Generator().manual_seed(3))
-    turn = turn_of("rope", shard, default_positions(torch.zeros(1, 24, dtype=torch.long), bounds))
+    turn = turn_of("rope", shard, bounds)
     found = apply_rotary_pos_emb(rows[:, None], angles[turn], config=config, cp_group=Ranks(rank, 2))[:, 0]
     expected = apply_rotary_pos_emb(rows, angles, config=config, cu_seqlens=bounds, cp_group=Ranks(rank, 2))
     assert torch.equal(found, expected)
     sections = GridRotary(frequencies(), interleaved=True, cp_group=Ranks(rank, 2))
     sections.packed = True
     whole = sections(drawn(24, 1), [6, 5, 5])
-    turn = turn_of("mrope", shard, drawn(24, 1))
+    turn = turn_of("mrope", shard, bounds)
     found = apply_rotary_pos_emb(rows[:, None], whole[turn], config=config, cp_group=Ranks(rank, 2))[:, 0]
     expected = apply_rotary_pos_emb(rows, whole, config=config, cu_seqlens=bounds, cp_group=Ranks(rank, 2))
     assert torch.equal(found, expected)

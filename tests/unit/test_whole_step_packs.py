@@ -15,7 +15,7 @@ from megatron_mimo.training import StepGraphs
 from megatron_mimo.training.parts.buckets import with_packs_alike
 from tests import tiny
 from tests.recorded_graphs import record_graphs
-from tests.unit.test_whole_step import ROWS, assert_same_steps, config_of, trainer_of
+from tests.unit.test_whole_step import ROWS, assert_same_steps, batch_of, config_of, trainer_of
 
 LENGTH = 48
 
@@ -45,6 +45,7 @@ LENGTHS = [[18, 9, 11], [30, 16], [7, 7, 7, 20], [22, 22], [6, 7, 3, 8, 20], [25
 
 def varlen(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int, *, scale, causal) -> Tensor:
     """In place of the kernel: all that it reads of the boundaries it reads as a tensor."""
+    assert longest >= boundaries.diff().max()
     place = torch.arange(len(query))
     sample = torch.searchsorted(boundaries[1:].long(), place, right=True)
     sees = (sample[:, None] == sample) & (place[:, None] >= place)
@@ -110,6 +111,48 @@ def test_layers_that_ask_for_boundaries_run_without_a_graph(recorded, on_the_dev
     for step in range(3):
         trainer.train_step(lambda *_: [pack_of(step, LENGTHS[0])])
     assert (trainer.graphs.counts.captured, trainer.graphs.counts.eager) == (0, 3)
+
+
+def test_layers_without_rotary_positions_ask_for_none(recorded, on_the_device):
+    """Megatron's own too."""
+    language = tiny.language_config()
+    layers = specs.language_layer_spec(language, "torch")
+    for layer in layers.submodules.layer_specs:
+        layer.submodules.self_attention.module = SelfAttention
+    kind = dict(position_embedding_type="learned_absolute", transformer_layer_spec=layers)
+    trainer = trainer_of(recorded, StepGraphs(warmup=1), config=config_of(tiny.language_spec(language, **kind)))
+    for step in range(3):
+        trainer.train_step(lambda *_: [pack_of(step, LENGTHS[step])])
+    assert (trainer.graphs.counts.captured, trainer.graphs.counts.eager) == (1, 1)
+
+
+def test_hybrid_models_of_attention_and_mlp_layers_are_captured(recorded, on_the_device):
+    def config():
+        language = tiny.language_config(num_layers=4)
+        return config_of(tiny.hybrid_spec(language, hybrid_layer_pattern="*-*-", position_embedding_type="rope"))
+
+    eager, graphed = (trainer_of(recorded, graphs, config=config()) for graphs in (None, StepGraphs(warmup=1)))
+    graphed.models[0].load_state_dict(eager.models[0].state_dict())
+    assert_same_steps(eager, graphed, lambda step: [pack_of(step, LENGTHS[step])], 5)
+    assert graphed.graphs.counts.replayed == 4
+
+
+def test_a_batch_that_says_that_nothing_is_packed_is_captured(recorded):
+    trainer = trainer_of(recorded, StepGraphs(warmup=1))
+    for step in range(3):
+        trainer.train_step(lambda *_: [{**batch_of(step), "packed_seq_params": None}])
+    assert (trainer.graphs.counts.captured, trainer.graphs.counts.replayed) == (1, 2)
+
+
+def test_packs_of_which_no_graph_can_come_stay_as_they_are(single_process, on_the_device):
+    language = tiny.language_config()
+    layers = specs.language_layer_spec(language, "torch")
+    for layer in layers.submodules.layer_specs:
+        layer.submodules.self_attention.module = SelfAttention
+    kind = dict(position_embedding_type="rope", transformer_layer_spec=layers)
+    model = trainer_of(single_process, config=config_of(tiny.language_spec(language, **kind))).models[0]
+    batch = pack_of(0, LENGTHS[0])
+    assert with_packs_alike(batch, 16, model) is batch
 
 
 def test_boundaries_that_nobody_told_run_without_a_graph(recorded, on_the_device):

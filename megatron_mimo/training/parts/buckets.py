@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megatron_mimo.batch import Batch, Nested
 from megatron_mimo.model import MimoModel
+from megatron_mimo.rotary import asks_for_no_boundaries
 from megatron_mimo.segments import SegmentedParams, on_device, reads_boundaries_there, with_empty
 from megatron_mimo.training.speed import counts as names
 
@@ -54,11 +55,10 @@ def with_packs_alike(batch: Batch, sequences: int, model: MimoModel) -> Batch:
         sequences: their number is a multiple of this, by empty ones.
         model: whose attention runs.
     """
-    packed = batch.get("packed_seq_params")
-    stack, device = cast(nn.Module, model.language_model.decoder), next(model.parameters()).device
-    if not isinstance(packed, SegmentedParams) or model.config.mtp_num_layers:
+    packed, language = batch.get("packed_seq_params"), model.language_model
+    if type(packed) is not SegmentedParams or packed.max_seqlen_q is None or not asks_for_no_boundaries(language):
         return batch
-    if not reads_boundaries_there(stack, packed, device):
+    if not reads_boundaries_there(cast(nn.Module, language.decoder), packed, next(model.parameters()).device):
         return batch
     alike: Batch = {**batch, "packed_seq_params": on_device(packed, sequences)}
     placement = batch.get("placement")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_mimo.batch import Batch
 from megatron_mimo.compat.torch import flatten, unflatten
@@ -23,8 +23,8 @@ from megatron_mimo.data.step import Counts
 from megatron_mimo.data.transfer import Manifest, Record, Slot, from_bytes
 from megatron_mimo.decoders.prepared import Prepared
 from megatron_mimo.model import MimoModel
-from megatron_mimo.packed_rotary import turns_packs
 from megatron_mimo.placement import Placement
+from megatron_mimo.rotary import asks_for_no_boundaries
 from megatron_mimo.segments import SegmentedParams
 from megatron_mimo.tally import HostFacts
 from megatron_mimo.training import auxiliary
@@ -136,14 +136,9 @@ class ChunkStep:
         Megatron does for multi-token prediction, layers of another's may, and TransformerEngine where it is not told
         what lies between sequences, as `segments.segmented` tells.
         """
-        packed = [tree["packed_seq_params"] for tree in self._trees if "packed_seq_params" in tree]
-        told = all(isinstance(one, Record) and one.kind is SegmentedParams for one in packed)
-        alone = turns_packs(cast(nn.Module, self.model.language_model.decoder)) and not self.model.config.mtp_num_layers
-        return not packed or (told and alone)
-
-    @property
-    def _trees(self) -> list[Mapping[str, Any]]:
-        return [cast(Mapping[str, Any], manifest.tree) for manifest in self._manifests]
+        packed = [tree.get("packed_seq_params") for tree in (cast(Any, each.tree) for each in self._manifests)]
+        told = all(one is None or (isinstance(one, Record) and one.kind is SegmentedParams) for one in packed)
+        return all(one is None for one in packed) or (told and asks_for_no_boundaries(self.model.language_model))
 
     def recheck(self, brought: Sequence[Sequence[tuple[str, int, tuple[int, ...] | None]]]) -> None:
         """Holds the rows that a replay will make against the tokens of this step's microbatches.
