@@ -183,7 +183,5 @@ def turn_of(kind: str | None, shard: SequenceShard, boundaries: Tensor | None) -
     """
     if boundaries is None or kind in (None, "none"):
         return None
-    held = shard.whole_cp.positions
-    if kind == "mrope":
-        return held
-    return shard.cut(default_positions(held.new_empty(1, shard.sequence_length), boundaries.to(held)))[0]
+    every = torch.arange(shard.sequence_length, device=shard.device)[None]
+    return shard.cut(every if kind == "mrope" else default_positions(every, boundaries.to(every)))[0]
