@@ -149,7 +149,7 @@ class Problem:
         model = self.models["with output"]
         targets = model.prepare(self.targets)
         shard = sequence_shard(self.ids.shape[1], device=self.ids.device)
-        plan = Plan(1, model.place(self.ids).bound(), shard, self.ids, None, {"images": self.size.rows})
+        plan = Plan(1, model.place(self.ids).bound(), shard, self.ids, self.ids, None, {"images": self.size.rows})
         outputs = model.decode_losses(self.hidden, model.route(self.hidden, plan), targets, plan)
         terms = {f"images/{name}": term for name, term in outputs.modalities["images"].losses.items()}
         return torch.autograd.grad(megatron_mimo.total_loss(terms, model.loss_weights), self.hidden)[0]

@@ -23,7 +23,6 @@ from megatron_mimo.check.positions import PositionKind
 from megatron_mimo.compat.hybrid import with_output_processor
 from megatron_mimo.fp8 import check_fp8_layers, check_fp8_widths
 from megatron_mimo.multi_token import LaterRows, embedding_handed_to
-from megatron_mimo.packed import boundaries_of
 from megatron_mimo.plan import Learned, Plan
 from megatron_mimo.rotary import GridGPT, rotary_kind, turn_of
 from megatron_mimo.segments import turned
@@ -271,7 +270,7 @@ class LanguageCall:
             known["loss_mask"] = later.text if learned.loss_mask is None else learned.loss_mask
         turn = None
         if packed_seq_params is not None and inference_context is None:
-            turn = turn_of(rotary_kind(self._model), plan.shard, boundaries_of(packed_seq_params))
+            turn = turn_of(rotary_kind(self._model), plan.shard, plan.counted, packed_seq_params)
         with HiddenStates(self._model.decoder) as states, more:
             output = self._run(
                 learned,

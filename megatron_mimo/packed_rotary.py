@@ -48,8 +48,7 @@ class PackedSelfAttention(SelfAttention):
         if turn is None or not isinstance(rotary_pos_emb, Tensor):
             return attend(rotary_pos_emb, *more, packed_seq_params=packed_seq_params, **named)
         if not (self.config.no_rope_freq and self.config.no_rope_freq[self.layer_number - 1]):
-            # A max_seqlen that leaves padding out gives fewer rows (`check_packed` holds it against the rest).
-            self._angles = rotary_pos_emb.index_select(0, turn.clamp(max=len(rotary_pos_emb) - 1))
+            self._angles = rotary_pos_emb.index_select(0, turn)
         try:
             return attend(None, *more, packed_seq_params=packed_seq_params, **named)
         finally:

@@ -42,6 +42,8 @@ class Plan:
             None on a stage that neither reads nor writes.
         shard: which positions of the sequence are this rank's.
         positions: int64 `[B, S]` or `[k, B, S]`, position ids, global.
+        counted: int64 `[B, S]`, positions counted from 0 (or on from what is cached), in each packed sequence anew;
+            global.
         padding: bool `[1 or B, S]`, positions that hold nothing; None where there are none.
         counts: modality -> its generation tokens in the batch; None where only the device knows. Empty on a stage
             that neither reads nor writes.
@@ -52,6 +54,7 @@ class Plan:
     placement: Placement | None
     shard: SequenceShard
     positions: Tensor
+    counted: Tensor
     padding: Tensor | None
     counts: Mapping[str, int | None]
     host: HostFacts | None = None
@@ -177,13 +180,13 @@ class Planner:
         position_ids = self._check.positions(position_ids, default, brought.modalities)
         host = placement.host if isinstance(placement, Placement) else None
         if not self._uses_placement:
-            return Plan(shape[0], None, shard, position_ids, padding, {}, host)
+            return Plan(shape[0], None, shard, position_ids, default, padding, {}, host)
         placement = self._adopted(placement, input_ids, packed_seq_params)
         if padding is not None:
             self._check.padding(placement, padding.expand(shape))
         counts = count_generation(placement, brought, self._config, self._submodules, training)
         self._check.unfed(brought.reads, placement, counts)
-        return Plan(shape[0], placement, shard, position_ids, padding, counts, host)
+        return Plan(shape[0], placement, shard, position_ids, default, padding, counts, host)
 
     def settle(self, batch: Batch) -> Placement | None:
         """The placement of a batch that was checked here, on the host, so that nothing of it is checked on a device.

@@ -17,11 +17,12 @@ from megatron.core.models.common.embeddings.rope_utils import get_pos_emb_on_thi
 from megatron.core.models.common.embeddings.rotary_pos_embedding import MultimodalRotaryEmbedding, RotaryEmbedding
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_mimo.compat.hybrid import keeps_states
-from megatron_mimo.packed import default_positions
+from megatron_mimo.packed import boundaries_of
 from megatron_mimo.packed_rotary import turned_by, turns_packs
 from megatron_mimo.sharding import SequenceShard
 
@@ -170,18 +171,22 @@ def asks_for_no_boundaries(model: nn.Module) -> bool:
     return kind == "none" or turns_packs(stack)
 
 
-def turn_of(kind: str | None, shard: SequenceShard, boundaries: Tensor | None) -> Tensor | None:
+def turn_of(kind: str | None, shard: SequenceShard, counted: Tensor, packed: PackedSeqParams) -> Tensor | None:
     """Which row of a language model's rotary angles turns each of this rank's positions of a pack, int64 `[S / CP]`.
 
     Args:
         kind: of `rotary_kind`.
         shard: of the rank.
-        boundaries: int `[sequences + 1]`, padded; None where nothing is packed.
+        counted: int64 `[1, S]`, positions counted in each sequence anew; global.
+        packed: of the batch.
 
     Returns:
-        None where nothing turns, or Megatron finds out by what.
+        None where nothing is packed or turns, or Megatron finds out by what.
     """
-    if boundaries is None or kind in (None, "none"):
+    if boundaries_of(packed) is None or kind in (None, "none"):
         return None
-    every = torch.arange(shard.sequence_length, device=shard.device)[None]
-    return shard.cut(every if kind == "mrope" else default_positions(every, boundaries.to(every)))[0]
+    if kind == "mrope":
+        return shard.cut(torch.arange(shard.sequence_length, device=shard.device)[None])[0]
+    # A max_seqlen that leaves padding out gives fewer rows; `check_packed` holds it against what is no padding.
+    rows = max(packed.max_seqlen_q, packed.max_seqlen_kv)
+    return shard.cut(counted)[0].clamp(max=rows - 1)

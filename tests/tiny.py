@@ -3,6 +3,7 @@
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -70,6 +71,14 @@ def language_spec(config: TransformerConfig | None = None, **changes) -> ModuleS
         position_embedding_type="rope",
     )
     return ModuleSpec(module=GPTModel, params={**params, **changes})
+
+
+def megatrons_layers(config: TransformerConfig | None = None) -> ModuleSpec:
+    """Layers in plain torch whose self attention is Megatron's own."""
+    layers = specs.language_layer_spec(config or language_config(), "torch")
+    for layer in layers.submodules.layer_specs:
+        layer.submodules.self_attention.module = SelfAttention
+    return layers
 
 
 def hybrid_spec(config: TransformerConfig, pattern: str = "*-*-", **changes) -> ModuleSpec:

@@ -115,6 +115,7 @@ class BatchCheck:
         if packed_seq_params is not None:
             check_packed(packed_seq_params, input_ids.shape[1], self._checks)
             check_spans(packed_seq_params, self._blind, self._context_parallel)
+            self._positions.check_longest(packed_seq_params)
         if packed_seq_params is not None and self._positions.kind == "mrope" and not self._positions.own_angles:
             self._check_packed_mrope()
         if self._context_parallel == 1:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from megatron_mimo.deferred import Checks
+
+if TYPE_CHECKING:
+    from megatron.core.packed_seq_params import PackedSeqParams
 
 _COUNTED_BY_THE_MODEL = ("rope", "yarn", "none")
 
@@ -51,6 +55,18 @@ class PositionKind:
         if self.table is not None:
             _check_table(positions, self.table, checks)
         return positions
+
+    def check_longest(self, packed: PackedSeqParams) -> None:
+        """Refuses packed sequences whose longest is not told, where Megatron makes as many rotary angles.
+
+        Raises:
+            ValueError: naming what is missing.
+        """
+        if self.kind in ("rope", "yarn") and None in (packed.max_seqlen_q, packed.max_seqlen_kv):
+            raise ValueError(
+                f"packed_seq_params with position_embedding_type={self.kind!r}: expected max_seqlen_q and "
+                f"max_seqlen_kv, found {packed.max_seqlen_q} and {packed.max_seqlen_kv}. Give the longest one's length."
+            )
 
     def _sections(self, given: Tensor | None, default: Tensor, media: Sequence[str]) -> Tensor:
         if given is not None and given.dim() == 3:

@@ -13,7 +13,6 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER, OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 from PIL import Image
-from torch.nn import functional as F
 
 from megatron_mimo.axes import Layout
 from megatron_mimo.batch import Batch
@@ -34,6 +33,7 @@ from megatron_mimo.data import (
     open_source,
 )
 from megatron_mimo.data.messages import Kind
+from megatron_mimo.hf.language import gated_silu
 from megatron_mimo.launch import pretended
 from megatron_mimo.sharding import sequence_multiple
 from megatron_mimo.specs import Backend, choose_backend
@@ -156,7 +156,7 @@ def _config(place: Place, step: Step) -> MimoModelConfig:
 
 def _with_its_kernels(config: TransformerConfig) -> None:
     """Has layers of plain torch keep what `hf.language` lets those of TransformerEngine keep of a gated SiLU."""
-    if config.gated_linear_unit and config.activation_func is F.silu:
+    if gated_silu(vars(config)):
         config.bias_activation_fusion = True
 
 

@@ -106,13 +106,17 @@ def precision(dtype: torch.dtype) -> dict[str, object]:
 _COMMON = {"hidden_dropout": 0.0, "bias_dropout_fusion": False, "calculate_per_token_loss": True}
 
 
+def gated_silu(settings: Mapping[str, object]) -> bool:
+    """Whether fields of a `TransformerConfig` ask for the activation that Megatron has one kernel for."""
+    return bool(settings.get("gated_linear_unit")) and settings.get("activation_func") is F.silu
+
+
 def _kernels(layers: Mapping[str, object], backend: specs.Backend, changes: Mapping[str, object]) -> dict[str, object]:
     """What TransformerEngine and Megatron have one kernel for, on a GPU: rotary angles, gated SiLU."""
     if not torch.cuda.is_available() or specs.choose_backend(backend) != "transformer_engine":
         return {}
     found: dict[str, object] = {"apply_rope_fusion": True}
-    gated = layers.get("gated_linear_unit") and layers.get("activation_func") is F.silu
-    if gated and not changes.get("use_te_activation_func"):  # Megatron has one or the other
+    if gated_silu(layers) and not changes.get("use_te_activation_func"):  # Megatron has one or the other
         found["bias_activation_fusion"] = True
     return found
 

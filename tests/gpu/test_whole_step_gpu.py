@@ -18,10 +18,8 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(scope="module", autouse=True)
-def run():
-    megatron_mimo.shutdown()
-    yield megatron_mimo.initialize(seed=1, graph_safe_rng=True)
-    megatron_mimo.shutdown()
+def run(graph_safe_run):
+    return graph_safe_run
 
 
 def language_of(backend: str, **changes):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from megatron.core.transformer.attention import SelfAttention
 
-import megatron_mimo
 from megatron_mimo import specs
 from megatron_mimo.data.transfer import from_bytes, to_bytes
 from megatron_mimo.rotary import GridGPT
@@ -21,10 +20,8 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(scope="module", autouse=True)
-def run():
-    megatron_mimo.shutdown()
-    yield megatron_mimo.initialize(seed=1, graph_safe_rng=True)
-    megatron_mimo.shutdown()
+def run(graph_safe_run):
+    return graph_safe_run
 
 
 def pair_of(run, backend: str, dtype: torch.dtype, sections: bool = False, **changes) -> tuple[Trainer, Trainer]:

@@ -9,14 +9,13 @@ import torch
 from megatron.core.models.common.embeddings import apply_rotary_pos_emb, rope_utils
 from megatron.core.models.common.embeddings.rotary_pos_embedding import MultimodalRotaryEmbedding, RotaryEmbedding
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.attention import SelfAttention
 from torch.overrides import TorchFunctionMode
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
-from megatron_mimo import MimoModel, specs
-from megatron_mimo.packed import boundaries_of
-from megatron_mimo.packed_rotary import turns_packs
+from megatron_mimo import MimoModel
+from megatron_mimo.packed import default_positions
+from megatron_mimo.packed_rotary import turned_by, turns_packs
 from megatron_mimo.rotary import GridGPT, GridRotary, asks_for_no_boundaries, rotary_kind, turn_of
 from megatron_mimo.segments import SegmentedParams, segmented, turned
 from megatron_mimo.sharding import sequence_shard
@@ -98,7 +97,7 @@ def test_what_does_not_change_is_copied_to_a_device_once():
         assert torch.equal(rotary(positions, [6, 5, 5]), first)
 
 
-def test_a_batch_that_is_not_packed_is_cut_here():
+def test_a_batch_that_is_not_packed_is_cut_here(single_process):
     group = Ranks(1, 2)
     whole = GridRotary(frequencies(), interleaved=True)(drawn(), [6, 5, 5])
     part = GridRotary(frequencies(), interleaved=True, cp_group=group)(drawn(), [6, 5, 5])
@@ -142,7 +141,7 @@ def test_what_it_cannot_turn_is_refused(single_process):
     with pytest.raises(ValueError, match="position_embedding_type='mrope'"):
         model_of(language(True, position_embedding_type="rope"))
     with pytest.raises(ValueError, match="apply_rope_fusion=False, found True beside layers of Megatron's"):
-        model_of(fused(language(True, transformer_layer_spec=megatrons_layers())))
+        model_of(fused(language(True, transformer_layer_spec=tiny.megatrons_layers())))
     fusing = model_of(fused(language(True)))
     ids = torch.zeros(1, 8, dtype=torch.long)
     with pytest.raises(AssertionError, match="apply_rope_fusion is not available"):  # as far as the kernel itself
@@ -160,24 +159,17 @@ def fused(spec):
     return spec
 
 
-def megatrons_layers():
-    layers = specs.language_layer_spec(tiny.language_config(), "torch")
-    for layer in layers.submodules.layer_specs:
-        layer.submodules.self_attention.module = SelfAttention
-    return layers
-
-
 @pytest.mark.parametrize("kind", ["rope", "some layers without", "part of a head", "sections"])
 def test_packs_turn_as_megatron_turns_them_and_ask_for_no_boundaries(single_process, monkeypatch, kind):
     """Bit by bit, and gradients too."""
     if kind == "sections":
-        changed, theirs = language(True), language(True, transformer_layer_spec=megatrons_layers())
+        changed, theirs = language(True), language(True, transformer_layer_spec=tiny.megatrons_layers())
     else:
         config = dict(no_rope_freq=[1, 0]) if kind == "some layers without" else {}
         more = dict(rotary_percent=0.5) if kind == "part of a head" else {}
         changed, theirs = (
-            tiny.language_spec(tiny.language_config(**config), position_embedding_type="rope", **more, **layers)
-            for layers in ({}, {"transformer_layer_spec": megatrons_layers()})
+            tiny.language_spec(tiny.language_config(**config), **more, **layers)
+            for layers in ({}, {"transformer_layer_spec": tiny.megatrons_layers()})
         )
     model, expected = model_of(changed), model_of(theirs)
     expected.load_state_dict(model.state_dict())
@@ -201,7 +193,7 @@ def test_packs_turn_as_megatron_turns_them_and_ask_for_no_boundaries(single_proc
 
 def test_a_longest_that_leaves_padding_out_is_enough(single_process):
     """Of plain PackedSeqParams the host does not know whether it counts padding."""
-    model = model_of(tiny.language_spec(tiny.language_config(), position_embedding_type="rope"))
+    model = model_of(tiny.language_spec())
     ids = torch.randint(0, 60, (1, 14), generator=torch.Generator().manual_seed(1))
     own, padded = (torch.tensor(each, dtype=torch.int32) for each in ([0, 4, 9], [0, 5, 14]))
     told = segmented(own, padded)
@@ -215,7 +207,7 @@ def test_a_longest_that_leaves_padding_out_is_enough(single_process):
 
 
 def test_a_longest_below_a_sequence_is_refused_and_turns_nothing_wrongly(single_process):
-    model = model_of(tiny.language_spec(tiny.language_config(), position_embedding_type="rope"))
+    model = model_of(tiny.language_spec())
     bounds = torch.tensor([0, 4, 16], dtype=torch.int32)
     params = PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=4, max_seqlen_kv=4
@@ -232,7 +224,7 @@ class PositionsOfThePack(RotaryEmbedding):
 
 
 def test_angles_of_another_class_are_left_to_megatron(single_process):
-    model = model_of(tiny.language_spec(tiny.language_config(), position_embedding_type="rope"))
+    model = model_of(tiny.language_spec())
     language, params = model.language_model, segmented(torch.tensor([0, 4, 16], dtype=torch.int32))
     assert rotary_kind(language) == "rope" and asks_for_no_boundaries(language)
     language.rotary_pos_emb = PositionsOfThePack(8, 1.0, use_cpu_initialization=True)
@@ -247,8 +239,25 @@ def test_angles_of_another_class_are_left_to_megatron(single_process):
 
 def test_what_is_not_packed_is_not_turned_as_if_it_were(single_process):
     """Another format's angles are cut over context-parallel ranks already."""
-    params = PackedSeqParams(qkv_format="sbhd")
-    assert turn_of("rope", sequence_shard(8, cp_rank=0, cp_size=2), boundaries_of(params)) is None
+    model, told = model_of(tiny.language_spec()), []
+
+    def look(module: torch.nn.Module, given: tuple, named: dict) -> None:
+        told.append(turned_by(named["packed_seq_params"]))
+        raise InterruptedError  # plain torch's attention has no other format
+
+    model.language_model.decoder.register_forward_pre_hook(look, with_kwargs=True)
+    other = PackedSeqParams(qkv_format="sbhd", max_seqlen_q=8, max_seqlen_kv=8)
+    for params in (other, segmented(torch.tensor([0, 8], dtype=torch.int32)), None):
+        with pytest.raises(InterruptedError):
+            model(torch.zeros(1, 8, dtype=torch.long), packed_seq_params=params)
+    assert told[0] is None and told[2] is None and torch.equal(told[1], torch.arange(8))
+
+
+def test_a_longest_that_nobody_tells_is_asked_for(single_process):
+    bounds = torch.tensor([0, 4, 8], dtype=torch.int32)
+    params = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
+    with pytest.raises(ValueError, match="'rope': expected max_seqlen_q and max_seqlen_kv, found None and None"):
+        model_of(tiny.language_spec())(torch.zeros(1, 8, dtype=torch.long), packed_seq_params=params)
 
 
 class Foreign(PackedSeqParams):
@@ -282,14 +291,16 @@ def test_packs_cut_over_context_parallel_ranks_turn_as_megatron_turns_them(singl
     shard = sequence_shard(24, cp_rank=rank, cp_size=2, tp_size=2, tp_rank=1, cu_seqlens=bounds)
     angles = RotaryEmbedding(DIM, 1.0, use_cpu_initialization=True)(16, packed_seq=True)
     rows = torch.randn(12, 2, DIM, generator=torch.Generator().manual_seed(3))
-    turn = turn_of("rope", shard, bounds)
+    packed = segmented(bounds)
+    counted = default_positions(torch.zeros(1, 24, dtype=torch.long), bounds)
+    turn = turn_of("rope", shard, counted, packed)
     found = apply_rotary_pos_emb(rows[:, None], angles[turn], config=config, cp_group=Ranks(rank, 2))[:, 0]
     expected = apply_rotary_pos_emb(rows, angles, config=config, cu_seqlens=bounds, cp_group=Ranks(rank, 2))
     assert torch.equal(found, expected)
     sections = GridRotary(frequencies(), interleaved=True, cp_group=Ranks(rank, 2))
     sections.packed = True
     whole = sections(drawn(24, 1), [6, 5, 5])
-    turn = turn_of("mrope", shard, bounds)
+    turn = turn_of("mrope", shard, counted, packed)
     found = apply_rotary_pos_emb(rows[:, None], whole[turn], config=config, cp_group=Ranks(rank, 2))[:, 0]
     expected = apply_rotary_pos_emb(rows, whole, config=config, cu_seqlens=bounds, cp_group=Ranks(rank, 2))
     assert torch.equal(found, expected)

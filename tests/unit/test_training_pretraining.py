@@ -19,6 +19,7 @@ from megatron_mimo.axes import Layout
 from megatron_mimo.compat.megatron import writers_report_here
 from megatron_mimo.compat.megatron_training import with_printable_help
 from megatron_mimo.training import TrainingControl, language_spec_from_args
+from megatron_mimo.training.pretraining import step_graphs
 from megatron_mimo.training.pretraining.arguments import add_mimo_args, control_from_args, with_loss_weights
 from megatron_mimo.training.pretraining.checks import (
     DATA_ARGUMENTS,
@@ -28,7 +29,7 @@ from megatron_mimo.training.pretraining.checks import (
     check_supported,
 )
 from megatron_mimo.training.pretraining.session import end_session, session_of
-from megatron_mimo.training.pretraining.step_graphs import ready_for_step_graphs
+from megatron_mimo.training.pretraining.step_graphs import LoopSteps, ready_for_step_graphs
 from tests import tiny, warm
 from tests.recorded_graphs import record_graphs
 
@@ -313,6 +314,16 @@ def test_stages_send_without_a_wait_where_steps_are_captured(monkeypatch):
         args = Namespace(**vars(args_of()), **given, check_for_large_grads=False, cuda_graph_impl=impl)
         ready_for_step_graphs(args, config, Layout(2, pipeline_model_parallel_size=2), TrainingControl())
         assert config.language_config.batch_p2p_sync is waits
+
+
+def test_random_numbers_that_no_graph_can_use_are_refused_before_a_step(monkeypatch):
+    """Of a process that trained before; Megatron keeps the first run's."""
+    given = dict(cuda_graph_warmup_steps=1, cuda_graph_impl="full_iteration", seed=1, distributed_timeout_minutes=1)
+    run = Mock(device=torch.device("cuda"), graph_safe_rng=False)
+    monkeypatch.setattr(step_graphs, "run_over_megatrons_groups", lambda *asked: run)
+    steps = LoopSteps(Mock(), Namespace(**vars(args_of()), **given), Layout(1), Mock())
+    with pytest.raises(ValueError, match="full_iteration: the process had random numbers before"):
+        steps(data_iterator=iter([{}]), model=Mock(), num_microbatches=1, forward_only=False)
 
 
 def test_what_the_arguments_ask_for_is_worked_out_and_checked_once_a_run(single_process):

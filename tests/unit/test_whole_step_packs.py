@@ -5,11 +5,10 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_mimo import segment_kernels, specs
+from megatron_mimo import segment_kernels
 from megatron_mimo.segments import _host_facts, on_device, reads_boundaries_there, segmented
 from megatron_mimo.training import StepGraphs
 from megatron_mimo.training.parts.buckets import with_packs_alike
@@ -56,7 +55,7 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longes
 
 def rotating(**changes):
     language = tiny.language_config(**changes.pop("language", {}))
-    return config_of(tiny.language_spec(language, position_embedding_type="rope", **changes))
+    return config_of(tiny.language_spec(language, **changes))
 
 
 @pytest.fixture
@@ -102,11 +101,7 @@ def test_packs_that_the_host_cuts_replay_where_their_samples_begin_again(recorde
 
 
 def test_layers_that_ask_for_boundaries_run_without_a_graph(recorded, on_the_device):
-    language = tiny.language_config()
-    layers = specs.language_layer_spec(language, "torch")
-    for layer in layers.submodules.layer_specs:
-        layer.submodules.self_attention.module = SelfAttention
-    config = config_of(tiny.language_spec(language, position_embedding_type="rope", transformer_layer_spec=layers))
+    config = rotating(transformer_layer_spec=tiny.megatrons_layers())
     trainer = trainer_of(recorded, StepGraphs(warmup=1), config=config)
     for step in range(3):
         trainer.train_step(lambda *_: [pack_of(step, LENGTHS[0])])
@@ -115,12 +110,8 @@ def test_layers_that_ask_for_boundaries_run_without_a_graph(recorded, on_the_dev
 
 def test_layers_without_rotary_positions_ask_for_none(recorded, on_the_device):
     """Megatron's own too."""
-    language = tiny.language_config()
-    layers = specs.language_layer_spec(language, "torch")
-    for layer in layers.submodules.layer_specs:
-        layer.submodules.self_attention.module = SelfAttention
-    kind = dict(position_embedding_type="learned_absolute", transformer_layer_spec=layers)
-    trainer = trainer_of(recorded, StepGraphs(warmup=1), config=config_of(tiny.language_spec(language, **kind)))
+    config = rotating(position_embedding_type="learned_absolute", transformer_layer_spec=tiny.megatrons_layers())
+    trainer = trainer_of(recorded, StepGraphs(warmup=1), config=config)
     for step in range(3):
         trainer.train_step(lambda *_: [pack_of(step, LENGTHS[step])])
     assert (trainer.graphs.counts.captured, trainer.graphs.counts.eager) == (1, 1)
@@ -129,7 +120,7 @@ def test_layers_without_rotary_positions_ask_for_none(recorded, on_the_device):
 def test_hybrid_models_of_attention_and_mlp_layers_are_captured(recorded, on_the_device):
     def config():
         language = tiny.language_config(num_layers=4)
-        return config_of(tiny.hybrid_spec(language, hybrid_layer_pattern="*-*-", position_embedding_type="rope"))
+        return config_of(tiny.hybrid_spec(language))
 
     eager, graphed = (trainer_of(recorded, graphs, config=config()) for graphs in (None, StepGraphs(warmup=1)))
     graphed.models[0].load_state_dict(eager.models[0].state_dict())
@@ -145,12 +136,7 @@ def test_a_batch_that_says_that_nothing_is_packed_is_captured(recorded):
 
 
 def test_packs_of_which_no_graph_can_come_stay_as_they_are(single_process, on_the_device):
-    language = tiny.language_config()
-    layers = specs.language_layer_spec(language, "torch")
-    for layer in layers.submodules.layer_specs:
-        layer.submodules.self_attention.module = SelfAttention
-    kind = dict(position_embedding_type="rope", transformer_layer_spec=layers)
-    model = trainer_of(single_process, config=config_of(tiny.language_spec(language, **kind))).models[0]
+    model = trainer_of(single_process, config=rotating(transformer_layer_spec=tiny.megatrons_layers())).models[0]
     batch = pack_of(0, LENGTHS[0])
     assert with_packs_alike(batch, 16, model) is batch
 

@@ -4,7 +4,7 @@ CUDA graph."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -15,36 +15,6 @@ from megatron_mimo.model import MimoModel
 from megatron_mimo.rotary import asks_for_no_boundaries
 from megatron_mimo.segments import SegmentedParams, on_device, reads_boundaries_there, with_empty
 from megatron_mimo.training.speed import counts as names
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """What the numbers of a batch are rounded up to; `StepGraphs` says what each is.
-
-    Args:
-        buckets, label_rows, packed_sequences: as `StepGraphs` has them.
-    """
-
-    buckets: Mapping[str, int]
-    label_rows: int | None
-    packed_sequences: int
-
-    def fit(self, batch: Batch, model: MimoModel) -> Batch:
-        """The batch in shapes that others of its kind have too, for a pipeline stage.
-
-        Args:
-            batch: tensors on the CPU.
-            model: of the stage.
-
-        Raises:
-            ValueError: as `in_buckets`.
-        """
-        batch = with_packs_alike(batch, self.packed_sequences, model)
-        if self.buckets and model.pre_process:
-            batch = in_buckets(batch, self.buckets, model)
-        if self.label_rows is not None and model.post_process:
-            batch = with_label_rows(batch, self.label_rows, model)
-        return batch
 
 
 def with_packs_alike(batch: Batch, sequences: int, model: MimoModel) -> Batch:

@@ -29,7 +29,6 @@ from megatron_mimo.segments import SegmentedParams
 from megatron_mimo.tally import HostFacts
 from megatron_mimo.training import auxiliary
 from megatron_mimo.training.forward import Ahead, ForwardStep
-from megatron_mimo.training.parts.buckets import Shapes
 from megatron_mimo.training.scale import StepScale, ToldScale, numbers_of, told_of
 from megatron_mimo.training.speed import counts as names
 
@@ -61,7 +60,6 @@ class ChunkStep:
         batches: Iterable[Batch],
         model: MimoModel,
         forward_step: ForwardStep,
-        shapes: Shapes,
     ) -> ChunkStep:
         """The step's microbatches, checked, on the device, with their targets prepared.
 
@@ -69,12 +67,11 @@ class ChunkStep:
             batches: on the CPU; looked at on rank 0 of the tensor-parallel group alone.
             model: the chunk.
             forward_step: reads them.
-            shapes: that they are brought into.
 
         Raises:
             ValueError: a bad batch.
         """
-        step, scale = forward_step.read((shapes.fit(batch, model) for batch in batches), model)
+        step, scale = forward_step.read(iter(batches), model)
         each = [step.next_bytes() for _ in range(len(step))]
         manifests = [manifest for manifest, _, _ in each]
         buffers = [buffer for _, buffer, _ in each]

@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 
 import torch
@@ -32,7 +33,7 @@ from megatron_mimo.training import auxiliary
 from megatron_mimo.training.agreement import agreed, error_of, raise_together
 from megatron_mimo.training.finite import Gradients
 from megatron_mimo.training.forward import ForwardStep
-from megatron_mimo.training.parts.buckets import Shapes
+from megatron_mimo.training.parts.buckets import in_buckets, with_label_rows, with_packs_alike
 from megatron_mimo.training.parts.captured import Captures, GraphCounts
 from megatron_mimo.training.parts.chunk_step import ChunkStep
 from megatron_mimo.training.parts.control import TrainingControl
@@ -78,6 +79,23 @@ class StepGraphs:
         check_whole("StepGraphs: packed_sequences", self.packed_sequences, least=1)
         check_whole("StepGraphs: captures", self.captures, least=1)
         check_whole("StepGraphs: warmup", self.warmup, least=1)
+
+    def fit(self, model: MimoModel, batch: Batch) -> Batch:
+        """The batch in shapes that others of its kind have too, for a pipeline stage.
+
+        Args:
+            model: of the stage.
+            batch: tensors on the CPU.
+
+        Raises:
+            ValueError: media that are no items alike.
+        """
+        batch = with_packs_alike(batch, self.packed_sequences, model)
+        if self.buckets and model.pre_process:
+            batch = in_buckets(batch, self.buckets, model)
+        if self.label_rows is not None and model.post_process:
+            batch = with_label_rows(batch, self.label_rows, model)
+        return batch
 
     def check(
         self,
@@ -229,8 +247,10 @@ class WholeSteps:
         Raises:
             ValueError: a bad batch.
         """
-        shaped = Shapes(self._settings.buckets, self._settings.label_rows, self._settings.packed_sequences)
-        read = [ChunkStep.read(batches, model, self._forward_step, shaped) for model in self._models]
+        read = [
+            ChunkStep.read(map(partial(self._settings.fit, model), batches), model, self._forward_step)
+            for model in self._models
+        ]
         key: Hashable | None = (self._taken_for_granted(), *(chunk.key for chunk in read))
         if not all(chunk.captured for chunk in read):
             key = None

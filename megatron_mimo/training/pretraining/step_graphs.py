@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from megatron.core.tensor_parallel.random import is_graph_safe_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 
 from megatron_mimo.axes import Layout
@@ -153,12 +151,12 @@ class LoopSteps:
         args = self._args
         settings = step_graphs_from_args(args)
         assert settings is not None
-        if torch.cuda.is_available() and not is_graph_safe_cuda_rng_tracker(get_cuda_rng_tracker()):
+        run = run_over_megatrons_groups(self._layout, args.seed, 60.0 * args.distributed_timeout_minutes)
+        if run.device.type == "cuda" and not run.graph_safe_rng:
             raise ValueError(
                 f"--cuda-graph-impl {FULL_ITERATION}: the process had random numbers before Megatron read its "
-                "arguments, and they are not those of a CUDA graph. Train first in a process of its own."
+                "arguments, and they are not those of a CUDA graph. Train in a process of its own."
             )
-        run = run_over_megatrons_groups(self._layout, args.seed, 60.0 * args.distributed_timeout_minutes)
         captures: Captures = Captures(settings.captures, settings.warmup, run.device, full_iteration_stream())
         return WholeSteps(settings, captures, unwrap_model(chunks), self._forward_step, None, run)
 

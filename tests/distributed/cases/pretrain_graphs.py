@@ -2,7 +2,10 @@
 
 import re
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -73,23 +76,37 @@ def told_of_steps(curves: Curves) -> Curves:
     return {tag: values for tag, values in curves.items() if not tag.startswith("throughput") and "time" not in tag}
 
 
+def replayed(where: Path, layout: list[str], graphs: Callable[[], AbstractContextManager[object]]) -> Curves:
+    """What the loop logs, with one step launched, one captured and all but that one replayed as without graphs.
+
+    Args:
+        where: a directory of its own, on all ranks.
+        layout: arguments of Megatron's.
+        graphs: within it captures work.
+    """
+    given, told = [*layout, "--eval-iters", "1", "--eval-interval", "2"], []
+    eager = run_recipe(where / "eager", *given, steps=STEPS, recipe=RECIPE)
+    with graphs(), mock.patch("megatron.training.print_rank_0", lambda text, *more: told.append(text)):
+        graphed = run_recipe(where / "graphed", *given, *GRAPHS, steps=STEPS, recipe=RECIPE)
+    assert told_of_steps(graphed) == told_of_steps(eager), where.name
+    (line,) = [text for text in told if text.startswith("training steps as one CUDA graph")]
+    assert line.endswith(f": 1 captured, {STEPS - 1} replayed, 1 launched kernel by kernel"), (where.name, line)
+    return graphed
+
+
+@contextmanager
+def recorded() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        record_graphs(patch)
+        yield
+
+
 @case(ranks=2, timeout_s=240)
 def replayed_steps_of_megatrons_loop_log_what_launched_ones_do_and_evaluations_draw_alike(run: Run) -> None:
     shutdown()
-    where = shared_directory() / "graphs"
-    evaluations = ["--eval-iters", "1", "--eval-interval", "2"]
     for name, layout in LAYOUTS.items():
-        given = [*layout, *evaluations]
-        eager = run_recipe(where / name / "eager", *given, steps=STEPS, recipe=RECIPE)
-        told: list[str] = []
-        with pytest.MonkeyPatch.context() as patch:
-            record_graphs(patch)
-            patch.setattr("megatron.training.print_rank_0", lambda text, *more: told.append(text))
-            graphed = run_recipe(where / name / "graphed", *given, *GRAPHS, steps=STEPS, recipe=RECIPE)
-        assert told_of_steps(graphed) == told_of_steps(eager), name
-        assert run.rank == 0 or {"text loss", "images/pixels loss validation", "grad-norm"} <= graphed.keys()
-        (line,) = [text for text in told if text.startswith("training steps as one CUDA graph")]
-        assert line.endswith(f": 1 captured, {STEPS - 1} replayed, 1 launched kernel by kernel"), (name, line)
+        logged = replayed(shared_directory() / "graphs" / name, layout, recorded)
+        assert run.rank == 0 or {"text loss", "images/pixels loss validation", "grad-norm"} <= logged.keys()
 
 
 REFUSED = {
