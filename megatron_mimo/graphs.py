@@ -5,7 +5,7 @@ do, but what a cache of the process gave may be dropped from it while other leng
 what caches held around its capture.
 
 Nor may anything be destroyed while a graph is captured: an old graph or its memory that Python's collector happens upon
-then ends the capture. So what is garbage goes before, and nothing is collected meanwhile.
+can end the capture. So what is garbage goes before, and nothing is collected meanwhile.
 
 A graph that holds collectives keeps NCCL's communicators busy: `destroy_process_group` waits for ever for one that is
 still there.

@@ -206,12 +206,14 @@ def test_a_longest_that_leaves_padding_out_is_enough(single_process):
     assert torch.equal(found[:, real], expected[:, real])
 
 
-def test_a_longest_below_a_sequence_is_refused_and_turns_nothing_wrongly(single_process):
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_longest_below_a_sequence_is_refused_and_turns_nothing_wrongly(single_process, padded):
     model = model_of(tiny.language_spec())
     bounds = torch.tensor([0, 4, 16], dtype=torch.int32)
     params = PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=4, max_seqlen_kv=4
-    )
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=4, max_seqlen_kv=4,
+        cu_seqlens_q_padded=bounds if padded else None, cu_seqlens_kv_padded=bounds if padded else None,
+    )  # fmt: skip
     with pytest.raises(ValueError, match="max_seqlen_q is 4, but a packed sequence is 12 long"):
         model(torch.zeros(1, 16, dtype=torch.long), packed_seq_params=params)
 

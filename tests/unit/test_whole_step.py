@@ -11,11 +11,11 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
 from megatron.core.optimizer import OptimizerConfig
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 import megatron_mimo
 from megatron_mimo import MimoModel, cudnn, specs
+from megatron_mimo.segments import segmented
 from megatron_mimo.training import StepGraphs, Trainer, TrainerSettings, TrainingControl, chunks
 from megatron_mimo.training.checkpoints import random_state
 from megatron_mimo.training.parts import whole_step
@@ -289,13 +289,9 @@ def test_multi_token_prediction_weighs_in_each_replay_as_in_its_own_step(recorde
 
 def test_packed_tokens_that_the_host_cuts_for_multi_token_prediction_run_without_a_graph(recorded):
     trainer = trainer_of(recorded, StepGraphs(warmup=1), config=predicting())
-    bounds = torch.tensor([0, 8, 24], dtype=torch.int32)
-    params = PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=16, max_seqlen_kv=16
-    )
-    for step in range(3):
-        batch = {name: value[:1] for name, value in batch_of(step, images=0).items() if name != "modality_inputs"}
-        batch["loss_mask"][0, 3] = 1.0
+    params = segmented(torch.tensor([0, 8, 24], dtype=torch.int32))
+    batch = {name: value[:1] for name, value in batch_of(0, images=0).items() if name != "modality_inputs"}
+    for _ in range(3):  # of one shape
         trainer.train_step(lambda *_: [{**batch, "packed_seq_params": params}])
     assert (trainer.graphs.counts.captured, trainer.graphs.counts.eager) == (0, 3)
 

@@ -133,9 +133,10 @@ class ChunkStep:
         Megatron does for multi-token prediction, layers of another's may, and TransformerEngine where it is not told
         what lies between sequences, as `segments.segmented` tells.
         """
-        packed = [tree.get("packed_seq_params") for tree in (cast(Any, each.tree) for each in self._manifests)]
-        told = all(one is None or (isinstance(one, Record) and one.kind is SegmentedParams) for one in packed)
-        return all(one is None for one in packed) or (told and asks_for_no_boundaries(self.model.language_model))
+        each = (cast(Any, manifest.tree).get("packed_seq_params") for manifest in self._manifests)
+        packed = [one for one in each if one is not None]
+        told = all(isinstance(one, Record) and one.kind is SegmentedParams for one in packed)
+        return not packed or (told and asks_for_no_boundaries(self.model.language_model))
 
     def recheck(self, brought: Sequence[Sequence[tuple[str, int, tuple[int, ...] | None]]]) -> None:
         """Holds the rows that a replay will make against the tokens of this step's microbatches.
