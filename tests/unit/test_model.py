@@ -483,7 +483,11 @@ BAD_VALUES = {
         change(
             placement=build_placement(IDS, {"images": tiny.READ, "audio": tiny.HEAR}),
             packed_seq_params=PackedSeqParams(
-                qkv_format="thd", cu_seqlens_q=torch.tensor([0, 16]), cu_seqlens_kv=torch.tensor([0, 16])
+                qkv_format="thd",
+                cu_seqlens_q=torch.tensor([0, 16]),
+                cu_seqlens_kv=torch.tensor([0, 16]),
+                max_seqlen_q=16,
+                max_seqlen_kv=16,
             ),
         ),
         "disagree on whether sequences are packed",

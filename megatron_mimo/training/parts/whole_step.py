@@ -15,7 +15,6 @@ import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 
 import torch
@@ -79,23 +78,6 @@ class StepGraphs:
         check_whole("StepGraphs: packed_sequences", self.packed_sequences, least=1)
         check_whole("StepGraphs: captures", self.captures, least=1)
         check_whole("StepGraphs: warmup", self.warmup, least=1)
-
-    def fit(self, model: MimoModel, batch: Batch) -> Batch:
-        """The batch in shapes that others of its kind have too, for a pipeline stage.
-
-        Args:
-            model: of the stage.
-            batch: tensors on the CPU.
-
-        Raises:
-            ValueError: media that are no items alike.
-        """
-        batch = with_packs_alike(batch, self.packed_sequences, model)
-        if self.buckets and model.pre_process:
-            batch = in_buckets(batch, self.buckets, model)
-        if self.label_rows is not None and model.post_process:
-            batch = with_label_rows(batch, self.label_rows, model)
-        return batch
 
     def check(
         self,
@@ -248,7 +230,7 @@ class WholeSteps:
             ValueError: a bad batch.
         """
         read = [
-            ChunkStep.read(map(partial(self._settings.fit, model), batches), model, self._forward_step)
+            ChunkStep.read([self._fitted(batch, model) for batch in batches], model, self._forward_step)
             for model in self._models
         ]
         key: Hashable | None = (self._taken_for_granted(), *(chunk.key for chunk in read))
@@ -277,6 +259,16 @@ class WholeSteps:
         if not self._captures.captured(key):
             del self._brought[key]
         return logged
+
+    def _fitted(self, batch: Batch, model: MimoModel) -> Batch:
+        """The batch, on the CPU, in shapes that others of its kind have too, for the stage of `model`."""
+        settings = self._settings
+        batch = with_packs_alike(batch, settings.packed_sequences, model)
+        if settings.buckets and model.pre_process:
+            batch = in_buckets(batch, settings.buckets, model)
+        if settings.label_rows is not None and model.post_process:
+            batch = with_label_rows(batch, settings.label_rows, model)
+        return batch
 
     def _taken_for_granted(self) -> Hashable:
         """What a capture has of the models: where their weights lie, which of them train, how losses are weighted."""
