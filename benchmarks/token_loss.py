@@ -4,7 +4,8 @@
     python -m benchmarks.token_loss --small             # toy sizes; on the CPU if there is no GPU
 
 Forward, loss and backward of the same weights and the same batch: the loss everywhere with Megatron's plain and fused
-cross-entropy, and where labels count with both. No optimizer. The losses are compared before anything is timed.
+cross-entropy, and where labels count with both. No optimizer. The losses are compared before anything is timed. On a
+GPU a step is launched kernel by kernel and replayed as one CUDA graph, which takes as long on any host.
 Where Liger-Kernel is installed, its fused output layer and cross-entropy are timed beside ours, alone: from the same
 hidden states to the gradients of states and weight, on every row and on the rows whose labels count.
 """
@@ -26,13 +27,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 import megatron_mimo
-from benchmarks.kinds import device_times
+from benchmarks.kinds import device_times, launches_a_second
 from megatron_mimo import MimoModel, MimoModelConfig, specs
 from megatron_mimo.sharding import sequence_shard
 from megatron_mimo.token_loss import TokenLoss, counted_labels, rows_of_labels
+from megatron_mimo.training.parts.captured import Captures
 
 FULL = dict(layers=24, hidden=896, heads=14, groups=2, ffn=4864, vocabulary=151_936, length=4096, batch=4)
 SMALL = dict(layers=2, hidden=32, heads=4, groups=2, ffn=64, vocabulary=1000, length=64, batch=2)
+NONE = float("nan")  # a figure that a GPU has
 
 
 def config_of(size: dict[str, int], backend: str, dtype: torch.dtype, fused: bool) -> MimoModelConfig:
@@ -75,8 +78,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     options = parser.parse_args()
 
-    run = megatron_mimo.initialize(seed=1)
+    run = megatron_mimo.initialize(seed=1, graph_safe_rng=True)
     on_gpu = run.device.type == "cuda"
+    quiet = launches_a_second() if on_gpu else NONE
     size, dtype = SMALL if options.small else FULL, torch.bfloat16 if on_gpu else torch.float32
     draw = torch.Generator().manual_seed(0)
     shape = (size["batch"], size["length"])
@@ -110,17 +114,22 @@ def main() -> None:
         if abs(loss - expected) > 2e-3 * abs(expected):
             raise RuntimeError(f"{name}: expected a loss of {expected}, found {loss}")
     calls = {name: partial(loss_of, model, batch) for name, model in models.items()}
-    figures = measure_calls(calls, list(first.parameters()), options.rounds, on_gpu)  # all have these weights
+    weights = list(first.parameters())  # all models have these
+    figures = measure_calls(calls, weights, options.rounds, on_gpu)
+    replayed = replays_ms(calls, weights, options.rounds, run.device, losses) if on_gpu else {}
+    busy = {name: device_ms(call, weights) for name, call in calls.items()} if on_gpu else {}
     device = torch.cuda.get_device_name() if on_gpu else "CPU"
     print(f"{device}, torch {torch.__version__}, layers by {backend}, {dtype}, {size}, {int(mask.sum())} labels count")
-    busy = {name: device_ms(call, list(first.parameters())) if on_gpu else float("nan") for name, call in calls.items()}
-    print("| loss | step ms | x everywhere | device ms | x everywhere | peak GiB | loss |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
-    for name, (milliseconds, peak, _) in figures.items():
-        ratios = figures["everywhere"][0] / milliseconds, busy["everywhere"] / busy[name]
+    if on_gpu:
+        print(f"the host launches {quiet / 1e3:.0f} k small kernels a second")
+    print("| loss | launched ms | x everywhere | one graph ms | x everywhere | device ms | peak GiB | loss |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    for name, (launched, peak, _) in figures.items():
+        graph, ratio = replayed.get(name, NONE), figures["everywhere"][0] / launched
         print(
-            f"| {name} | {milliseconds:.2f} | {ratios[0]:.3f} | {busy[name]:.2f} | {ratios[1]:.3f} | {peak:.2f} | "
-            f"{losses[name]:.5f} |"
+            f"| {name} | {launched:.2f} | {ratio:.3f} | {graph:.2f} | {replayed.get('everywhere', NONE) / graph:.3f} | "
+            f"{busy.get(name, NONE):.2f} | {peak:.2f} | {losses[name]:.5f} |",
+            flush=True,
         )
 
     heads(first, batch, ids, mask, size, dtype, options.rounds, on_gpu)
@@ -204,6 +213,43 @@ def measure_calls(
                 taken[name].append(took)
                 peaks[name] = max(peaks[name], peak)
     return {name: (statistics.median(taken[name]) * 1e3, peaks[name], losses[name]) for name in calls}
+
+
+def replays_ms(
+    calls: Mapping[str, Callable[[], Tensor]],
+    leaves: Sequence[Tensor],
+    rounds: int,
+    device: torch.device,
+    expected: Mapping[str, float],
+) -> dict[str, float]:
+    """Median milliseconds of each call and its backward pass, replayed as one CUDA graph; in turns as well.
+
+    Raises:
+        RuntimeError: a replay gives another loss than `expected`.
+    """
+    captures: Captures[Tensor] = Captures(len(calls), 2, device)
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+
+    def passes(call: Callable[[], Tensor], _: Sequence[Tensor]) -> Tensor:
+        for leaf in leaves:
+            leaf.grad = None
+        loss = call()
+        loss.backward()
+        return loss.detach()
+
+    for index in range(rounds + 4):
+        for name in list(calls)[:: -1 if index % 2 else 1]:
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            loss = captures(name, (), partial(passes, calls[name]), captures.ready(name))
+            torch.cuda.synchronize()
+            if index >= 4:  # two that are launched, one that is captured, one more
+                taken[name].append(time.perf_counter() - began)
+                if abs(float(loss) - expected[name]) > 1e-5 * abs(expected[name]):
+                    raise RuntimeError(f"{name}, replayed: expected a loss of {expected[name]}, found {float(loss)}")
+    for leaf in leaves:
+        leaf.grad = None
+    return {name: statistics.median(times) * 1e3 for name, times in taken.items()}
 
 
 def device_ms(call: Callable[[], Tensor], leaves: Sequence[Tensor]) -> float:

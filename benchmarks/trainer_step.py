@@ -44,12 +44,14 @@ class Timed:
 
     Args:
         step_ms: median; `busy_ms`: time in which the device does anything; `replayed`: steps by a graph.
+        zeroing_ms: of it, setting the gradients to zero.
         losses: of the first steps.
     """
 
     name: str
     step_ms: float
     busy_ms: float
+    zeroing_ms: float
     replayed: int
     losses: list[float]
 
@@ -107,6 +109,11 @@ def measure(name: str, run: Run, size: Size, batches: Sequence[dict], steps: int
         given = [batches[(first + index) % BATCHES] for index in range(microbatches)]
         return trainer.train_step(lambda *_: given).losses["text"]
 
+    def zero() -> None:
+        for chunk in trainer.chunks:
+            chunk.zero_grad_buffer()
+        trainer.optimizer.zero_grad()
+
     losses = [step() for _ in range(UNTIMED)]
     times = []
     for _ in range(steps):
@@ -114,8 +121,9 @@ def measure(name: str, run: Run, size: Size, batches: Sequence[dict], steps: int
         losses.append(step())
         times.append(1e3 * (time.perf_counter() - started))
     busy = device_times(step, 3)[1] if on_gpu else 0.0
+    zeroing = device_times(zero, 3)[1] if on_gpu else 0.0
     replayed = trainer.graphs.counts.replayed if trainer.graphs is not None else 0
-    return Timed(name, statistics.median(times), busy, replayed, losses)
+    return Timed(name, statistics.median(times), busy, zeroing, replayed, losses)
 
 
 def main() -> None:
@@ -152,6 +160,7 @@ def main() -> None:
         if speaks:
             print(
                 f"{name:16s} {timed.step_ms:8.1f} ms a step, device busy {timed.busy_ms:7.1f} ms, "
+                f"zeroing {timed.zeroing_ms:.2f} ms, "
                 f"{timed.replayed} replayed, last loss {timed.losses[-1]:.6f}",
                 flush=True,
             )
