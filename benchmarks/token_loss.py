@@ -28,6 +28,7 @@ from torch import Tensor
 
 import megatron_mimo
 from benchmarks.kinds import device_times, launches_a_second
+from benchmarks.step import placed_on
 from megatron_mimo import MimoModel, MimoModelConfig, specs
 from megatron_mimo.sharding import sequence_shard
 from megatron_mimo.token_loss import TokenLoss, counted_labels, rows_of_labels
@@ -100,13 +101,8 @@ def main() -> None:
             share_weights(model, next(iter(models.values())))
         models[name] = model
     first = next(iter(models.values()))
-    placement = first.place(ids).counting(mask).to(run.device)
-    batch = dict(
-        input_ids=ids.to(run.device),
-        labels=ids.roll(-1, 1).to(run.device),
-        loss_mask=mask.to(run.device),
-        placement=placement,
-    )
+    on_host = dict(input_ids=ids, labels=ids.roll(-1, 1), loss_mask=mask)
+    batch = placed_on(first, on_host, {name: tensor.to(run.device) for name, tensor in on_host.items()}, run.device)
 
     losses = {name: float(loss_of(model, batch).detach()) for name, model in models.items()}
     expected = losses["everywhere"]

@@ -1,6 +1,6 @@
 """What each rank of `test_pretrain_graphs.py` runs: Megatron's own loop, whose steps are replayed as one CUDA graph.
 
-torchrun --nproc-per-node=N -m tests.gpu.pretrain_graphs DIRECTORY [NAME ...]
+torchrun --nproc-per-node=N -m tests.gpu.pretrain_graphs DIRECTORY NAME      # one layout a process, see below
 """
 
 import os
@@ -24,13 +24,12 @@ def graph_safe() -> Iterator[None]:
     random.initialize_rng_tracker(force_reset=True)
 
 
-def main(where: str, names: list[str]) -> None:
-    known = LAYOUTS if int(os.environ["WORLD_SIZE"]) > 1 else ALONE
-    for name in names or known:
-        replayed(Path(where) / name, known[name], graph_safe)
-        if os.environ["RANK"] == "0":
-            print(f"{name}: replayed", flush=True)
+def main(where: str, name: str) -> None:
+    """Runs one layout: Megatron keeps the process groups of the first in a process."""
+    replayed(Path(where), (ALONE | LAYOUTS)[name], graph_safe)
+    if os.environ["RANK"] == "0":
+        print(f"{name}: replayed", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main(*sys.argv[1:])
