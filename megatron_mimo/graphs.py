@@ -46,11 +46,23 @@ def capture(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream | 
         graph: of `new_graph`.
         pool: of memory, shared with graphs that are replayed in turns.
         stream: to capture in; None for torch's own.
+
+    Raises:
+        RuntimeError: something was queued that no graph can hold; its cause says what.
     """
     kept = _made[graph]
     kept += _in_caches()
-    with _nothing_collected(), torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-        yield
+    try:
+        with _nothing_collected(), torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+            yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise RuntimeError(
+            "This cannot be captured as a CUDA graph. Most often a part of it waits for the device, as by item(), "
+            "tolist() or a mask as an index, or copies from memory that is not pinned; the first error above says "
+            "where. Change that part, or run without graphs."
+        ) from error
     kept += _in_caches()
 
 

@@ -30,14 +30,14 @@ def parts() -> tuple[Path, Path]:
 
 
 @cache
-def pictures(count: int = 60) -> Path:
+def pictures(count: int = 60, text: str = "It is {}.") -> Path:
     """A folder of pictures of one colour, each with its caption beside it."""
     folder = Path(mkdtemp(prefix="mimo-commands-")) / "pictures"
     folder.mkdir()
     for number in range(count):
         colour, shade = list(COLOURS.items())[number % len(COLOURS)]
         Image.new("RGB", (SIZE, SIZE), shade).save(folder / f"{number:02}.png")
-        (folder / f"{number:02}.txt").write_text(f"It is {colour}.")
+        (folder / f"{number:02}.txt").write_text(text.format(colour))
     return folder
 
 

@@ -54,11 +54,12 @@ def command(debug: bool) -> Iterator[None]:
 
 
 @contextmanager
-def running(layout: Layout | None, seed: int = 1234) -> Iterator[Run]:
+def running(layout: Layout | None, seed: int = 1234, *, graph_safe_rng: bool = False) -> Iterator[Run]:
     """Within it, a run is in progress on a layout; None for one process alone."""
     import megatron_mimo
 
-    said, run = sys.excepthook, megatron_mimo.initialize(**(layout.sizes if layout is not None else {}), seed=seed)
+    said, sizes = sys.excepthook, layout.sizes if layout is not None else {}
+    run = megatron_mimo.initialize(**sizes, seed=seed, graph_safe_rng=graph_safe_rng)
     sys.excepthook = said  # torch's would say the rank once more
     yield run
     megatron_mimo.shutdown()
@@ -106,7 +107,7 @@ def train(
             check(found, nproc)
             if nproc > 1:
                 sys.exit(run_ranks(nproc, sys.argv[1:]))
-        with running(found.layout, found.seed) as run:
+        with running(found.layout, found.seed, graph_safe_rng=found.graphs is not None) as run:
             from megatron_mimo.cli.kept import settled
             from megatron_mimo.cli.training import MODEL
             from megatron_mimo.cli.training import train as train_recipe

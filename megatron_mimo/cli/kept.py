@@ -11,7 +11,7 @@ from megatron_mimo.cli.reading import checked, read_recipe
 from megatron_mimo.cli.recipe import Recipe
 
 #: What may change while a run goes on: how it is run, looked at and kept.
-_FREE = {"directory", "layout", "evaluation", "checkpoints", "loggers", "megatron"}
+_FREE = {"directory", "layout", "evaluation", "checkpoints", "loggers", "megatron", "graphs"}
 
 
 def check_kept(recipe: Recipe) -> None:

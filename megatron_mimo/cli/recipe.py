@@ -165,6 +165,30 @@ class WandbLogger(Strict):
     mode: Literal["offline", "online"] = "offline"
 
 
+class Graphs(Strict):
+    """Forward, loss and backward pass of a step as one CUDA graph; fields as of `StepGraphs`.
+
+    Args:
+        buckets: modality -> the number of its items in a pack is rounded up to a multiple of this.
+        label_rows: the text loss reads a multiple of so many rows; None: of a 32nd of a pack's positions.
+        packed_sequences: the number of samples in a pack is rounded up to a multiple of this.
+        captures: at most this many graphs, one a shape.
+        warmup: steps of a shape that run before it is captured.
+    """
+
+    buckets: dict[str, Count] = Field(default_factory=dict)
+    label_rows: Count | None = None
+    packed_sequences: Count = 16
+    captures: Count = 4
+    warmup: Count = 2
+
+
+def _as_graphs(given: Any) -> Any:
+    if isinstance(given, bool):
+        return {} if given else None
+    return given
+
+
 class Loggers(Strict):
     """Where the losses go.
 
@@ -193,6 +217,7 @@ class Recipe(Strict):
         held_out: share of each source's records that is evaluated on in place of being trained on; instead of
             evaluation.data.
         ema_decay: of an average of the weights that train, such as 0.999; its model is written beside the other.
+        graphs: steps as CUDA graphs; true for all that `Graphs` has by default.
         seed: of weights that begin fresh, of the data's order and of draws.
         megatron: any further setting of Megatron's `TransformerConfig`, `OptimizerConfig` or
             `DistributedDataParallelConfig`, by its name.
@@ -204,6 +229,7 @@ class Recipe(Strict):
     data: Sources = Field(default_factory=list)
     held_out: Annotated[float, Field(gt=0, lt=1)] | None = None
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
+    graphs: Annotated[Graphs | None, BeforeValidator(_as_graphs)] = None
     processor: Processor = Processor()
     packing: Packing = Packing()
     layout: Layout = Layout()

@@ -28,6 +28,7 @@ _OF_RECIPE = {
     "lr": "stages.NAME.trains",
     "weight_decay": "stages.NAME.weight_decay",
     "clip_grad": "stages.NAME.clip_grad",
+    "cuda_graph_impl": "graphs",
 }
 
 
@@ -50,8 +51,7 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
     """The settings of `megatron:`; one that several configurations have goes to each.
 
     Raises:
-        Refused: a name that none of them has, one that the recipe has a key for, a value of another type, or CUDA
-            graphs.
+        Refused: a name that none of them has, one that the recipe has a key for, or a value of another type.
     """
     configurations = (TransformerConfig, OptimizerConfig, DistributedDataParallelConfig)
     known = [{one.name for one in fields(kind) if one.init} for kind in configurations]
@@ -59,11 +59,6 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
     for name, value in given.items():
         if name in _OF_RECIPE:
             raise Refused(f"megatron.{name}: set it with {_OF_RECIPE[name]} of the recipe")
-        if name == "cuda_graph_impl" and value != "none":
-            raise Refused(
-                f"megatron.{name}: expected 'none', found {value!r}: a recipe's steps hold other numbers of media, and "
-                "a graph replays one shape. Use Trainer(graphs=StepGraphs(buckets=...)), which rounds them up"
-            )
         if not any(name in names for names in known):
             raise Refused(f"megatron: {unknown('setting', name, set().union(*known) - _OF_RECIPE.keys())}")
         for kind, names, settings in zip(configurations, known, split):

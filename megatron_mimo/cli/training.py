@@ -18,6 +18,7 @@ from megatron_mimo.batch import Batch
 from megatron_mimo.cli.answering import TEXT_TOKENS
 from megatron_mimo.cli.building import frozen_parts, model_config, weights_of, written_by
 from megatron_mimo.cli.errors import Refused
+from megatron_mimo.cli.graphs import check_graphs, step_graphs, with_graphs
 from megatron_mimo.cli.laying_out import processor_of
 from megatron_mimo.cli.logs import loggers_of
 from megatron_mimo.cli.prompts import Spoken, prompts_of
@@ -207,11 +208,12 @@ def _prepared(recipe: Recipe, run: Run) -> Prepared:
     made: list[Prepared] = []
 
     def make() -> None:
-        settings = settings_of(recipe.megatron)
+        settings = with_graphs(settings_of(recipe.megatron), recipe.graphs)
         config = model_config(recipe.model, settings, sequence_parallel=recipe.layout.sequence_parallel)
         for stage in recipe.stages:
             frozen_parts(config, stage.trains, f"stages.{stage.name}.trains")
         check_layout(run.layout, config)
+        check_graphs(recipe.graphs, config, settings, run)
         process = processor_of(config, recipe.model, recipe.processor.template)
         made.append(Prepared(recipe, run, settings, config, process))
 
@@ -263,12 +265,15 @@ def _trained(prepared: Prepared, stage: Stage, before: Path | None) -> Trainer |
         pretrained=weights_of(recipe.model) if begins and before is None else None,
         samples=_samples(prepared, stage, loggers),
         callbacks=loggers,
+        graphs=step_graphs(recipe.graphs),
     )
     if begins and before is not None:
         trainer.load(before, weights_only=True)
     trainer.load()
     source = PackSource(packs_of(recipe, recipe.data_of(stage), prepared.process, run), stage.microbatches)
     history = trainer.train(source, _evaluation(prepared, stage))
+    if trainer.graphs is not None and run.rank == 0:
+        print(f"{stage.name}: steps as one CUDA graph: {trainer.graphs.counts.told}", file=sys.stderr)
     return None if history.stopped else trainer
 
 

@@ -51,6 +51,11 @@ class Found:
         return "grid_thw" in self.keywords
 
     @property
+    def tells_rows(self) -> bool:
+        """Whether items give unlike numbers of rows, which it says by a mask or a grid."""
+        return self.has_grids or self.hears or "spatial_shapes" in self.keywords
+
+    @property
     def keywords(self) -> frozenset[str]:
         """That its forward names."""
         return frozenset(inspect.signature(self.kind.forward).parameters)

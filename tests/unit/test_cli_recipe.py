@@ -9,11 +9,13 @@ import torch
 
 from megatron_mimo.cli import entry, errors
 from megatron_mimo.cli.errors import Refused, line_of
+from megatron_mimo.cli.graphs import step_graphs
 from megatron_mimo.cli.kept import check_kept, settled
 from megatron_mimo.cli.ranks import check_processes
 from megatron_mimo.cli.reading import checked, read_recipe, shipped, written
-from megatron_mimo.cli.recipe import Layout
+from megatron_mimo.cli.recipe import Graphs, Layout
 from megatron_mimo.cli.settings import settings_of
+from megatron_mimo.training import StepGraphs
 
 PLAIN = {
     "directory": "run",
@@ -68,6 +70,9 @@ def test_a_shipped_recipe_is_one_whose_resolved_form_says_the_same(name: str, tm
         ("model.modalities.images.writes={kind: codes, codec: a, size: [8, 8], codebooks: 2}", "writes: codebooks:"),
         ("data=[{path: a, weight: 1}, b]", "a weight for each source of data or for none"),
         ("data=[]", "stages.projector: expected data"),
+        ("graphs={bucket: {images: 4}}", "graphs: unknown key 'bucket'; did you mean 'buckets'"),
+        ("graphs=full_iteration", "graphs: expected .*, found 'full_iteration'"),
+        ("graphs={warmup: 0}", "graphs.warmup: expected greater than 0, found 0"),
         ("layout={context: 2}", "evaluation.samples: answers need a layout without context"),
         ("stages", "'stages': expected key=value"),
         ("data=[", "data: expected YAML"),
@@ -97,6 +102,14 @@ def test_changes_reach_entries_by_number_and_by_name_and_are_read_as_yaml() -> N
     assert recipe.megatron == {"recompute_granularity": "full"}
 
 
+def test_graphs_are_switched_by_a_word_or_told_in_full() -> None:
+    found = [read_recipe("caption", ["data=folder", f"graphs={given}"]).graphs for given in ("false", "null", "true")]
+    assert found == [None, None, Graphs()]
+    told = read_recipe("caption", ["data=folder", "graphs.buckets.images=4", "graphs.label_rows=64"]).graphs
+    assert step_graphs(told) == StepGraphs(buckets={"images": 4}, label_rows=64)
+    assert step_graphs(Graphs()) == StepGraphs()  # the same defaults
+
+
 def test_settings_of_megatron_go_where_they_belong_and_unknown_ones_are_told_the_nearest() -> None:
     settings = settings_of({"recompute_granularity": "full", "adam_beta2": 0.95, "use_distributed_optimizer": True})
     assert settings.transformer == {"recompute_granularity": "full"}
@@ -104,7 +117,7 @@ def test_settings_of_megatron_go_where_they_belong_and_unknown_ones_are_told_the
     assert settings.ddp == {"use_distributed_optimizer": True}
     for given, told in (
         ({"recompute_granularty": "full"}, "did you mean 'recompute_granularity'"),
-        ({"cuda_graph_impl": "full_iteration"}, "megatron.cuda_graph_impl: expected 'none'.*StepGraphs"),
+        ({"cuda_graph_impl": "full_iteration"}, "megatron.cuda_graph_impl: set it with graphs of the recipe"),
         ({"adam_beta2": "much"}, "megatron.adam_beta2: expected a valid number.* found 'much'"),
         ({"lr": 1e-3}, "stages.NAME.trains"),
         ({"tensor_model_parallel_size": 2}, "layout.tensor"),
@@ -121,7 +134,7 @@ def test_a_directory_goes_on_with_its_own_recipe_alone(tmp_path: Path) -> None:
     check_kept(recipe)
     check_kept(checked(given | {"seed": 7}, "recipe"))  # there is no checkpoint to go on from
     (tmp_path / "stages/one/step_00000002").mkdir(parents=True)
-    check_kept(checked(given | {"layout": {"tensor": 2}, "processor": {"workers": 4}}, "recipe"))
+    check_kept(checked(given | {"layout": {"tensor": 2}, "processor": {"workers": 4}, "graphs": True}, "recipe"))
     with pytest.raises(Refused, match="seed: 1234 then, 7 now"):
         check_kept(checked(given | {"seed": 7}, "recipe"))
 

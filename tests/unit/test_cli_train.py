@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from megatron_mimo.cli.reading import read_recipe
 from tests import warm
-from tests.commands import caption, command, pictures
+from tests.commands import caption, command, listen, pictures
 
 pytestmark = pytest.mark.process
 
@@ -38,9 +38,26 @@ main()
 """
 
 
+RECORDED = """
+import sys
+import pytest
+from megatron_mimo.cli.entry import main
+from tests.recorded_graphs import record_graphs
+
+record_graphs(pytest.MonkeyPatch())
+sys.argv[1:] = {words!r}
+main()
+"""
+
+
 def cut_short(name: str, words: list[str], step: int, steps: int) -> warm.Done:
     """`train` that sends itself a signal before a step of the stage with so many."""
     return warm.python("-c", KILLED.format(signal=name, words=words, step=step, steps=steps))
+
+
+def recorded(words: list[str]) -> warm.Done:
+    """A command whose CUDA graphs are recordings."""
+    return warm.python("-c", RECORDED.format(words=words))
 
 
 def lines(directory: Path) -> list[dict]:
@@ -100,6 +117,43 @@ def test_an_evaluation_is_logged_and_answers_samples(tmp_path: Path) -> None:
     told = tmp_path.joinpath("samples/whole/records.txt").read_text().splitlines()
     assert told == [f"{number}: 0{number}.png, record {number} of {pictures()}" for number in range(2)]
     assert list((tmp_path / "tensorboard/whole").iterdir())
+
+
+def test_steps_as_cuda_graphs_log_what_launched_ones_do(tmp_path: Path) -> None:
+    # On the CPU a pack is replayed where its samples begin as they did: captions are of one length.
+    data = pictures(text="It is one.")
+    changes = [f"data={data}", "held_out=0.1", "evaluation={every: 2, samples: 1, max_new_tokens: 4}", "ema_decay=0.9"]
+    done = command(*caption(tmp_path / "launched", *changes))
+    assert done.returncode == 0, done.stderr
+    graphs = "graphs={buckets: {images: 16}, label_rows: 128, warmup: 1}"  # a pack has fewer images than 16
+    done = recorded(caption(tmp_path / "replayed", graphs, *changes))
+    assert done.returncode == 0, done.stderr
+    assert "projector: steps as one CUDA graph: 1 captured, 1 replayed, 1 launched" in done.stderr
+    assert "whole: steps as one CUDA graph: 1 captured, 5 replayed, 1 launched" in done.stderr
+    expected, found = (lines(tmp_path / name) for name in ("launched", "replayed"))
+    assert len(found) == len(expected) == 12
+    for one, other in zip(found, expected, strict=True):
+        both = {key: (one[key], other[key]) for key in ("text", "loss", "gradient_norm") if key in other}
+        assert len(both) == (3 if other["kind"] == "train" else 2), other
+        assert all(mine == pytest.approx(theirs, rel=1e-5) for mine, theirs in both.values()), (one, other)
+    averages = (load_file(tmp_path / name / "model-ema/model.safetensors") for name in ("launched", "replayed"))
+    expected, found = (next(averages) for _ in range(2))
+    assert all(torch.allclose(found[name], expected[name], rtol=1e-3, atol=1e-5) for name in expected)
+
+
+def test_graphs_that_no_recipe_can_have_are_refused_before_a_step(tmp_path: Path) -> None:
+    wrong = {
+        "graphs: CUDA graphs need a GPU, found a run on cpu": command(*caption(tmp_path / "run", "graphs=true")),
+        "graphs: buckets has 'image', expected modalities that are read: ['images']": recorded(
+            caption(tmp_path / "run", "graphs={buckets: {image: 4}}")
+        ),
+        "graphs: audio/encoders/tower is WhisperEncoder, whose masks or grids the host reads": recorded(
+            listen(tmp_path / "run", "graphs=true")
+        ),
+    }
+    for told, done in wrong.items():
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and told in done.stderr, done.stderr
+    assert not list(tmp_path.glob("run/stages/*"))
 
 
 def test_under_torchrun_two_ranks_train_as_one(tmp_path: Path) -> None:

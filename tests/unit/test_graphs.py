@@ -50,6 +50,14 @@ def test_a_collector_that_is_off_stays_off_and_one_that_is_on_comes_back_after_a
         assert not gc.isenabled()
     finally:
         gc.enable()
-    with pytest.raises(RuntimeError, match="no"), capture(new_graph(), None):
+    with pytest.raises(RuntimeError), capture(new_graph(), None):
         raise RuntimeError("no")
     assert gc.isenabled()
+
+
+def test_what_no_graph_can_hold_is_told_with_its_cause():
+    with pytest.raises(RuntimeError, match=r"cannot be captured.*item\(\)") as found, capture(new_graph(), None):
+        raise RuntimeError("operation not permitted when stream is capturing")
+    assert "not permitted" in str(found.value.__cause__)
+    with pytest.raises(torch.OutOfMemoryError, match="tried"), capture(new_graph(), None):
+        raise torch.OutOfMemoryError("tried to allocate")

@@ -42,6 +42,16 @@ class GraphCounts:
     replayed: int = 0
     eager: int = 0
 
+    @property
+    def told(self) -> str:
+        """In words.
+
+        Example:
+            >>> GraphCounts(1, 5, 2).told
+            '1 captured, 5 replayed, 2 launched kernel by kernel'
+        """
+        return f"{self.captured} captured, {self.replayed} replayed, {self.eager} launched kernel by kernel"
+
 
 @dataclass(frozen=True)
 class _Capture[Result]:

@@ -135,11 +135,7 @@ class Session:
         if self._steps is not None:
             from megatron.training import print_rank_0  # configures logging
 
-            counts = self._steps.counts
-            print_rank_0(
-                f"training steps as one CUDA graph: {counts.captured} captured, {counts.replayed} replayed, "
-                f"{counts.eager} launched kernel by kernel"
-            )
+            print_rank_0(f"training steps as one CUDA graph: {self._steps.counts.told}")
 
     @cached_property
     def telling(self) -> Telling:
