@@ -40,14 +40,19 @@ def bars(figures: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def draw(files: Sequence[Path], out: Path) -> None:
-    """Writes a picture with one panel a file."""
+    """Writes a picture with one panel a file, two in a row."""
     import matplotlib.pyplot as plt
 
-    width, legend = 5.5 * len(files), 1.6  # inches
-    figure, panels = plt.subplots(1, len(files), figsize=(width + legend, 5), squeeze=False)
+    columns = min(2, len(files))
+    rows = -(-len(files) // columns)
+    width, legend = 5.5 * columns, 1.6  # inches
+    figure, grid = plt.subplots(rows, columns, figsize=(width + legend, 5 * rows), squeeze=False)
+    panels, spare = grid.flat[: len(files)], grid.flat[len(files) :]
+    for panel in spare:
+        panel.set_axis_off()
     colours = plt.get_cmap("tab20")
     kinds: list[str] = []
-    for panel, path in zip(panels[0], files, strict=True):
+    for panel, path in zip(panels, files, strict=True):
         figures = json.loads(path.read_text())
         operations = sum(figures["flops"].values())
         for place, (name, spent) in enumerate(bars(figures).items()):
@@ -68,7 +73,7 @@ def draw(files: Sequence[Path], out: Path) -> None:
         panel.set_ylabel("ms a step; above: MFU")
         panel.margins(y=0.15)
     handles = {
-        label: handle for panel in panels[0] for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+        label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles.keys(), loc="center right")
     figure.tight_layout(rect=(0, 0, width / (width + legend), 1))

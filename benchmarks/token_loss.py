@@ -3,11 +3,11 @@
     python -m benchmarks.token_loss                     # 0.5 B, V 151,936, S 4096, B 4, a fifth of the labels counts
     python -m benchmarks.token_loss --small             # toy sizes; on the CPU if there is no GPU
 
-Forward, loss and backward of the same weights and the same batch: the loss everywhere with Megatron's plain and fused
-cross-entropy, and where labels count with both. No optimizer. The losses are compared before anything is timed. On a
-GPU a step is launched kernel by kernel and replayed as one CUDA graph, which takes as long on any host.
-Where Liger-Kernel is installed, its fused output layer and cross-entropy are timed beside ours, alone: from the same
-hidden states to the gradients of states and weight, on every row and on the rows whose labels count.
+Forward, loss and backward of the same weights and the same batch: the loss everywhere and where labels count, each with
+Megatron's plain and fused cross-entropy and with TransformerEngine's. No optimizer. The losses are compared before
+anything is timed. On a GPU a step is launched kernel by kernel and replayed as one CUDA graph, which takes as long on
+any host. Where Liger-Kernel is installed, its fused output layer and cross-entropy are timed beside ours, alone: from
+the same hidden states to the gradients of states and weight, on every row and on the rows whose labels count.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -39,7 +40,22 @@ SMALL = dict(layers=2, hidden=32, heads=4, groups=2, ffn=64, vocabulary=1000, le
 NONE = float("nan")  # a figure that a GPU has
 
 
-def config_of(size: dict[str, int], backend: str, dtype: torch.dtype, fused: bool) -> MimoModelConfig:
+#: The language model's settings for a kernel of the cross entropy. TransformerEngine's copies a number from the host
+#: unless a graph is asked for.
+KERNELS: dict[str, dict[str, Any]] = {
+    "": {},
+    ", fused": {"cross_entropy_loss_fusion": True},
+    ", TransformerEngine's": {
+        "cross_entropy_loss_fusion": True,
+        "cross_entropy_fusion_impl": "te",
+        "cuda_graph_impl": "full_iteration",
+    },
+}
+#: What recipes switch on where TransformerEngine computes (docs/training.md).
+SWITCHED = {"apply_rope_fusion": True, "bias_activation_fusion": True}
+
+
+def config_of(size: dict[str, int], backend: str, dtype: torch.dtype, settings: dict[str, Any]) -> MimoModelConfig:
     config = TransformerConfig(
         num_layers=size["layers"],
         hidden_size=size["hidden"],
@@ -54,8 +70,8 @@ def config_of(size: dict[str, int], backend: str, dtype: torch.dtype, fused: boo
         attention_dropout=0.0,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        cross_entropy_loss_fusion=fused,
         masked_softmax_fusion=False,
+        **settings,
     )
     language = ModuleSpec(
         module=GPTModel,
@@ -76,6 +92,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="toy sizes")
     parser.add_argument("--share", type=float, default=0.2, help="labels that count, of all")
     parser.add_argument("--backend", default="auto", choices=["auto", "torch", "transformer_engine"])
+    parser.add_argument("--switched", action="store_true", help="with the other fused kernels that recipes switch on")
     parser.add_argument("--rounds", type=int, default=10)
     options = parser.parse_args()
 
@@ -88,18 +105,20 @@ def main() -> None:
     ids = torch.randint(0, size["vocabulary"], shape, generator=draw)
     mask = (torch.rand(shape, generator=draw) < options.share).float()
     backend = specs.choose_backend(options.backend)
+    if options.switched and backend != "transformer_engine":
+        parser.error(f"--switched: kernels of TransformerEngine, found layers by {backend}")
     models: dict[str, MimoModel] = {}
-    for name, fused, counted in (
-        ("everywhere", False, False),
-        ("everywhere, fused", True, False),
-        ("where labels count", False, True),
-        ("where labels count, fused", True, True),
-    ):
-        config = replace(config_of(size, backend, dtype, fused), loss_where_counted=counted)
-        model = MimoModel(config).to(run.device, dtype)
-        if models:
-            share_weights(model, next(iter(models.values())))
-        models[name] = model
+    kernels = {
+        name: one for name, one in KERNELS.items() if backend == "transformer_engine" or "te" not in one.values()
+    }
+    for where, counted in (("everywhere", False), ("where labels count", True)):
+        for kernel, settings in kernels.items():
+            settings = settings | (SWITCHED if options.switched else {})
+            model = MimoModel(replace(config_of(size, backend, dtype, settings), loss_where_counted=counted))
+            model.to(run.device, dtype)
+            if models:
+                share_weights(model, next(iter(models.values())))
+            models[f"{where}{kernel}"] = model
     first = next(iter(models.values()))
     on_host = dict(input_ids=ids, labels=ids.roll(-1, 1), loss_mask=mask)
     batch = placed_on(first, on_host, {name: tensor.to(run.device) for name, tensor in on_host.items()}, run.device)

@@ -3,13 +3,15 @@
 Logits are the widest tensor of a step, and most positions of a multimodal batch have none to learn: images stand
 there, or a prompt. What the host knows of a batch's labels says which rows the output layer reads. They are picked
 from the hidden states, gathered where tensor-parallel ranks hold parts of the sequence, and go through output layer
-and cross entropy in chunks of bounded size; of several chunks none is kept, each is computed again in backward.
+and cross entropy in chunks of bounded size; of several chunks the last is kept, and the others are computed again in
+backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -138,23 +140,21 @@ class TokenLoss:
         rows_KH = route(hidden_states, positions, self._shard, groups)
         labels_K = torch.cat([labels.flatten(), labels.new_zeros(1)])[places]
         width = (output_layer.weight if output_weight is None else output_weight).shape[0]
-        chunks = list(self._chunks(len(positions), width))
-        # One chunk is kept for backward; of several each is computed again, or memory would grow with their number.
-        again = len(chunks) > 1 and torch.is_grad_enabled()
-        found = [
-            checkpoint(losses, rows_KH[part], labels_K[part], use_reentrant=False, preserve_rng_state=False)
-            if again
-            else losses(rows_KH[part], labels_K[part])
-            for part in chunks
-        ]
-        loss_K = torch.cat(found)
+        *chunks, last = self._chunks(len(positions), width)
+        # What backward begins with is kept. The others are computed again, or memory would grow with their number.
+        again = partial(checkpoint, losses, use_reentrant=False, preserve_rng_state=False)
+        run = again if torch.is_grad_enabled() else losses
+        found = [run(rows_KH[part], labels_K[part]) for part in chunks]
+        loss_K = torch.cat([*found, losses(rows_KH[last], labels_K[last])])
         # One slot more, for the rows that do not count: what is left there has no gradient.
         whole = loss_K.new_zeros(labels.numel() + 1)
         return whole.index_copy(0, places, loss_K)[:-1].view_as(labels)
 
-    def _chunks(self, rows: int, width: int) -> Iterator[slice]:
+    def _chunks(self, rows: int, width: int) -> list[slice]:
+        """At least one; the last is as large as one may be, since it is computed once."""
         size = max(1, CHUNK // width)
-        return (slice(start, min(rows, start + size)) for start in range(0, rows, size))
+        ends = range(rows % size or min(rows, size), rows + 1, size)
+        return [slice(max(0, end - size), end) for end in ends]
 
 
 def only_counted(losses: Tensor, loss_mask: Tensor) -> Tensor:

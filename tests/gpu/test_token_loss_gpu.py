@@ -21,12 +21,16 @@ def run():
     megatron_mimo.shutdown()
 
 
-def models() -> tuple[MimoModel, MimoModel]:
-    """The loss where labels count, and the loss everywhere, of equal weights."""
-    config = tiny.language_config(masked_softmax_fusion=False)
+def models(**here_alone) -> tuple[MimoModel, MimoModel]:
+    """The loss where labels count, with further settings, and the loss everywhere, of equal weights."""
     here, everywhere = (
-        MimoModel(tiny.mimo_config(tiny.language_spec(config), loss_where_counted=counted)).cuda()
-        for counted in (True, False)
+        MimoModel(
+            tiny.mimo_config(
+                tiny.language_spec(tiny.language_config(masked_softmax_fusion=False, **settings)),
+                loss_where_counted=counted,
+            )
+        ).cuda()
+        for counted, settings in ((True, here_alone), (False, {}))
     )
     everywhere.load_state_dict(here.state_dict())
     return here, everywhere
@@ -46,9 +50,24 @@ def step(model: MimoModel, batch: dict) -> torch.Tensor:
     return outputs.language
 
 
-@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-def test_loss_and_gradients_are_those_of_the_loss_everywhere_without_waiting(run, share) -> None:
-    here, everywhere = models()
+#: Megatron's kernels of the cross entropy; TransformerEngine's copies nothing from the host where a graph is asked for.
+KERNELS = {
+    "plain": {},
+    "te": {
+        "cross_entropy_loss_fusion": True,
+        "cross_entropy_fusion_impl": "te",
+        "cuda_graph_impl": "full_iteration",
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("share", "kernel"), [(0.0, "plain"), (0.4, "plain"), (1.0, "plain"), (0.0, "te"), (0.4, "te")]
+)
+def test_loss_and_gradients_are_those_of_the_loss_everywhere_without_waiting(run, share, kernel) -> None:
+    if kernel == "te":
+        pytest.importorskip("transformer_engine")
+    here, everywhere = models(**KERNELS[kernel])
     mask = (torch.rand(3, 16, generator=torch.Generator().manual_seed(1)) < share).float()
     rows: list[int] = []
     here.language_model.output_layer.register_forward_hook(lambda layer, given, out: rows.append(out[0].shape[0]))

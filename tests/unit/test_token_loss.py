@@ -75,7 +75,7 @@ def test_chunks_that_are_computed_again_give_the_same(single_process, monkeypatc
     monkeypatch.setattr(token_loss, "CHUNK", 5 * tiny.VOCABULARY)
     (found, gradients), (expected, theirs) = step(here, mask), step(everywhere, mask)
     count = max(1, int(mask.count_nonzero()))
-    assert max(called) <= 5 and sum(called) == (count if count <= 5 else 2 * count)
+    assert max(called) <= 5 and sum(called) == (count if count <= 5 else 2 * count - 5)  # the last 5 are kept
     torch.testing.assert_close(found, expected * (mask != 0), rtol=1e-6, atol=1e-6)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, theirs[name], rtol=1e-5, atol=2e-6)
@@ -122,7 +122,8 @@ def test_logits_kept_for_backward_do_not_grow_with_the_labels(single_process, mo
     model = megatron_mimo.MimoModel(tiny.mimo_config(tiny.language_spec(vocab_size=WIDE)))
     assert kept_for_backward(model, MASKS["some"]) >= 16 * WIDE
     monkeypatch.setattr(token_loss, "CHUNK", 5 * WIDE)
-    assert kept_for_backward(model, MASKS["some"]) == kept_for_backward(model, MASKS["all"]) == 0
+    one = kept_for_backward(model, MASKS["some"])
+    assert 5 * WIDE <= one == kept_for_backward(model, MASKS["all"]) < 16 * WIDE
 
 
 def test_labels_that_do_not_count_may_be_anything_and_their_loss_is_zero(single_process) -> None:

@@ -252,6 +252,11 @@ def test_what_a_step_as_one_graph_cannot_be_right_with_is_refused_by_name(record
         overlap_grad_reduce=True, overlap_param_gather=True, use_distributed_optimizer=True
     )
     refused("overlap_param_gather=False", ddp=gathered)
+    fused = dict(cross_entropy_loss_fusion=True, cross_entropy_fusion_impl="te")
+    refused(
+        "cuda_graph_impl='full_iteration' beside cross_entropy_fusion_impl='te'",
+        config_of(tiny.language_spec(tiny.language_config(**fused))),
+    )
     refused("graphed=\\(\\)", control=TrainingControl(graphed=["encoders"]))
     weighed = tiny.language_config()
     weighed.mtp_grad_scale_func = lambda: 1.0

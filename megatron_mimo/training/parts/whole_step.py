@@ -108,11 +108,15 @@ class StepGraphs:
                 )
         language = config.language_config
         fits = language.fp8 is None or language.fp8_recipe in FP8_RECIPES
+        # Megatron has TransformerEngine's kernel copy a number from the host unless its own switch asks for a graph.
+        te_loss = language.cross_entropy_loss_fusion and language.cross_entropy_fusion_impl == "te"
+        copies = te_loss and language.cuda_graph_impl != "full_iteration"
         wanted = {
             **_between_stages(language, layout),
             **_of_experts(language),
             "mtp_grad_scale_func=None, which the host calls once": auxiliary.scales_mtp(language),
             f"fp8_recipe in {FP8_RECIPES}, whose replays are the eager steps bit by bit": fits,
+            "cuda_graph_impl='full_iteration' beside cross_entropy_fusion_impl='te'": not copies,
             "fp8_param=False": not language.fp8_param,
             "fp16=False, whose loss scale changes": not language.fp16,
             "recompute_granularity=None beside fp8": language.recompute_granularity is None or language.fp8 is None,
