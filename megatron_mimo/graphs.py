@@ -22,7 +22,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_mimo.compat.megatron import shared_buffers
 
@@ -76,6 +76,14 @@ def _nothing_collected() -> Iterator[None]:
     finally:
         if collects:
             gc.enable()
+
+
+def places_of(module: nn.Module) -> tuple[tuple[int, bool], ...]:
+    """Where each weight and buffer of a module lies now, and whether it trains: what a graph of it takes for granted.
+
+    Asked anew each time, since another tensor may have taken the place of one.
+    """
+    return tuple((t.data_ptr(), t.requires_grad) for t in (*module.parameters(), *module.buffers()))
 
 
 def end_graphs() -> None:

@@ -13,6 +13,7 @@ from megatron_mimo.generation.fused import FusedLayers, why_not
 from megatron_mimo.generation.graphs import Recorder, Rows
 from megatron_mimo.generation.prompts import Known
 from megatron_mimo.generation.stage import Stage
+from megatron_mimo.graphs import places_of
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class Session:
         self.state: Rows | None = None
         self._open: ExitStack | None = None
         self._held = (0, 0)
-        self._places: tuple[int, ...] = ()
+        self._places: tuple[tuple[int, bool], ...] = ()
         check_cacheable(model)
         reason = unrecordable(model, self.stage)
         if graphs and reason is not None:
@@ -81,7 +82,7 @@ class Session:
         Raises:
             ValueError: they do not fit.
         """
-        places = tuple(weight.data_ptr() for weight in self.model.parameters())  # which graphs know
+        places = places_of(self.model)  # which graphs know
         if self._open is not None and self.state is not None:
             if rows == self._held[0] and slots <= self._held[1] and places == self._places:
                 return self.state, self._held[1]

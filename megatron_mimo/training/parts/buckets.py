@@ -38,7 +38,7 @@ def with_packs_alike(batch: Batch, sequences: int, model: MimoModel) -> Batch:
 
 
 def in_buckets(batch: Batch, buckets: Mapping[str, int], model: MimoModel) -> Batch:
-    """The batch with items of zeros behind its media, up to a bucket, which no position reads.
+    """The batch with copies of its last item behind its media, up to a bucket, which no position reads.
 
     Args:
         batch: tensors on the CPU.
@@ -71,7 +71,7 @@ def in_buckets(batch: Batch, buckets: Mapping[str, int], model: MimoModel) -> Ba
                 )
             more = -number % size
             spare[modality] = more * (tokens // number)
-            padded[modality] = {encoder: {name: _longer(value, more) for name, value in keywords.items()}}
+            padded[modality] = {encoder: {name: _longer(value, more, number) for name, value in keywords.items()}}
     if not any(spare.values()) or placement.host is None:
         return {**batch, "placement": placement}
     placement = replace(placement, host=replace(placement.host, spare=spare))
@@ -92,7 +92,10 @@ def with_label_rows(batch: Batch, multiple: int, model: MimoModel) -> Batch:
     return {**batch, "placement": replace(placement, host=replace(placement.host, label_rows=multiple))}
 
 
-def _longer(value: Any, more: int) -> Any:
-    if not isinstance(value, Tensor) or not value.dim() or not more:
-        return value
-    return torch.cat([value, value.new_zeros(more, *value.shape[1:])])
+def _longer(value: Any, more: int, number: int) -> Any:
+    """A tensor of items, or what the host says of each, with `more` copies of the last; anything else as it is."""
+    if isinstance(value, Tensor) and value.dim():
+        return torch.cat([value, value[-1:].expand(more, *value.shape[1:])])
+    if isinstance(value, list | tuple) and len(value) == number:
+        return type(value)([*value, *[value[-1]] * more])
+    return value

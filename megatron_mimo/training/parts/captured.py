@@ -11,10 +11,12 @@ a capture may wait for no other. The captures share one pool of memory, since a 
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -33,7 +35,7 @@ class GraphCounts:
     """How a function ran.
 
     Args:
-        captured: graphs that there are.
+        captured: graphs that were made.
         replayed: runs by a replay.
         eager: runs without a graph: the first of a shape, and all of a shape that got none.
     """
@@ -114,6 +116,13 @@ class Captures[Result]:
             self.counts.replayed += 1
             return captured.result
 
+    def drop(self) -> None:
+        """Ends every graph, and makes room for others."""
+        for captured in self._captures.values():
+            captured.graph.reset()
+        self._captures.clear()
+        self._seen.clear()
+
     def captured(self, key: Hashable) -> bool:
         """Whether there is a graph for calls with `key`."""
         return key in self._captures
@@ -150,9 +159,27 @@ class Captures[Result]:
         for generator in generators_of_tracker():
             graph.register_generator_state(generator)
         torch.cuda.synchronize()
+        before = _numbers_of_host(self._device)
         with capture(graph, self._pool, self._stream):
             result = run(statics)
         torch.cuda.synchronize()
+        drawn = [name for name, state in _numbers_of_host(self._device).items() if state != before[name]]
+        if drawn:
+            logger.warning(
+                "random numbers were drawn on the host (%s) while a step was captured as a CUDA graph. If a part of "
+                "the model drew them, as encoders do that leave layers out at random, every replay computes with "
+                "these: switch that off, or leave graphs out.",
+                ", ".join(drawn),
+            )
         self.counts.captured += 1
         logger.info("CUDA graph %d captured, for inputs %s", self.counts.captured, [list(t.shape) for t in inputs])
         return _Capture(graph, statics, result)
+
+
+def _numbers_of_host(device: torch.device) -> dict[str, Hashable]:
+    """Where the generators of random numbers stand that a replay does not move."""
+    _, keys, place, *_ = numpy.random.get_state(legacy=True)
+    found: dict[str, Hashable] = {"random": random.getstate(), "numpy": (keys.tobytes(), place)}
+    if device.type != "cpu":
+        found["torch"] = torch.get_rng_state().numpy().tobytes()
+    return found

@@ -11,7 +11,7 @@ Targets are prepared here, outside a graph: what is drawn for them comes from th
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -91,7 +91,7 @@ class ChunkStep:
             forms,
             tuple((tensor.shape, tensor.dtype) for tensor in inputs),
             tuple(_counts_nothing(counted) for counted in counts),
-            None if scale is None else tuple(count == 0 for count in scale.counts.values()),
+            None if scale is None else tuple((term, count == 0) for term, count in scale.counts.items()),
         )
         return cls(model, key, inputs, manifests, counts, targets, scale)
 
@@ -186,9 +186,9 @@ def _put_together(prepared: AllPrepared, tensors: Iterator[Tensor]) -> dict[str,
     return {"modality_targets": targets}
 
 
-def _counts_nothing(counted: Counts) -> tuple[bool, ...]:
-    """Of which terms a microbatch counts nothing: those of which it does are held against their losses."""
-    return tuple(count == 0 for (kind, *_), count in counted.items() if kind == names.LOSS)
+def _counts_nothing(counted: Counts) -> Hashable:
+    """Terms of a microbatch, and of which it counts nothing: those of which it does are held against their losses."""
+    return tuple((term, count == 0) for term, count in counted.items() if term[0] == names.LOSS)
 
 
 def signature(node: Any) -> Hashable:
@@ -201,7 +201,7 @@ def signature(node: Any) -> Hashable:
         case Record(kind=kind) if kind is HostFacts:
             return kind  # `MimoModel.shapes` says what it makes of shapes
         case Record(kind=kind, fields=values):
-            hidden = {f.name for f in fields(kind) if f.metadata.get("on_host")} | {"checks", "arrival"}
+            hidden = {"checks", "arrival"} if kind is Placement else set()
             return kind, signature({name: value for name, value in values.items() if name not in hidden})
         case Mapping():
             return tuple((key, signature(value)) for key, value in node.items())

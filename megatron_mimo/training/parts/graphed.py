@@ -29,7 +29,7 @@ from torch.func import functional_call
 from megatron_mimo.compat.megatron import tracker_without_forks
 from megatron_mimo.compat.torch import clear_cublas_workspaces, flatten, unflatten
 from megatron_mimo.cudnn import check_one_cudnn
-from megatron_mimo.graphs import capture, new_graph
+from megatron_mimo.graphs import capture, new_graph, places_of
 from megatron_mimo.idle import gather_parameters
 from megatron_mimo.training.parts.compiled import CompiledForward
 
@@ -67,17 +67,18 @@ class GraphedForward:
         self._parts, self._parameters = tuple(encoder.modules()), tuple(encoder.parameters())
         self._limit = captures
         self._captures: list[_Capture] = []
-        self._places = self._places_of_weights()
+        self._places = places_of(encoder)
 
     def __call__(self, *args, **keywords):
         """The encoder's output for these inputs."""
+        if (places := places_of(self._encoder)) != self._places:  # captures know those of before
+            self._captures.clear()
+            self._places, self._parts = places, tuple(self._encoder.modules())
+            self._parameters = tuple(self._encoder.parameters())
         gather_parameters(self._parts)  # a replay runs none of its parts' hooks
         inputs = _Inputs(args, keywords)
         if torch.cuda.is_current_stream_capturing() or not inputs.fit_a_graph(self._parameters):
             return self._forward(*args, **keywords)
-        if (places := self._places_of_weights()) != self._places:  # captures know those of before
-            self._captures.clear()
-            self._places = places
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self._parameters)
         key = (trains, self._encoder.training, *inputs.key)
         free = self._free(key, inputs, trains)
@@ -89,10 +90,6 @@ class GraphedForward:
         if not trains:
             return free.replay(inputs.tensors).clone()
         return _Replay.apply(free, len(inputs.tensors), *inputs.tensors, *self._parameters)
-
-    def _places_of_weights(self) -> tuple[tuple[int, bool], ...]:
-        """Where each weight lies, and whether it trains."""
-        return tuple((parameter.data_ptr(), parameter.requires_grad) for parameter in self._parameters)
 
     def _free(self, key: tuple, inputs: _Inputs, trains: bool) -> _Capture | None:
         """A capture of this key whose last forward pass is done with, made if there is room."""

@@ -26,6 +26,7 @@ from megatron_mimo.axes import Layout
 from megatron_mimo.batch import Batch
 from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.cudnn import check_one_cudnn
+from megatron_mimo.graphs import places_of
 from megatron_mimo.launch import Run
 from megatron_mimo.model import MimoModel
 from megatron_mimo.training import auxiliary
@@ -47,8 +48,8 @@ class StepGraphs:
 
     Args:
         buckets: modality -> the number of its media items in a microbatch is rounded up to a multiple of this, by
-            items of zeros that no position reads. For encoders that give every item as many rows, whose inputs have
-            one leading dim of items. A modality that is not named is taken as it comes.
+            copies of the last that no position reads. For encoders that give every item as many rows, from that item
+            alone, whose inputs have one leading dim of items. A modality that is not named is taken as it comes.
         label_rows: the language loss of a microbatch reads a multiple of so many rows on each context-parallel rank, by
             rows that do not count; None for a 32nd of the positions. Fewer shapes, more rows that nobody needs.
         packed_sequences: the number of sequences in a pack is rounded up to a multiple of this, by empty ones, and the
@@ -182,6 +183,8 @@ def _of_experts(language: TransformerConfig) -> dict[str, bool]:
     }
 
 
+#: Settings that a layer may look up in every pass, such as the weights of experts' losses.
+_PLAIN = (bool, int, float, str)
 #: Replays of "delayed" gave other losses than eager steps do; further recipes were not tried.
 FP8_RECIPES = ("tensorwise", "blockwise")
 
@@ -198,7 +201,7 @@ class WholeSteps:
         run: whose ranks run a step alike.
 
     Raises:
-        ValueError: the process has two cuDNN.
+        ValueError: the process has two cuDNN, or items of a modality with a bucket see one another.
     """
 
     def __init__(
@@ -213,8 +216,10 @@ class WholeSteps:
         self._settings, self._captures, self._models, self._run = settings, captures, models, run
         self._forward_step, self._gradients = forward_step, gradients
         self._brought: dict[Hashable, list] = {}
-        self._parameters = [parameter for model in models for parameter in model.parameters()]
+        self._granted: Hashable = None
         check_one_cudnn("graphs")
+        for model in models:
+            _check_buckets(settings.buckets, model)
 
     @property
     def counts(self) -> GraphCounts:
@@ -237,7 +242,11 @@ class WholeSteps:
             ChunkStep.read([self._fitted(batch, model) for batch in batches], model, self._forward_step)
             for model in self._models
         ]
-        key: Hashable | None = (self._taken_for_granted(), *(chunk.key for chunk in read))
+        if (granted := self._taken_for_granted()) != self._granted:
+            self._captures.drop()  # of weights, settings or losses of before: none can serve again
+            self._brought.clear()
+            self._granted = granted
+        key: Hashable | None = tuple(chunk.key for chunk in read)
         if not all(chunk.captured for chunk in read):
             key = None
         brought = self._brought[key] if self._captures.captured(key) else [()] * read[0].microbatches
@@ -275,9 +284,15 @@ class WholeSteps:
         return batch
 
     def _taken_for_granted(self) -> Hashable:
-        """What a capture has of the models: where their weights lie, which of them train, how losses are weighted."""
-        weights = tuple((parameter.data_ptr(), parameter.requires_grad) for parameter in self._parameters)
-        return weights, *(tuple(self._forward_step.weights(model).items()) for model in self._models)
+        """What captures have of the models: weights, buffers, the weights of losses, the language model's settings."""
+        return tuple(
+            (
+                places_of(model),
+                tuple(self._forward_step.weights(model).items()),
+                tuple(value for value in vars(model.language_model.config).values() if isinstance(value, _PLAIN)),
+            )
+            for model in self._models
+        )
 
     def _together(self, ready: bool, error: Exception | None) -> bool:
         """Whether all ranks run the step by a graph, as where each is ready. Raises what any of them found."""
@@ -307,6 +322,16 @@ def whole_steps(
     if captures is None:
         return None
     return WholeSteps(settings or StepGraphs(), captures, models, forward_step, gradients, run)
+
+
+def _check_buckets(buckets: Mapping[str, int], model: MimoModel) -> None:
+    for modality in buckets if model.pre_process else ():
+        for name, module in model.modality_submodules[modality].named_modules():
+            if getattr(module, "track_running_stats", False) and module.training:
+                raise ValueError(
+                    f"graphs: buckets has {modality!r}, whose {name} ({type(module).__name__}) takes statistics over "
+                    "all items: those that fill a bucket would be among them. Leave the modality out of buckets."
+                )
 
 
 def _moves_registered_memory() -> bool:

@@ -61,7 +61,7 @@ def add_mimo_args(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument(
         "--cuda-graph-buckets", nargs="+", type=_bucket, default=[], metavar="MODALITY=ITEMS",
         help="with --cuda-graph-impl full_iteration: a microbatch's media items are rounded up to a multiple of so "
-        "many, by items of zeros that no position reads",
+        "many, by copies of the last that no position reads",
     )  # fmt: skip
     group.add_argument(
         "--cuda-graph-label-rows", type=int, default=None, metavar="ROWS",

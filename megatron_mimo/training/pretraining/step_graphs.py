@@ -28,6 +28,13 @@ from megatron_mimo.training.parts.whole_step import StepGraphs, WholeSteps
 
 FULL_ITERATION = "full_iteration"
 _NO_HOOKS = "a replay calls no hook that could look into a pass"
+#: Field of `StepGraphs` -> the argument that gives it.
+_ARGUMENTS = {
+    "buckets": "--cuda-graph-buckets ",
+    "label_rows": "--cuda-graph-label-rows",
+    "packed_sequences": "--cuda-graph-packed-sequences",
+    "warmup": "--cuda-graph-warmup-steps",
+}
 #: Arguments of Megatron's -> why not.
 NOT_BESIDE = {
     "save_activations_interval": _NO_HOOKS,
@@ -64,7 +71,13 @@ def step_graphs_from_args(args: Namespace) -> StepGraphs | None:
                 "two out."
             )
     more = {} if sequences is None else {"packed_sequences": sequences}
-    return StepGraphs(buckets, rows, warmup=args.cuda_graph_warmup_steps, **more)
+    try:
+        return StepGraphs(buckets, rows, warmup=args.cuda_graph_warmup_steps, **more)
+    except ValueError as error:
+        said = str(error)
+        for name, argument in _ARGUMENTS.items():
+            said = said.replace(f"StepGraphs: {name}", argument)
+        raise ValueError(said) from error
 
 
 def ready_for_step_graphs(args: Namespace, config: MimoModelConfig, layout: Layout, control: TrainingControl) -> None:
