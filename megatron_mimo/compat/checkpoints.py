@@ -6,7 +6,7 @@ Nothing is imported from Megatron until a function is called.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -285,6 +285,51 @@ def parallel_load(strategy: object) -> bool:
     from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 
     return isinstance(strategy, FullyParallelLoadStrategyWrapper)
+
+
+def with_steps_of_all(state: Any, gathered: Callable[[Any], list[Any]]) -> None:
+    """Has an optimizer's state say how many steps were taken on each rank, also on one of whose weights none train.
+
+    Undocumented: `sharded_state_dict` of Megatron's optimizers: ``["state"]["common_step"]`` of Adam of torch, and
+    ``["param_groups"][i]["step"]`` of TransformerEngine's and of a distributed one, where the rank has a weight.
+    Reason: the first rank's is what the file says of all. A first pipeline stage that is frozen says nothing: loading
+    then fails for the one, and the others begin to count anew.
+    When it goes: leave the call out, if a checkpoint of a frozen first stage keeps the steps of the second.
+
+    Args:
+        state: as `sharded_state_dict` gives it; changed in place.
+        gathered: gives every rank's value on every rank.
+
+    Example:
+        >>> state = {"optimizer": {"param_groups": [{"lr": 1.0}]}}
+        >>> with_steps_of_all(state, lambda own: [own, [(None, 7)]])
+        >>> state
+        {'optimizer': {'param_groups': [{'lr': 1.0, 'step': 7}]}}
+    """
+    nodes = list(_nodes_with_groups(state))
+    own = [(node.get("state", {}).get("common_step"), _step_of_groups(node["param_groups"])) for node in nodes]
+    for ranks, node in zip(zip(*gathered(own)), nodes):
+        common, of_groups = (next((each[i] for each in ranks if each[i] is not None), None) for i in range(2))
+        if common is not None and isinstance(node.get("state"), dict):
+            node["state"].setdefault("common_step", common)
+        for group in node["param_groups"] if of_groups is not None else ():
+            if group.get("step") is None:
+                group["step"] = of_groups
+
+
+def _step_of_groups(groups: Sequence[Mapping[str, Any]]) -> Any:
+    return next((group["step"] for group in groups if group.get("step") is not None), None)
+
+
+def _nodes_with_groups(state: Any) -> Iterator[dict]:
+    """The states of single optimizers within one, in the order of every rank."""
+    if not isinstance(state, dict):
+        return
+    if isinstance(state.get("param_groups"), list):
+        yield state
+        return
+    for value in state.values():
+        yield from _nodes_with_groups(value)
 
 
 def other_groups(optimizer: Any, state: Any) -> str | None:

@@ -23,9 +23,11 @@ from megatron_mimo.compat.checkpoints import (
     deleting_by_threads,
     directory_to_load,
     planned,
+    with_steps_of_all,
 )
 from megatron_mimo.config import MimoModelConfig
 from megatron_mimo.data.progress import State
+from megatron_mimo.training.agreement import gathered
 from megatron_mimo.training.checkpoints import manifest
 from megatron_mimo.training.checkpoints.directories import (
     is_complete,
@@ -197,6 +199,8 @@ def functions(
         if (averages := ema()) is not None:
             beside_weights = averages.sharded_state_dict(_weights_metadata(averages))
             state = {**state, **beside_weights, "ema_updates": averages.updates}
+        if "optimizer" in state:
+            with_steps_of_all(state["optimizer"], gathered)
         del async_strategy, verify_integrity  # written by a thread of ours, and hashed in any case
 
         def plan(written: Path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_mimo.compat.checkpoints import other_groups, planned
+from megatron_mimo.compat.checkpoints import other_groups, planned, with_steps_of_all
 from megatron_mimo.compat.megatron import describe_momentum
 from megatron_mimo.data.progress import State
 from megatron_mimo.launch import Run
 from megatron_mimo.model import MimoModel
+from megatron_mimo.training.agreement import gathered
 from megatron_mimo.training.checkpoints.directories import found_at, is_complete, newest_first
 from megatron_mimo.training.checkpoints.inert import description_of
 from megatron_mimo.training.checkpoints.manifest import COMPLETE, Damaged
@@ -314,6 +316,8 @@ def _state(
     if optimizer is not None:
         describe_momentum(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=metadata)
+        if not loading:
+            with_steps_of_all(state["optimizer"], partial(gathered, group=run.hosts.world))
     if random:
         state["random"] = ShardedObject("random", random_state(), (run.world_size,), (run.rank,))
     return state

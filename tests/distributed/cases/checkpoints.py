@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_mimo.launch import Run, initialize
-from megatron_mimo.training import Trainer
+from megatron_mimo.training import Trainer, TrainingControl
 from tests.distributed.cases.pretrain import alone
 from tests.distributed.cases.training import assert_close, four_samples, trainer
 from tests.distributed.harness import case, relayout, shared_directory
@@ -193,3 +193,18 @@ def what_is_written_in_the_background_goes_on_at_any_data_parallelism_and_is_ref
 @case(ranks=4, timeout_s=300, long=True)
 def every_layout_of_experts_that_are_shared_out_goes_on_from_every_other(run: Run) -> None:
     each_reads_each("Experts, shared out", shared_directory() / "shared-out")
+
+
+@case(ranks=2, timeout_s=120)
+def a_run_whose_first_or_last_stage_is_frozen_goes_on_in_any_layout(run: Run) -> None:
+    for frozen in (["language_model", "encoders", "input_projections"], ["decoders", "output_projections"]):
+        directory = shared_directory() / frozen[0]
+        control = TrainingControl(frozen=frozen)
+        unbroken = trainer(relayout(**layout_of("PP 2")), directory, control=control)
+        going_on(unbroken)
+        unbroken.save()
+        expected = going_on(unbroken)
+        for layout in ("PP 2", "TP 2", "DP 2"):
+            ours = trainer(relayout(**layout_of(layout)), None, control=control)
+            assert ours.load(directory / "step_00000002") == 2
+            assert_close(going_on(ours), expected)
