@@ -10,6 +10,7 @@ each ends with a wait for the device, as a step of Megatron's does when it reads
 
     upstream    upstream's MimoModel
     ours        ours, as it is
+    everywhere  ours, the language loss at every position
     compiled    ours, the encoder through torch.compile (TrainingControl.compiled)
     graphed     ours, the encoder's launches replayed as CUDA graphs (TrainingControl.graphed)
     both        ours, the compiled encoder's launches replayed

@@ -307,7 +307,7 @@ def with_steps_of_all(state: Any, gathered: Callable[[Any], list[Any]]) -> None:
         {'optimizer': {'param_groups': [{'lr': 1.0, 'step': 7}]}}
     """
     nodes = list(_nodes_with_groups(state))
-    own = [(node.get("state", {}).get("common_step"), _step_of_groups(node["param_groups"])) for node in nodes]
+    own = [(_plain(node.get("state", {}).get("common_step")), _step_of_groups(node["param_groups"])) for node in nodes]
     for ranks, node in zip(zip(*gathered(own)), nodes):
         common, of_groups = (next((each[i] for each in ranks if each[i] is not None), None) for i in range(2))
         if common is not None and isinstance(node.get("state"), dict):
@@ -318,7 +318,12 @@ def with_steps_of_all(state: Any, gathered: Callable[[Any], list[Any]]) -> None:
 
 
 def _step_of_groups(groups: Sequence[Mapping[str, Any]]) -> Any:
-    return next((group["step"] for group in groups if group.get("step") is not None), None)
+    return _plain(next((group["step"] for group in groups if group.get("step") is not None), None))
+
+
+def _plain(step: Any) -> Any:
+    """A step as another rank can take it: a tensor of a device would come to it with the device."""
+    return step.cpu() if isinstance(step, torch.Tensor) else step
 
 
 def _nodes_with_groups(state: Any) -> Iterator[dict]:
