@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -32,10 +33,11 @@ class RecordedGraph:
 
     def __init__(self) -> None:
         self.steps: list[tuple] = []
+        self.ended = False
 
     def reset(self) -> None:
         """Gives up what it recorded, as a real one does its memory and communicators."""
-        self.steps = []
+        self.steps, self.ended = [], True
 
     def replay(self) -> None:
         """Runs the recorded operations and leaves their results where the capture's were."""
@@ -59,6 +61,20 @@ class RecordedGraph:
                         kept.copy_(found)
         for work in sent:
             work.wait()
+
+
+class Pool:
+    """In place of a pool of memory: once all its graphs are gone it takes no capture, as torch 2.11 asserts."""
+
+    def __init__(self) -> None:
+        self._graphs: WeakSet[RecordedGraph] = WeakSet()
+        self._used = False
+
+    def take(self, graph: RecordedGraph) -> None:
+        """A graph captured into it."""
+        assert not self._used or any(not one.ended for one in self._graphs), "all graphs of the pool are gone"
+        self._used = True
+        self._graphs.add(graph)
 
 
 class _Outside:
@@ -158,7 +174,11 @@ def _work_of(results: object) -> Work:
 
 
 @contextmanager
-def _capture(graph: RecordedGraph, pool: object, stream: object = None, *, capture_error_mode: str) -> Iterator[None]:
+def _capture(
+    graph: RecordedGraph, pool: Pool | None, stream: object = None, *, capture_error_mode: str
+) -> Iterator[None]:
+    if pool is not None:
+        pool.take(graph)
     recording = _Recording(graph)
     with recording:
         yield
@@ -181,7 +201,7 @@ def record_graphs(patch: pytest.MonkeyPatch) -> None:
     for name, stand_in in {
         "CUDAGraph": RecordedGraph,
         "graph": _capture,
-        "graph_pool_handle": lambda: None,
+        "graph_pool_handle": Pool,
         "synchronize": lambda: None,
         "Stream": object,
         "stream": lambda stream: nullcontext(),

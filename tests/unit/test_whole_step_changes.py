@@ -26,6 +26,10 @@ EXPERTS = dict(
     moe_aux_loss_coeff=0.1, moe_z_loss_coeff=0.05, moe_expert_capacity_factor=1.5,
     moe_pad_expert_input_to_capacity=True,
 )  # fmt: skip
+#: Two kinds of balancing, with a coefficient each.
+SEVERAL = EXPERTS | dict(
+    moe_router_load_balancing_type=["aux_loss", "seq_aux_loss"], moe_aux_loss_coeff=[0.1, 0.1], moe_z_loss_coeff=None
+)
 
 
 @pytest.fixture
@@ -93,6 +97,7 @@ def test_tensors_that_took_the_place_of_others_are_computed_with(recorded, chang
     [
         (lambda: config_of(tiny.language_spec(tiny.language_config(**EXPERTS))), "moe_aux_loss_coeff", 10.0),
         (lambda: config_of(tiny.language_spec(tiny.language_config(**EXPERTS))), "moe_z_loss_coeff", 1.0),
+        (lambda: config_of(tiny.language_spec(tiny.language_config(**SEVERAL))), "moe_aux_loss_coeff", [10.0, 0.1]),
         (predicting, "mtp_loss_scaling_factor", 5.0),
     ],
     ids=lambda given: given if isinstance(given, str) else "",
@@ -103,7 +108,11 @@ def test_settings_that_a_layer_looks_up_in_each_pass_are_followed(recorded, conf
     assert_same_steps(eager, graphed, lambda step: [batch_of(step)], 3)
     norms = []
     for trainer in (eager, graphed):
-        setattr(trainer.models[0].language_model.config, setting, value)
+        settings = trainer.models[0].language_model.config
+        if isinstance(value, list):
+            getattr(settings, setting)[:] = value
+        else:
+            setattr(settings, setting, value)
         norms.append(trainer.train_step(lambda *_: [batch_of(2)]).gradient_norm)
     assert norms[0] == norms[1]
     assert_same_steps(eager, graphed, lambda step: [batch_of(step)], 2)

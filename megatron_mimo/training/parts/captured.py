@@ -122,6 +122,7 @@ class Captures[Result]:
             captured.graph.reset()
         self._captures.clear()
         self._seen.clear()
+        self._pool = torch.cuda.graph_pool_handle()  # one whose graphs are all gone takes no other
 
     def captured(self, key: Hashable) -> bool:
         """Whether there is a graph for calls with `key`."""

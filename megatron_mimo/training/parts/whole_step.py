@@ -184,7 +184,7 @@ def _of_experts(language: TransformerConfig) -> dict[str, bool]:
 
 
 #: Settings that a layer may look up in every pass, such as the weights of experts' losses.
-_PLAIN = (bool, int, float, str)
+_PLAIN = (bool, int, float, str, list, tuple)
 #: Replays of "delayed" gave other losses than eager steps do; further recipes were not tried.
 FP8_RECIPES = ("tensorwise", "blockwise")
 
@@ -216,7 +216,7 @@ class WholeSteps:
         self._settings, self._captures, self._models, self._run = settings, captures, models, run
         self._forward_step, self._gradients = forward_step, gradients
         self._brought: dict[Hashable, list] = {}
-        self._granted: Hashable = None
+        self._granted: list[tuple] = []
         check_one_cudnn("graphs")
         for model in models:
             _check_buckets(settings.buckets, model)
@@ -283,16 +283,16 @@ class WholeSteps:
             batch = with_label_rows(batch, settings.label_rows, model)
         return batch
 
-    def _taken_for_granted(self) -> Hashable:
+    def _taken_for_granted(self) -> list[tuple]:
         """What captures have of the models: weights, buffers, the weights of losses, the language model's settings."""
-        return tuple(
+        return [
             (
                 places_of(model),
                 tuple(self._forward_step.weights(model).items()),
-                tuple(value for value in vars(model.language_model.config).values() if isinstance(value, _PLAIN)),
+                _plain_settings(model.language_model.config),
             )
             for model in self._models
-        )
+        ]
 
     def _together(self, ready: bool, error: Exception | None) -> bool:
         """Whether all ranks run the step by a graph, as where each is ready. Raises what any of them found."""
@@ -322,6 +322,11 @@ def whole_steps(
     if captures is None:
         return None
     return WholeSteps(settings or StepGraphs(), captures, models, forward_step, gradients, run)
+
+
+def _plain_settings(config: TransformerConfig) -> dict[str, str]:
+    """Settings as they are now, also those in lists, which may be changed in place."""
+    return {name: repr(value) for name, value in vars(config).items() if isinstance(value, _PLAIN)}
 
 
 def _check_buckets(buckets: Mapping[str, int], model: MimoModel) -> None:
