@@ -22,7 +22,9 @@ def with_graphs(settings: Settings, graphs: Graphs | None) -> Settings:
     """Megatron's settings, with what graphs need of them where they do not say otherwise."""
     if graphs is None:
         return settings
-    return replace(settings, transformer={"batch_p2p_sync": False, **settings.transformer})
+    # Megatron's own switch makes no graph here, but kernels keep from the host what no graph can hold.
+    needed = {"batch_p2p_sync": False, "cuda_graph_impl": "full_iteration"}
+    return replace(settings, transformer=needed | dict(settings.transformer))
 
 
 def step_graphs(graphs: Graphs | None) -> StepGraphs | None:

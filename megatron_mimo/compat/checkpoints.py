@@ -293,7 +293,7 @@ def with_steps_of_all(state: Any, gathered: Callable[[Any], list[Any]]) -> None:
     Undocumented: `sharded_state_dict` of Megatron's optimizers: ``["state"]["common_step"]`` of Adam of torch, and
     ``["param_groups"][i]["step"]`` of TransformerEngine's and of a distributed one, where the rank has a weight.
     Reason: the first rank's is what the file says of all. A first pipeline stage that is frozen says nothing: loading
-    then fails for the one, and the others begin to count anew.
+    then fails for the one (seen), and by their code the others would begin to count anew (not tried).
     When it goes: leave the call out, if a checkpoint of a frozen first stage keeps the steps of the second.
 
     Args:

@@ -9,7 +9,7 @@ import torch
 
 from megatron_mimo.cli import entry, errors
 from megatron_mimo.cli.errors import Refused, line_of
-from megatron_mimo.cli.graphs import step_graphs
+from megatron_mimo.cli.graphs import step_graphs, with_graphs
 from megatron_mimo.cli.kept import check_kept, settled
 from megatron_mimo.cli.ranks import check_processes
 from megatron_mimo.cli.reading import checked, read_recipe, shipped, written
@@ -108,6 +108,14 @@ def test_graphs_are_switched_by_a_word_or_told_in_full() -> None:
     told = read_recipe("caption", ["data=folder", "graphs.buckets.images=4", "graphs.label_rows=64"]).graphs
     assert step_graphs(told) == StepGraphs(buckets={"images": 4}, label_rows=64)
     assert step_graphs(Graphs()) == StepGraphs()  # the same defaults
+
+
+def test_graphs_bring_megatrons_settings_that_they_need_and_leave_those_that_are_given() -> None:
+    given = settings_of({"batch_p2p_sync": True, "cross_entropy_fusion_impl": "te"})
+    assert with_graphs(given, None) is given
+    plain = {"batch_p2p_sync": False, "cuda_graph_impl": "full_iteration"}
+    assert with_graphs(settings_of({}), Graphs()).transformer == plain
+    assert with_graphs(given, Graphs()).transformer == plain | given.transformer
 
 
 def test_settings_of_megatron_go_where_they_belong_and_unknown_ones_are_told_the_nearest() -> None:
