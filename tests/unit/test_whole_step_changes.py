@@ -18,6 +18,7 @@ from megatron_mimo.training.parts.graphed import GraphedForward
 from megatron_mimo.training.pretraining.step_graphs import step_graphs_from_args
 from megatron_mimo.training.sources import DataSource
 from tests import tiny
+from tests.distributed.cases.graphs import Normed
 from tests.recorded_graphs import record_graphs
 from tests.unit.test_whole_step import assert_same_steps, batch_of, config_of, pair, predicting, trainer_of
 
@@ -155,18 +156,6 @@ def test_captures_of_what_has_changed_make_room_for_others(recorded):
     counts = graphed.graphs.counts
     assert (counts.captured, counts.replayed, counts.eager) == (4, 8, 4)
     assert len(graphed.graphs._brought) == 1
-
-
-class Normed(nn.Module):
-    """Takes statistics over all images of a batch."""
-
-    def __init__(self, width: int = 16) -> None:
-        super().__init__()
-        self.linear, self.norm = nn.Linear(tiny.PIXELS, width), nn.BatchNorm1d(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = self.linear(x)
-        return self.norm(rows.flatten(0, 1)).view_as(rows)
 
 
 def test_a_bucket_for_items_that_see_one_another_is_refused(recorded):

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, product
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -201,7 +201,7 @@ class WholeSteps:
         run: whose ranks run a step alike.
 
     Raises:
-        ValueError: the process has two cuDNN, or items of a modality with a bucket see one another.
+        ValueError: the process has two cuDNN; or, on every rank, items of a modality with a bucket see one another.
     """
 
     def __init__(
@@ -218,8 +218,7 @@ class WholeSteps:
         self._brought: dict[Hashable, list] = {}
         self._granted: list[tuple] = []
         check_one_cudnn("graphs")
-        for model in models:
-            _check_buckets(settings.buckets, model)
+        raise_together(error_of(lambda: _check_buckets(settings.buckets, models)), run.hosts.world)
 
     @property
     def counts(self) -> GraphCounts:
@@ -329,9 +328,10 @@ def _plain_settings(config: TransformerConfig) -> dict[str, str]:
     return {name: repr(value) for name, value in vars(config).items() if isinstance(value, _PLAIN)}
 
 
-def _check_buckets(buckets: Mapping[str, int], model: MimoModel) -> None:
-    for modality in buckets if model.pre_process else ():
-        for name, module in model.modality_submodules[modality].named_modules():
+def _check_buckets(buckets: Mapping[str, int], models: Sequence[MimoModel]) -> None:
+    """Refuses buckets of encoders whose items see one another; the first stage alone has encoders."""
+    for modality, first in product(buckets, (model for model in models if model.pre_process)):
+        for name, module in first.modality_submodules[modality].named_modules():
             if getattr(module, "track_running_stats", False) and module.training:
                 raise ValueError(
                     f"graphs: buckets has {modality!r}, whose {name} ({type(module).__name__}) takes statistics over "

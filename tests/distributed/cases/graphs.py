@@ -11,6 +11,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
 
 from megatron_mimo import specs
 from megatron_mimo.config import MimoModelConfig
@@ -217,6 +218,29 @@ def rows_that_a_replay_would_make_and_tokens_do_not_fit_are_refused_on_every_ran
 
         with pytest.raises(ValueError, match="images: sample .* has 0 special tokens but 2 embeddings"):
             ours.train_step(spoiled)
+
+    recording(run, check)
+
+
+class Normed(nn.Module):
+    """Takes statistics over all images of a batch."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(tiny.PIXELS, width), nn.BatchNorm1d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.linear(x)
+        return self.norm(rows.flatten(0, 1)).view_as(rows)
+
+
+@case(ranks=2, **PIPELINE)
+def a_bucket_that_one_stage_cannot_have_is_refused_on_every_rank(run: Run) -> None:
+    def check(run: Run) -> None:
+        images = tiny.image_spec(encoders={"patches": ModuleSpec(module=Normed)})
+        config = replace(config_of(run), modality_submodules={"images": images, "audio": tiny.audio_spec()})
+        with pytest.raises(ValueError, match="buckets has 'images', whose encoders.patches.norm"):
+            Trainer(config, run, TrainerSettings(steps=1, progress=False), graphs=StepGraphs({"images": 4}))
 
     recording(run, check)
 
