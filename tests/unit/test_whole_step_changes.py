@@ -14,6 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
 from megatron_mimo.training import StepGraphs, Trainer, TrainingControl
+from megatron_mimo.training.parts.captured import Captures
 from megatron_mimo.training.parts.graphed import GraphedForward
 from megatron_mimo.training.pretraining.step_graphs import step_graphs_from_args
 from megatron_mimo.training.sources import DataSource
@@ -224,6 +225,15 @@ def test_a_capture_in_which_the_host_draws_says_so(recorded, caplog, name, draw)
         for step in range(2):
             trainer.train_step(lambda *_: [batch_of(step)])
     assert [f"drawn on the host ({name})" in message for message in caplog.messages] == [True]
+
+
+def test_a_capture_in_which_the_host_draws_torchs_numbers_says_so(single_process, monkeypatch, caplog):
+    record_graphs(monkeypatch)
+    captures = Captures(1, 0, torch.device("meta"))  # a device whose numbers are not the host's
+    with caplog.at_level(logging.WARNING):
+        captures("step", (), lambda _: torch.rand(()), graph=True)
+    (message,) = caplog.messages
+    assert "drawn on the host (torch)" in message
 
 
 @dataclass

@@ -279,6 +279,20 @@ def vlm_clip_1b_takes_a_step_of_its_four_images_with_everything_but_its_sizes(ru
 
 
 @case(ranks=2, timeout_s=120)
+def pretrain_goes_on_where_the_first_stage_is_frozen(run: Run) -> None:
+    where = shared_directory() / "pretrain-frozen-stage"
+    shutdown()
+    frozen = [
+        "--pipeline-model-parallel-size", "2", "--freeze", "language_model", "encoders", "input_projections",
+        "generation_input",
+    ]  # fmt: skip
+    unbroken = run_recipe(where, *frozen, "--save", str(where / "saved"), "--save-interval", "2")
+    resumed = run_recipe(where / "resumed", *frozen, "--load", str(where / "saved"), "--ckpt-step", "2")
+    if run.rank == run.world_size - 1:
+        assert_close(resumed, unbroken, range(3, STEPS + 1))
+
+
+@case(ranks=2, timeout_s=120)
 def pretrain_resumes_no_other_trained_parts_and_a_second_stage_moves_the_rows_it_names_alone(run: Run) -> None:
     where = shared_directory() / "pretrain-stages"
     shutdown()
