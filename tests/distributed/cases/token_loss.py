@@ -6,13 +6,18 @@ same weights; that the loss everywhere equals one rank's is `layouts.py`'s to sh
 
 from dataclasses import replace
 
+import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.optimizer import OptimizerConfig
 
 from megatron_mimo import MimoModel
 from megatron_mimo.draws import restart_draws
 from megatron_mimo.launch import Run
+from megatron_mimo.training import Trainer, TrainerSettings
 from tests import tiny
+from tests.distributed.cases.checkpoints import EXPERTS
+from tests.distributed.cases.training import model_config
 from tests.distributed.harness import case
 from tests.distributed.setting import Setting
 
@@ -88,3 +93,41 @@ def loss_where_labels_count_is_the_loss_everywhere_on_parts_of_the_sequence(run:
 @case(ranks=4, tensor_model_parallel_size=2, context_parallel_size=2)
 def loss_where_labels_count_is_the_loss_everywhere_on_four_parts_of_the_sequence(run: Run) -> None:
     compare(run, Setting(token_local=True, sequence_parallel=True))
+
+
+@case(ranks=2, pipeline_model_parallel_size=2)
+def loss_where_labels_count_is_the_loss_everywhere_after_other_stages(run: Run) -> None:
+    compare_steps(run)
+
+
+@case(ranks=2, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
+def loss_where_labels_count_is_the_loss_everywhere_on_interleaved_stages(run: Run) -> None:
+    compare_steps(run)
+
+
+@case(ranks=2, expert_model_parallel_size=2)
+def loss_where_labels_count_is_the_loss_everywhere_with_experts_shared_out(run: Run) -> None:
+    compare_steps(run, **EXPERTS)
+
+
+def compare_steps(run: Run, **changes) -> None:
+    """Losses and gradients of a step by Megatron's schedule, whose two microbatches have the same mask."""
+    here, everywhere = (
+        Trainer(
+            replace(model_config(run, **changes), loss_where_counted=counted),
+            run,
+            TrainerSettings(steps=len(masks()), decay="constant", progress=False),
+            optimizer=OptimizerConfig(lr=1e-12),  # each mask meets the same weights
+        )
+        for counted in (True, False)
+    )
+    for ours, theirs in zip(here.models, everywhere.models, strict=True):
+        ours.load_state_dict(theirs.state_dict())
+    for name, mask in masks().items():
+        batches = [tiny.batch() | {"loss_mask": mask} for _ in range(2)]
+        found, expected = (trainer.train_step(lambda *_: batches) for trainer in (here, everywhere))
+        assert found.losses == pytest.approx(expected.losses, rel=1e-5), name
+        for chunk, other in zip(here.chunks, everywhere.chunks, strict=True):
+            for (parameter, value), theirs in zip(chunk.named_parameters(), other.parameters(), strict=True):
+                largest = theirs.main_grad.abs().max().clamp(min=1e-3)
+                assert (value.main_grad - theirs.main_grad).abs().max() / largest < 1e-5, f"{name}: {parameter}"
