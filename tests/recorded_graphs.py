@@ -20,6 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from megatron_mimo.compat.cuda_streams import Stream
 from megatron_mimo.placement import Placement
 from megatron_mimo.tally import HostFacts
 from megatron_mimo.training.parts import graphed, whole_step
@@ -203,7 +204,7 @@ def record_graphs(patch: pytest.MonkeyPatch) -> None:
         "graph": _capture,
         "graph_pool_handle": Pool,
         "synchronize": lambda: None,
-        "Stream": object,
+        "Stream": Stream,  # that of the CPU: Megatron keeps one of experts for good
         "stream": lambda stream: nullcontext(),
         "memory_allocated": lambda: 0,
         "is_current_stream_capturing": lambda: False,
