@@ -16,6 +16,7 @@ import importlib
 import json
 import os
 import runpy
+import secrets
 import selectors
 import signal
 import socket
@@ -80,12 +81,18 @@ def ranks(
     timeout: float = 240.0,
 ) -> Done:
     """Runs `command` on `count` ranks as torchrun would: when one fails, the others are ended."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     changes = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
     return _run([str(part) for part in command], changes, cwd, env, "", timeout)
+
+
+def _free_port() -> int:
+    """Of those below what Linux gives to connections, which could take another before a rank listens on it."""
+    while True:
+        port = secrets.choice(range(20_000, 32_768))
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _run(
